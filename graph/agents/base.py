@@ -1,0 +1,95 @@
+"""What an agent sees and what it must be able to do."""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from prunewright.state import Decision, ModelProfile, PrunewrightError, StepRecord
+
+
+class InvalidAnswerError(PrunewrightError):
+    """An agent's answer is not a decision; the message says what is wrong with it."""
+
+    def __init__(self, problem: str, answer: str = "") -> None:
+        super().__init__(problem)
+        self.answer = answer
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An answer of this step that was refused, and why."""
+
+    answer: str
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """All that an agent may base a decision on.
+
+    Attributes:
+        step: index of the step, from 0.
+        steps_left: steps until ``max_steps``, this one included.
+        target: sparsity to reach over all prunable weights.
+        sparsity: the accepted revision's.
+        max_step: sparsity that this step may add to the whole model.
+        max_delta: sparsity that it may add to one layer.
+        max_layer_sparsity: ceiling of any layer.
+        max_increase: relative perplexity rise that is rolled back.
+        criterion: which weights go inside a layer.
+        dense_perplexity: guard perplexity of the dense model.
+        perplexity: guard perplexity of the accepted revision.
+        profile: every layer's signals.
+        history: the earlier steps; empty without feedback.
+        feedback: what they came to, in words; empty without feedback.
+        seed: the run's.
+        refusals: answers of this very step that were refused.
+    """
+
+    step: int
+    steps_left: int
+    target: float
+    sparsity: float
+    max_step: float
+    max_delta: float
+    max_layer_sparsity: float
+    max_increase: float
+    criterion: str
+    dense_perplexity: float
+    perplexity: float
+    profile: ModelProfile
+    history: tuple[StepRecord, ...] = ()
+    feedback: str = ""
+    seed: int = 0
+    refusals: tuple[Refusal, ...] = field(default=())
+
+    @property
+    def pace(self) -> float:
+        """Mean sparsity a step that reaches the target in the steps left."""
+        return (self.target - self.sparsity) / self.steps_left
+
+    @property
+    def budget(self) -> float:
+        """Sparsity that this step may usefully add to the whole model."""
+        return max(0.0, min(self.max_step, self.target - self.sparsity))
+
+    @property
+    def prunable(self) -> int:
+        """Number of prunable weights of the model."""
+        return sum(p.parameters for p in self.profile.layers)
+
+    def room(self) -> dict[str, float]:
+        """Sparsity that each layer can still take, whatever a step's bound."""
+        return {p.name: max(0.0, self.max_layer_sparsity - p.sparsity) for p in self.profile.layers}
+
+
+class Agent(Protocol):
+    """Whoever allocates sparsity. ``import:package.module:Class`` takes a class of this form."""
+
+    def decide(self, observation: Observation) -> Decision:
+        """Choose the layers of one step and their deltas.
+
+        Raises:
+            InvalidAnswerError: the answer is no decision; it may be asked again.
+            AgentError: the agent could not be asked; the run stops and can be resumed.
+        """
+        ...

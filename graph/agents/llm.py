@@ -1,0 +1,285 @@
+"""The agent that asks a chat model: prompt, bounded retries, strict reading of the answer."""
+
+import importlib.util
+import json
+import os
+import re
+from importlib import resources
+from typing import Any
+
+import httpx
+from jinja2 import StrictUndefined
+from jinja2.sandbox import SandboxedEnvironment
+from langchain.chat_models import init_chat_model
+from langchain_core.exceptions import ModelError
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
+from pydantic import ValidationError
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+
+from prunewright.graph.agents.base import InvalidAnswerError, Observation
+from prunewright.state import COST_DELTAS, AgentError, Decision, InputError, LayerProfile
+from prunewright.state.config import AskingOptions
+from prunewright.state.decision import MAX_NAME
+
+MAX_ANSWER = 200_000
+"""Characters of an answer beyond which it is refused unread."""
+MAX_ROWS = 256
+"""Layers shown in one prompt."""
+
+_FINISHED = {"STOP", "END_TURN", "STOP_SEQUENCE", "COMPLETE", "COMPLETED"}
+# The variables in which a provider's client looks for its key.
+_KEYS = {
+    "google_genai": ("GOOGLE_API_KEY", "GEMINI_API_KEY"),
+    "openai": ("OPENAI_API_KEY",),
+    "anthropic": ("ANTHROPIC_API_KEY",),
+}
+_PACKAGES = {
+    "google_genai": "langchain_google_genai",
+    "openai": "langchain_openai",
+    "anthropic": "langchain_anthropic",
+    "ollama": "langchain_ollama",
+}
+# The value that means "try once": Google's client reads 0 as its own default.
+_NO_RETRIES = {"google_genai": 1, "openai": 0, "anthropic": 0}
+
+
+def check_access(name: str) -> None:
+    """Refuse a ``provider:model`` whose package or key is missing, before anything costs time.
+
+    Raises:
+        InputError: with the pip command or the variable to set.
+    """
+    provider = name.partition(":")[0]
+    package = _PACKAGES.get(provider)
+    if package and importlib.util.find_spec(package) is None:
+        raise InputError(
+            f"the agent {name} needs another package: pip install {package.replace('_', '-')}"
+        )
+    keys = _KEYS.get(provider, ())
+    if keys and not any(os.environ.get(key) for key in keys):
+        raise InputError(
+            f"the agent {name} needs an API key: set the environment variable "
+            f"{' or '.join(keys)}, or choose an agent without an LLM (--agent greedy)"
+        )
+
+
+class LLMAgent:
+    """Asks a LangChain chat model for one decision a step.
+
+    Attributes:
+        tokens: tokens exchanged so far, as the provider counts them.
+        notes: what was retried since the last decision.
+    """
+
+    def __init__(self, name: str, options: dict[str, Any], asking: AskingOptions) -> None:
+        check_access(name)
+        provider = name.partition(":")[0]
+        defaults: dict[str, Any] = {"timeout": asking.timeout}
+        if provider in _NO_RETRIES:
+            defaults["max_retries"] = _NO_RETRIES[provider]
+        if provider not in _PACKAGES:
+            defaults = {}  # an unknown client may not take them
+        try:
+            model = init_chat_model(name, **{**defaults, **options})
+        except (ImportError, ValueError) as error:
+            raise InputError(f"cannot use the agent {name}: {redact(str(error))}") from None
+        self._setup(name, model, asking)
+
+    @classmethod
+    def from_model(
+        cls, model: BaseChatModel, asking: AskingOptions | None = None, name: str = "chat model"
+    ) -> "LLMAgent":
+        """An agent that asks a chat model made elsewhere."""
+        agent = cls.__new__(cls)
+        agent._setup(name, model, asking or AskingOptions())
+        return agent
+
+    def _setup(self, name: str, model: BaseChatModel, asking: AskingOptions) -> None:
+        self.name = name
+        self.tokens = 0
+        self.notes: list[str] = []
+        self._asking = asking
+        # The parsed half of the result is left aside: LangChain mends cut JSON silently.
+        self._model = model.with_structured_output(Decision, method="json_schema", include_raw=True)
+
+    def decide(self, observation: Observation) -> Decision:
+        """Ask once, with the answers of this step that were refused and why.
+
+        Raises:
+            InvalidAnswerError: cut, empty, not JSON or not of the schema.
+            AgentError: the provider failed after the last retry, or will not be tried again.
+        """
+        self.notes = []
+        message = self._ask(prompt(observation))
+        usage = message.usage_metadata
+        self.tokens += usage["total_tokens"] if usage else 0
+        text = message.text
+        reason = _finish_reason(message)
+        if reason is not None and reason.upper() not in _FINISHED:
+            raise InvalidAnswerError(
+                f"the answer was cut off or withheld (finish reason {reason[:40]}): "
+                "answer again, more briefly",
+                text[:MAX_ANSWER],
+            )
+        return read_answer(text)
+
+    def _ask(self, messages: list[BaseMessage]) -> AIMessage:
+        retrying = Retrying(
+            retry=retry_if_exception(_transient),
+            stop=stop_after_attempt(self._asking.attempts),
+            wait=wait_exponential_jitter(
+                initial=self._asking.wait, max=120, jitter=self._asking.wait
+            ),
+            before_sleep=lambda state: self.notes.append(
+                f"try {state.attempt_number} failed: {_words(state.outcome.exception())}"
+                if state.outcome
+                else ""
+            ),
+            reraise=True,
+        )
+        try:
+            result = retrying(self._model.invoke, messages)
+        except Exception as error:
+            raise AgentError(f"the agent {self.name} gave no answer: {_words(error)}") from None
+        raw = result["raw"] if isinstance(result, dict) else None
+        if not isinstance(raw, AIMessage):
+            raise AgentError(f"the agent {self.name} returned no chat message")
+        return raw
+
+
+def read_answer(text: str) -> Decision:
+    """A decision from an answer's text; no repair of any kind.
+
+    Raises:
+        InvalidAnswerError: with what is wrong.
+    """
+    if not text.strip():
+        raise InvalidAnswerError("the answer is empty")
+    if len(text) > MAX_ANSWER:
+        raise InvalidAnswerError(
+            f"the answer has {len(text)} characters, more than {MAX_ANSWER}", text[:2000]
+        )
+    try:
+        # Lone surrogates are legal JSON escapes that no file can hold.
+        decision = Decision.model_validate_json(text.encode("utf-8", "replace"))
+        decision.model_dump_json()
+        return decision
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'answer'}: {e['msg']}"
+            for e in error.errors(include_url=False, include_input=False, include_context=False)[:8]
+        )
+        raise InvalidAnswerError(problems[:2000], text) from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidAnswerError(f"not valid JSON: {str(error)[:200]}", text) from None
+
+
+def prompt(observation: Observation) -> list[BaseMessage]:
+    """The messages of one step: rules, state and table, then refused answers and why."""
+    environment = SandboxedEnvironment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    folder = resources.files("prunewright.graph.agents") / "prompts"
+
+    def render(name: str, **values: Any) -> str:
+        text = (folder / name).read_text(encoding="utf-8")
+        return environment.from_string(text).render(**values).strip()
+
+    system = render(
+        "system.md",
+        criterion=observation.criterion,
+        max_increase=observation.max_increase,
+        max_delta=observation.max_delta,
+        max_layer_sparsity=observation.max_layer_sparsity,
+        max_step=observation.budget,
+    )
+    step = render(
+        "step.md",
+        o=observation,
+        rows=table_rows(observation),
+        deltas=" / ".join(f"{d:g}" for d in COST_DELTAS),
+    )
+    messages: list[BaseMessage] = [SystemMessage(system), HumanMessage(step)]
+    for refusal in observation.refusals:
+        if refusal.answer:
+            messages.append(AIMessage(refusal.answer[:20_000]))
+        problems = "\n".join(f"- {problem}" for problem in refusal.problems)
+        messages.append(
+            HumanMessage(
+                f"That answer was refused and nothing was pruned:\n{problems}\n"
+                "Answer again with a whole, corrected JSON object."
+            )
+        )
+    return messages
+
+
+def table_rows(observation: Observation) -> list[str]:
+    """One line a layer with room left; beyond `MAX_ROWS` those with the lowest cost."""
+    room = observation.room()
+    layers = [p for p in observation.profile.layers if room[p.name] > 1e-6]
+    if len(layers) > MAX_ROWS:
+        cheapest = sorted(layers, key=lambda p: p.loss_cost[0] / p.parameters)[:MAX_ROWS]
+        kept = {p.name for p in cheapest}
+        layers = [p for p in layers if p.name in kept]
+    return [_row(p, observation.prunable) for p in layers]
+
+
+def _row(layer: LayerProfile, prunable: int) -> str:
+    # Per cent of perplexity for one per cent of the model's sparsity.
+    costs = "/".join(
+        f"{cost / (delta * layer.parameters / prunable):.2g}"
+        for cost, delta in zip(layer.loss_cost, COST_DELTAS, strict=True)
+    )
+    return " | ".join(
+        [
+            quote_name(layer.short_name),
+            str(layer.parameters),
+            f"{layer.sparsity:.3f}",
+            f"{layer.z_s:.2f}",
+            f"{layer.z_g:.2f}",
+            f"{layer.z_c:.2f}",
+            costs,
+        ]
+    )
+
+
+def quote_name(name: str) -> str:
+    """A layer's name as it may stand in a prompt: plain, or a JSON string if it has more."""
+    if re.fullmatch(r"[\w.\-]+", name, re.ASCII):
+        return name
+    return json.dumps(name[:MAX_NAME])
+
+
+def redact(text: str) -> str:
+    """A message without the values of the environment's keys and tokens."""
+    for key, value in os.environ.items():
+        if len(value) >= 8 and re.search(r"(KEY|TOKEN|SECRET|PASSWORD)$", key, re.IGNORECASE):
+            text = text.replace(value, "[redacted]")
+    return text
+
+
+def _words(error: BaseException | None) -> str:
+    text = " ".join(redact(str(error)).split())
+    return f"{type(error).__name__}: {text[:500]}"
+
+
+def _transient(error: BaseException) -> bool:
+    """Whether another try may succeed: rate limits, server errors, timeouts, broken transport."""
+    if isinstance(error, ModelError):
+        return bool(error.is_retryable)
+    code = getattr(error, "code", None) or getattr(error, "status_code", None)
+    if isinstance(code, int):
+        return code in (408, 429) or code >= 500
+    # An HTML page with status 200 (a proxy's) reaches us as a JSON error of the client.
+    return isinstance(
+        error, httpx.TransportError | ConnectionError | TimeoutError | json.JSONDecodeError
+    )
+
+
+def _finish_reason(message: AIMessage) -> str | None:
+    metadata = message.response_metadata
+    for key in ("finish_reason", "stop_reason", "done_reason"):
+        if metadata.get(key):
+            return str(metadata[key])
+    return None

@@ -1,0 +1,34 @@
+"""The graph: six nodes, two conditional edges, compiled."""
+
+from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.graph import START, StateGraph
+from langgraph.graph.state import CompiledStateGraph
+
+from prunewright.graph import nodes
+from prunewright.graph.routing import route_guard, route_termination
+from prunewright.state import PruneContext, PruneInput, PruneState
+
+
+def build_graph(
+    checkpointer: BaseCheckpointSaver[str] | None = None,
+) -> CompiledStateGraph[PruneState, PruneContext, PruneInput, PruneState]:
+    """The compiled state machine.
+
+    Args:
+        checkpointer: where threads are kept; None lets the host (LangGraph's server) bring one.
+    """
+    graph = StateGraph(PruneState, context_schema=PruneContext, input_schema=PruneInput)
+    graph.add_node("profile", nodes.profile)
+    graph.add_node("agent_decide", nodes.agent_decide)
+    graph.add_node("apply_prune", nodes.apply_prune)
+    graph.add_node("evaluate_ppl", nodes.evaluate_ppl)
+    graph.add_node("rollback", nodes.rollback)
+    graph.add_node("reflect", nodes.reflect)
+    graph.add_edge(START, "profile")
+    graph.add_edge("profile", "agent_decide")
+    graph.add_edge("agent_decide", "apply_prune")
+    graph.add_edge("apply_prune", "evaluate_ppl")
+    graph.add_conditional_edges("evaluate_ppl", route_guard)
+    graph.add_edge("rollback", "reflect")
+    graph.add_conditional_edges("reflect", route_termination)
+    return graph.compile(checkpointer=checkpointer, name="prunewright")

@@ -1,0 +1,439 @@
+"""The six nodes. Each is thin: it calls tools and returns the part of the state that it changes.
+
+A node may run again after a crash, so all it writes outside the state is content-addressed or
+replaced as a whole.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+from langgraph.runtime import Runtime
+from pydantic import ValidationError
+
+from prunewright.graph.agents import InvalidAnswerError, Observation, Refusal, make_agent
+from prunewright.graph.agents.base import Agent
+from prunewright.graph.feedback import compile_feedback
+from prunewright.graph.routing import guard_reason, termination
+from prunewright.state import (
+    Decision,
+    DecisionReport,
+    InputError,
+    LayerDelta,
+    ModelProfile,
+    PruneContext,
+    PruneRequest,
+    PruneState,
+    PruneUpdate,
+    StepRecord,
+    StepSummary,
+    check_decision,
+    parse_pattern,
+)
+from prunewright.state.config import describe_validation_error
+from prunewright.tools.perplexity import Progress, change_with_error, perplexity
+from prunewright.tools.results import Outcome, finish
+from prunewright.tools.revisions import DENSE
+from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.workbench import Workbench, workbench
+
+Node = Callable[[PruneState, Runtime[PruneContext]], PruneUpdate]
+
+
+def timed(node: Node) -> Node:
+    """Add the node's wall time to the state's ``seconds``."""
+
+    @functools.wraps(node)
+    def wrapper(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
+        began = time.perf_counter()
+        update = node(state, runtime)
+        return {**update, "seconds": {node.__name__: time.perf_counter() - began}}
+
+    return wrapper
+
+
+@timed
+def profile(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
+    """Profile every layer at the accepted revision; on a new thread, measure the dense model."""
+    request, run = _request(state), _run(runtime)
+    fresh = "revision" not in state
+    step = 0 if fresh else state["step"]
+    revision = DENSE if fresh else state["revision"]
+    gradient_revision = revision
+    if step % request.profile.gradient_every:
+        gradient_revision = state["gradient_revision"]
+    with workbench(request, run.path) as bench:
+        run.begin(_thread(runtime), request, _context(runtime), bench)
+        before = dict(bench.tokens)
+        update: PruneUpdate = {}
+        if fresh:
+            losses = bench.guard_losses(DENSE, _progress(runtime))
+            update = _fresh_state(perplexity(losses), losses, bench.sparsity())
+        signals = bench.profile(revision, gradient_revision, _progress(runtime))
+        tokens = _spent(bench, before)
+    path = run.write_step_file(step, "profile", signals.model_dump(mode="json"))
+    return {
+        **update,
+        "gradient_revision": gradient_revision,
+        "profile": {"path": path, "table": signals.table()},
+        "tokens": tokens,
+    }
+
+
+@timed
+def agent_decide(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
+    """Ask the agent; a refused answer is sent back with what was wrong, a bounded number of times.
+
+    After the last refusal the decision is empty, which counts as a stall.
+    """
+    request, context, run = _request(state), _context(runtime), _run(runtime)
+    observation = observe(state, request, context, run)
+    name, agent = make_agent(context)
+    report = ask(name, agent, observation, repairs=context.asking.repairs)
+    return {
+        "decision": report.model_dump(mode="json"),
+        "tokens": {"llm": report.tokens} if report.tokens else {},
+    }
+
+
+@timed
+def apply_prune(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
+    """Turn the deltas into masks and store the candidate revision; never over the target."""
+    request, run = _request(state), _run(runtime)
+    report = DecisionReport.model_validate(state["decision"])
+    if not report.decision.layers:
+        return {"candidate": None, "candidate_sparsity": None, "applied": {}, "notes": []}
+    with workbench(request, run.path) as bench:
+        before = dict(bench.tokens)
+        bench.sync(state["revision"])
+        counts, notes = land(
+            {item.name: item.delta for item in report.decision.layers},
+            bench.zeros(),
+            {name: layer.numel for name, layer in bench.loaded.layers.items()},
+            request.target,
+        )
+        candidate = bench.prune(
+            state["revision"], state["gradient_revision"], counts, _progress(runtime)
+        )
+        earlier = bench.sparsities()
+        bench.sync(candidate)
+        now = bench.sparsities()
+        return {
+            "candidate": candidate,
+            "candidate_sparsity": bench.sparsity(),
+            "applied": {name: now[name] - earlier[name] for name in counts},
+            "notes": notes,
+            "tokens": _spent(bench, before),
+        }
+
+
+@timed
+def evaluate_ppl(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
+    """Guard perplexity of the candidate, and whether it is rolled back."""
+    candidate = state["candidate"]
+    if candidate is None:
+        return {"candidate_perplexity": None, "candidate_losses": [], "rollback_reason": ""}
+    request, context, run = _request(state), _context(runtime), _run(runtime)
+    with workbench(request, run.path) as bench:
+        before = dict(bench.tokens)
+        losses = bench.guard_losses(candidate, _progress(runtime))
+        tokens = _spent(bench, before)
+    value = perplexity(losses)
+    finite = math.isfinite(value)
+    return {
+        "candidate_perplexity": value if finite else None,
+        "candidate_losses": losses if finite else [],
+        "rollback_reason": guard_reason(
+            state["perplexity"], value, state["dense_perplexity"], context.guard
+        ),
+        "tokens": tokens,
+    }
+
+
+@timed
+def rollback(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
+    """Drop the candidate and bring the live model back to the accepted revision."""
+    with workbench(_request(state), _run(runtime).path) as bench:
+        bench.sync(state["revision"])
+    return {"rollbacks": state["rollbacks"] + 1}
+
+
+@timed
+def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
+    """Accept or not, record the step, compile the feedback, decide whether the run goes on.
+
+    When it ends, the results are written before the end is recorded.
+    """
+    request, context, run = _request(state), _context(runtime), _run(runtime)
+    record = _record(state)
+    summary: StepSummary = {
+        "step": record.step,
+        "record": run.write_step_file(record.step, "record", record.model_dump(mode="json")),
+        "verdict": record.verdict,
+        "sparsity": record.sparsity,
+        "perplexity": _accepted_perplexity(record),
+        "change": record.change,
+        "layers": len(record.applied),
+    }
+    history = [*state["history"], summary]
+    records = run.read_records(history)
+    run.write_trace(records)
+    accepted = record.verdict == "accepted"
+    stalls = 0 if accepted else state["stalls"] + 1
+    update: PruneUpdate = {
+        "step": state["step"] + 1,
+        "revision": record.revision,
+        "sparsity": record.sparsity,
+        "perplexity": summary["perplexity"],
+        "guard_losses": state["candidate_losses"] if accepted else state["guard_losses"],
+        "stalls": stalls,
+        "history": history,
+        "feedback": compile_feedback(records) if context.feedback else "",
+        "status": termination(
+            sparsity=record.sparsity,
+            target=request.target,
+            steps=state["step"] + 1,
+            max_steps=context.max_steps,
+            stalls=stalls,
+            max_stalls=context.max_stalls,
+        ),
+        # What only this step needed is not carried on into the next one's checkpoints.
+        "profile": None,
+        "decision": None,
+        "candidate": None,
+        "candidate_sparsity": None,
+        "candidate_perplexity": None,
+        "candidate_losses": [],
+        "applied": {},
+        "notes": [],
+        "rollback_reason": "",
+    }
+    runtime.stream_writer({"step": record.model_dump(mode="json")})
+    if update["status"] != "running":
+        outcome = Outcome(
+            status=update["status"],
+            method={"agent": record.agent, "criterion": request.criterion},
+            revision=record.revision,
+            steps=len(records),
+            rollbacks=state["rollbacks"],
+            decisions=sum(r.verdict != "empty" for r in records),
+            invalid_answers=sum(len(r.invalid_answers) for r in records),
+            guard_dense=state["dense_perplexity"],
+            guard_losses=update["guard_losses"],
+            seconds=state["seconds"],
+            tokens=state["tokens"],
+        )
+        with workbench(request, run.path) as bench:
+            metrics = finish(run, bench, outcome, _progress(runtime))
+        runtime.stream_writer({"metrics": metrics.model_dump(mode="json")})
+    return update
+
+
+def observe(
+    state: PruneState, request: PruneRequest, context: PruneContext, run: RunDirectory
+) -> Observation:
+    """What the agent sees at this point of a run."""
+    assert state["profile"] is not None
+    return Observation(
+        step=state["step"],
+        steps_left=max(1, context.max_steps - state["step"]),
+        target=request.target,
+        sparsity=state["sparsity"],
+        max_step=request.step,
+        max_delta=request.max_delta,
+        max_layer_sparsity=request.max_layer_sparsity,
+        max_increase=context.guard.max_increase,
+        criterion=request.criterion,
+        dense_perplexity=state["dense_perplexity"],
+        perplexity=state["perplexity"],
+        profile=run.read_profile(state["profile"]["path"]),
+        history=tuple(run.read_records(state["history"])) if context.feedback else (),
+        feedback=state["feedback"] if context.feedback else "",
+        seed=request.seed,
+    )
+
+
+def ask(name: str, agent: Agent, observation: Observation, *, repairs: int) -> DecisionReport:
+    """One checked decision of an agent, with full layer names; empty after the last refusal."""
+    refusals: list[Refusal] = []
+    notes: list[str] = []
+    spent = int(getattr(agent, "tokens", 0))
+    parameters = {p.name: p.parameters for p in observation.profile.layers}
+    for _ in range(repairs + 1):
+        seen = _with_refusals(observation, refusals)
+        try:
+            answer = agent.decide(seen)
+            decision = full_names(answer, observation.profile)
+            problems = check_decision(
+                decision,
+                observation.room(),
+                parameters,
+                max_delta=observation.max_delta,
+                max_step=observation.budget,
+            )
+            text = answer.model_dump_json()
+        except InvalidAnswerError as error:
+            problems, text = [str(error)], error.answer
+        notes += getattr(agent, "notes", [])
+        if not problems:
+            break
+        refusals.append(Refusal(text, tuple(problems)))
+    else:
+        decision = Decision(reasoning="No valid answer: nothing is pruned.", layers=[])
+    deltas = {item.name: item.delta for item in decision.layers}
+    return DecisionReport(
+        agent=name,
+        decision=decision,
+        predicted_change=observation.profile.predicted_change(deltas) if deltas else None,
+        invalid_answers=["; ".join(refusal.problems) for refusal in refusals],
+        notes=notes,
+        tokens=int(getattr(agent, "tokens", 0)) - spent,
+    )
+
+
+def full_names(decision: Decision, profile: ModelProfile) -> Decision:
+    """The decision with short layer names (``7.mlp.down_proj``) replaced by full ones."""
+    full = {p.short_name: p.name for p in profile.layers}
+    layers = [
+        LayerDelta(name=full.get(item.name, item.name), delta=item.delta)
+        for item in decision.layers
+    ]
+    return decision.model_copy(update={"layers": layers})
+
+
+def land(
+    deltas: dict[str, float], zeros: dict[str, int], numel: dict[str, int], target: float
+) -> tuple[dict[str, int], list[str]]:
+    """Zeros that each layer shall have; scaled down where the sum would pass the target.
+
+    Args:
+        deltas: sparsity to add by layer.
+        zeros: zeros of every layer now.
+        numel: weights of every layer.
+        target: sparsity that is never exceeded.
+
+    Returns:
+        Counts of the layers named in ``deltas``, and a note where they were scaled.
+    """
+    left = math.floor(target * sum(numel.values())) - sum(zeros.values())
+    wanted = sum(delta * numel[name] for name, delta in deltas.items())
+    notes = []
+    scale = 1.0
+    if wanted > left:
+        scale = max(0.0, left / wanted)
+        notes.append(f"deltas scaled by {scale:.4f} to land on the target")
+    counts = {
+        name: min(numel[name], zeros[name] + math.floor(scale * delta * numel[name] + 1e-6))
+        for name, delta in deltas.items()
+    }
+    return counts, notes
+
+
+def _record(state: PruneState) -> StepRecord:
+    report = DecisionReport.model_validate(state["decision"])
+    candidate, reason = state["candidate"], state["rollback_reason"]
+    accepted = candidate is not None and not reason
+    if candidate is None:
+        reason = "; ".join(report.invalid_answers[-1:]) or "the agent chose no layer"
+    change = stderr = None
+    if state["candidate_losses"]:
+        change, stderr = change_with_error(state["guard_losses"], state["candidate_losses"])
+    assert state["profile"] is not None
+    return StepRecord(
+        step=state["step"],
+        agent=report.agent,
+        verdict="accepted" if accepted else "empty" if candidate is None else "rolled_back",
+        reason=reason,
+        decision=report.decision,
+        applied=state["applied"],
+        invalid_answers=report.invalid_answers,
+        notes=[*report.notes, *state["notes"]],
+        profile=state["profile"]["path"],
+        revision=candidate if accepted and candidate else state["revision"],
+        candidate=candidate,
+        sparsity_before=state["sparsity"],
+        sparsity=(state["candidate_sparsity"] or 0.0) if accepted else state["sparsity"],
+        perplexity_before=state["perplexity"],
+        candidate_perplexity=state["candidate_perplexity"],
+        change=change,
+        change_stderr=stderr,
+        predicted_change=report.predicted_change,
+        llm_tokens=report.tokens,
+    )
+
+
+def _accepted_perplexity(record: StepRecord) -> float:
+    if record.verdict == "accepted" and record.candidate_perplexity is not None:
+        return record.candidate_perplexity
+    return record.perplexity_before
+
+
+def _fresh_state(dense: float, losses: list[float], sparsity: float) -> PruneUpdate:
+    return {
+        "step": 0,
+        "status": "running",
+        "revision": DENSE,
+        "sparsity": sparsity,
+        "perplexity": dense,
+        "guard_losses": losses,
+        "dense_perplexity": dense,
+        "rollbacks": 0,
+        "stalls": 0,
+        "history": [],
+        "feedback": "",
+    }
+
+
+def _request(state: PruneState) -> PruneRequest:
+    """The run's request; as the first node's input it is what a user sent.
+
+    Raises:
+        InputError: invalid, or not what a step-by-step run can do.
+    """
+    value: Any = state["request"]
+    if isinstance(value, PruneRequest):
+        request = value
+    else:
+        try:
+            request = PruneRequest.model_validate(value)
+        except ValidationError as error:
+            raise InputError(describe_validation_error(error, PruneRequest)) from None
+    if parse_pattern(request.pattern) is not None:
+        raise InputError(
+            f"a run prunes layer by layer to any sparsity; pattern {request.pattern} fixes it: "
+            "prune to a pattern in one shot with `prunewright baseline --pattern`"
+        )
+    return request
+
+
+def _context(runtime: Runtime[PruneContext]) -> PruneContext:
+    return runtime.context or PruneContext()
+
+
+def _thread(runtime: Runtime[PruneContext]) -> str:
+    info = runtime.execution_info
+    return (info.thread_id if info else None) or "default"
+
+
+def _run(runtime: Runtime[PruneContext]) -> RunDirectory:
+    out = _context(runtime).out
+    return RunDirectory(out if out else f"runs/{_thread(runtime)}")
+
+
+def _progress(runtime: Runtime[PruneContext]) -> Progress:
+    def report(label: str, done: int, total: int) -> None:
+        runtime.stream_writer({"progress": {"label": label, "done": done, "total": total}})
+
+    return report
+
+
+def _spent(bench: Workbench, before: dict[str, int]) -> dict[str, float]:
+    return {k: v - before[k] for k, v in bench.tokens.items() if v != before[k]}
+
+
+def _with_refusals(observation: Observation, refusals: list[Refusal]) -> Observation:
+    from dataclasses import replace
+
+    return replace(observation, refusals=tuple(refusals))

@@ -1,0 +1,147 @@
+"""Start and resume runs in this process: what the command line and notebooks call."""
+
+import sqlite3
+import uuid
+from collections.abc import Callable
+from contextlib import closing
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.sqlite import SqliteSaver
+
+from prunewright.graph.agents import resolve_agent
+from prunewright.graph.builder import build_graph
+from prunewright.state import InputError, PruneConfig, StoreError, load_config, validate_config
+from prunewright.state.metrics import Metrics
+from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.storage import read_json, write_atomic
+
+OnEvent = Callable[[str, dict[str, Any]], None]
+"""Called with ``update`` (a node's name and update) or ``custom`` (progress, step, metrics)."""
+
+
+class RunResult:
+    """A finished run.
+
+    Attributes:
+        directory: the run directory.
+        metrics: what metrics.json holds.
+    """
+
+    def __init__(self, directory: Path, metrics: Metrics) -> None:
+        self.directory = directory
+        self.metrics = metrics
+
+    @property
+    def model_directory(self) -> Path:
+        """The pruned model, a plain Hugging Face directory."""
+        return RunDirectory(self.directory).model
+
+
+def run(
+    config: PruneConfig | dict[str, Any] | str | Path,
+    out: str | Path | None = None,
+    on_event: OnEvent | None = None,
+) -> RunResult:
+    """Prune a model step by step, as the configuration says, and save the result.
+
+    Args:
+        config: a `PruneConfig`, its keys as a dict, or the path of a YAML file.
+        out: run directory, new or empty; default ``runs/<time>-<id>``.
+        on_event: told of progress and updates.
+
+    Raises:
+        InputError: the configuration, the model, a text or the directory cannot be used.
+        AgentError: the agent could not be asked; `resume` goes on from there.
+        PrunewrightError: another failure; its message says what to do.
+    """
+    if isinstance(config, str | Path):
+        config = load_config(config)
+    elif isinstance(config, dict):
+        config = validate_config(config)
+    resolve_agent(config.agent)
+    thread = f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
+    directory = RunDirectory(out or config.out or Path("runs") / thread)
+    directory.create(config)
+    return _drive(directory, config, thread, on_event)
+
+
+def resume(
+    run_directory: str | Path,
+    on_event: OnEvent | None = None,
+    **changes: Any,
+) -> RunResult:
+    """Go on with a run from its last checkpoint; a finished one is only reported.
+
+    Args:
+        run_directory: the run's directory.
+        on_event: told of progress and updates.
+        changes: keys of the config's context to change (agent, guard, max_steps ...).
+
+    Raises:
+        InputError: no run there, or a change to what defines the run.
+        StoreError: a file of the run is missing or damaged.
+    """
+    directory = RunDirectory(run_directory)
+    config = directory.config()
+    if changes:
+        changed = validate_config(config.model_dump() | changes)
+        if changed.request != config.request:
+            raise InputError(
+                "only who decides and how can change on a resumed run (agent, guard, "
+                "max_steps ...); what defines it, such as model or target, needs a new run"
+            )
+        config = changed
+    resolve_agent(config.agent)
+    if changes:
+        write_atomic(directory.config_file, config.to_yaml().encode())
+    thread = directory.thread() or f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
+    return _drive(directory, config, thread, on_event)
+
+
+def _drive(
+    directory: RunDirectory, config: PruneConfig, thread: str, on_event: OnEvent | None
+) -> RunResult:
+    context = config.context.model_copy(update={"out": str(directory.path)})
+    options: RunnableConfig = {
+        "configurable": {"thread_id": thread},
+        "recursion_limit": 6 * config.max_steps + 10,
+        "run_name": "prunewright",
+        "tags": [config.criterion, config.agent],
+        "metadata": {"model": config.model, "target": config.target},
+    }
+    try:
+        with closing(sqlite3.connect(directory.database, check_same_thread=False)) as connection:
+            saver = SqliteSaver(connection)
+            graph = build_graph(saver)
+            state = graph.get_state(options)
+            started = bool(state.values)
+            if started and not state.next:
+                return RunResult(directory.path, load_metrics(directory))
+            start = None if started else {"request": config.request.model_dump(mode="json")}
+            for mode, event in graph.stream(
+                start,  # type: ignore[arg-type]  # JSON, as Studio sends it
+                options,
+                context=context,
+                stream_mode=["updates", "custom"],
+                durability="sync",
+            ):
+                if on_event is not None:
+                    on_event(mode, event)
+    except sqlite3.Error as error:
+        raise StoreError(
+            f"{directory.database}: {error}. Nothing recorded so far is lost: free some space "
+            f"if the disk is full, then: prunewright resume {directory.path}"
+        ) from error
+    return RunResult(directory.path, load_metrics(directory))
+
+
+def load_metrics(directory: RunDirectory) -> Metrics:
+    """metrics.json of a finished run.
+
+    Raises:
+        StoreError: missing or damaged.
+    """
+    return Metrics.model_validate(read_json(directory.metrics_file))

@@ -1,0 +1,41 @@
+"""What is passed on between the parts: configuration, decisions, profiles, history, state."""
+
+from prunewright.state.config import (
+    PruneConfig,
+    PruneContext,
+    PruneRequest,
+    load_config,
+    parse_pattern,
+    validate_config,
+)
+from prunewright.state.decision import Decision, LayerDelta, check_decision
+from prunewright.state.errors import AgentError, InputError, PrunewrightError, StoreError
+from prunewright.state.history import DecisionReport, StepRecord, StepSummary
+from prunewright.state.profile import COST_DELTAS, LayerProfile, ModelProfile
+from prunewright.state.schema import STATUS_WORDS, PruneInput, PruneState, PruneUpdate
+
+__all__ = [
+    "COST_DELTAS",
+    "STATUS_WORDS",
+    "AgentError",
+    "Decision",
+    "DecisionReport",
+    "InputError",
+    "LayerDelta",
+    "LayerProfile",
+    "ModelProfile",
+    "PruneConfig",
+    "PruneContext",
+    "PruneInput",
+    "PruneRequest",
+    "PruneState",
+    "PruneUpdate",
+    "PrunewrightError",
+    "StepRecord",
+    "StepSummary",
+    "StoreError",
+    "check_decision",
+    "load_config",
+    "parse_pattern",
+    "validate_config",
+]

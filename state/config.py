@@ -1,0 +1,281 @@
+"""One frozen configuration: what a run is (request) and who decides how (context)."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from prunewright.state.errors import InputError
+
+DEFAULT_AGENT = "google_genai:gemini-3-flash-preview"
+
+CriterionName = Literal["magnitude", "wanda", "fisher"]
+
+
+class Options(BaseModel):
+    """Base of every options model: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WindowOptions(Options):
+    """How many windows of how many tokens each use of text takes."""
+
+    calibration: int = Field(16, ge=1, description="windows for the activation statistics")
+    gradient: int = Field(8, ge=1, description="how many of them also give gradients")
+    guard: int = Field(8, ge=1, description="windows that accept or roll back a step")
+    test: int = Field(20, ge=1, description="windows that the reported perplexity is taken on")
+    length: int = Field(1024, ge=8, description="tokens in one window")
+
+    @model_validator(mode="after")
+    def _gradient_within_calibration(self) -> "WindowOptions":
+        if self.gradient > self.calibration:
+            raise ValueError(
+                f"gradient windows ({self.gradient}) are taken from the calibration windows "
+                f"({self.calibration}) and cannot be more"
+            )
+        return self
+
+
+class TextOptions(Options):
+    """Sources of text: ``embedded``, a hub data set ``name[:config]``, or a local file."""
+
+    calibration: str = Field("embedded", description="source of the statistics")
+    guard: str | None = Field(
+        None, description="source of the guard; null: the calibration source, other windows"
+    )
+    test: str = Field("embedded", description="source reported on, never chosen on")
+    windows: WindowOptions = WindowOptions()
+
+
+class ProfileOptions(Options):
+    """How the profile is taken."""
+
+    gradient_every: int = Field(3, ge=1, description="steps between two gradient passes")
+    gradient_checkpointing: bool = Field(
+        True, description="recompute activations in the backward pass: less memory, 10 % more time"
+    )
+
+
+class GuardOptions(Options):
+    """When a step is rolled back."""
+
+    max_increase: float = Field(
+        0.15, gt=0, description="largest perplexity rise over the last accepted revision"
+    )
+    max_total_increase: float | None = Field(
+        None, gt=0, description="largest perplexity rise over the dense model; null: no bound"
+    )
+
+
+class AskingOptions(Options):
+    """How an LLM is asked."""
+
+    timeout: float = Field(120, gt=0, description="seconds that one answer may take")
+    attempts: int = Field(5, ge=1, le=20, description="tries on transient errors, in all")
+    wait: float = Field(
+        2.0, ge=0, description="seconds before the second try; doubled, with jitter, after each"
+    )
+    repairs: int = Field(
+        2, ge=0, le=5, description="times a refused answer is sent back with what was wrong"
+    )
+
+
+class PruneRequest(Options):
+    """What defines a run; it never changes on a thread."""
+
+    model: str = Field("embedded", description="hub name, local directory, or embedded")
+    trust_remote_code: bool = Field(False, description="run Python code that the model brings")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...")
+    target: float = Field(0.45, gt=0, le=0.95, description="sparsity over all prunable weights")
+    step: float = Field(
+        0.05, gt=0, le=0.95, description="largest sparsity that one step adds to the whole model"
+    )
+    max_delta: float = Field(
+        0.15, gt=0, le=0.95, description="largest sparsity that one step adds to one layer"
+    )
+    max_layer_sparsity: float = Field(0.9, gt=0, le=1, description="ceiling of any one layer")
+    criterion: CriterionName = "wanda"
+    pattern: str = Field("unstructured", description='unstructured, or "keep_n:group_m": "2:4"')
+    profile: ProfileOptions = ProfileOptions()
+    texts: TextOptions = TextOptions()
+    seed: int = Field(0, ge=0, lt=2**63)
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _pattern_form(cls, value: object) -> object:
+        if not isinstance(value, str):
+            raise ValueError('write N:M patterns in quotes, "2:4": YAML reads 2:4 as a number')
+        parse_pattern(value)
+        return value
+
+    @model_validator(mode="after")
+    def _reachable(self) -> "PruneRequest":
+        if self.target > self.max_layer_sparsity:
+            raise ValueError(
+                f"target {self.target} is above max_layer_sparsity {self.max_layer_sparsity}: "
+                "raise the one or lower the other"
+            )
+        return self
+
+
+class PruneContext(Options):
+    """Who decides and how; may change when a run is resumed."""
+
+    agent: str = Field(
+        DEFAULT_AGENT,
+        description="provider:model, greedy, zscore, random, uniform, auto, "
+        "or import:package.module:Class",
+    )
+    agent_options: dict[str, Any] = Field(
+        default_factory=lambda: {"temperature": 0.5}, description="passed to the agent"
+    )
+    asking: AskingOptions = AskingOptions()
+    feedback: bool = Field(True, description="show the agent what its earlier steps did")
+    guard: GuardOptions = GuardOptions()
+    max_steps: int = Field(40, ge=1, le=10_000)
+    max_stalls: int = Field(
+        3, ge=1, description="rollbacks or empty decisions in a row that end the run"
+    )
+    out: str | None = Field(None, description="run directory; null: runs/<thread>")
+
+    @field_validator("agent_options")
+    @classmethod
+    def _no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in value:
+            if re.search(r"key$|secret|password|credential|(^|_)token$", key, re.IGNORECASE):
+                raise ValueError(
+                    f"{key} does not belong into a config, which every run stores: "
+                    "set the provider's environment variable instead"
+                )
+        return value
+
+
+class PruneConfig(PruneRequest, PruneContext):
+    """The whole configuration, as one YAML file holds it."""
+
+    @property
+    def request(self) -> PruneRequest:
+        """The half that defines the run."""
+        return PruneRequest(**{k: getattr(self, k) for k in PruneRequest.model_fields})
+
+    @property
+    def context(self) -> PruneContext:
+        """The half that says who decides and how."""
+        return PruneContext(**{k: getattr(self, k) for k in PruneContext.model_fields})
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML that `load_config` reads back to an equal object."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+PatternNM = tuple[int, int]
+
+
+def parse_pattern(pattern: str) -> PatternNM | None:
+    """``(keep_n, group_m)`` of ``"keep_n:group_m"``; None for ``unstructured``.
+
+    Raises:
+        ValueError: neither form, or not 0 < keep_n < group_m.
+    """
+    if pattern == "unstructured":
+        return None
+    match = re.fullmatch(r"(\d{1,3}):(\d{1,3})", pattern)
+    if match is None:
+        raise ValueError(f'pattern {pattern!r} is neither "unstructured" nor of the form "2:4"')
+    keep_n, group_m = int(match[1]), int(match[2])
+    if not 0 < keep_n < group_m:
+        raise ValueError(f"pattern {pattern!r} must keep at least 1 and less than {group_m}")
+    return keep_n, group_m
+
+
+def load_config(
+    path: str | Path | None = None,
+    overrides: Annotated[list[str] | None, "key=value"] = None,
+    **values: Any,
+) -> PruneConfig:
+    """Read a YAML file, apply ``key=value`` overrides (dots reach nested keys), validate.
+
+    Args:
+        path: the YAML file; None starts from the defaults.
+        overrides: as given to ``--set``; lists, mappings and null in YAML's flow form.
+        values: top-level keys that win over both; None values are ignored.
+
+    Raises:
+        InputError: unreadable file, unknown key (with a suggestion) or invalid value.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"cannot read the config file {path}: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(loaded, dict | None):
+            raise InputError(f"{path} must hold a mapping of keys to values")
+        data = loaded or {}
+    for override in overrides or []:
+        _apply_override(data, override)
+    data.update({k: v for k, v in values.items() if v is not None})
+    return validate_config(data)
+
+
+def validate_config(data: dict[str, Any]) -> PruneConfig:
+    """Validate a mapping as a `PruneConfig`, turning errors into words for the user.
+
+    Raises:
+        InputError: unknown key (with a suggestion) or invalid value.
+    """
+    try:
+        return PruneConfig.model_validate(data)
+    except ValidationError as error:
+        raise InputError(describe_validation_error(error, PruneConfig)) from None
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, raw = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set wants key=value, got {override!r}")
+    # Only lists, mappings and null are YAML: pydantic reads numbers and booleans from text,
+    # and YAML would read the pattern 2:4 as the number 124.
+    value: Any = raw
+    if raw[:1] in "[{" or raw in ("null", "~"):
+        try:
+            value = yaml.safe_load(raw)
+        except yaml.YAMLError as error:
+            raise InputError(f"--set {key}: {raw!r} is not valid YAML: {error}") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise InputError(f"--set {key}: {parent} holds a value, not further keys")
+    data[last] = value
+
+
+def describe_validation_error(error: ValidationError, model: type[BaseModel]) -> str:
+    """One line an error, each with the key's dotted path and, for typos, a suggestion."""
+    lines = []
+    for item in error.errors(include_url=False, include_input=False):
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = _fields_at(model, item["loc"][:-1])
+            close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+            lines.append(f"unknown key {path}{hint}")
+        else:
+            lines.append(f"{path or 'config'}: {item['msg'].removeprefix('Value error, ')}")
+    return "\n".join(lines)
+
+
+def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    for part in loc:
+        annotation = model.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

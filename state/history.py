@@ -1,0 +1,70 @@
+"""What is kept of each step: the full record on disk, a short one in the state."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+from typing_extensions import TypedDict
+
+from prunewright.state.decision import Decision
+
+Verdict = Literal["accepted", "rolled_back", "empty"]
+
+
+class DecisionReport(BaseModel):
+    """A decision and how it came about."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    agent: str
+    decision: Decision
+    predicted_change: float | None = None
+    """Relative perplexity change that the profile's loss_cost predicts for the decision."""
+    invalid_answers: list[str] = []
+    """What was wrong with each answer that was refused before this one."""
+    notes: list[str] = []
+    tokens: int = 0
+
+
+class StepRecord(BaseModel):
+    """One step, whole: a line of trace.jsonl."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step: int
+    agent: str
+    verdict: Verdict
+    reason: str
+    """Why the step was rolled back or is empty; "" for an accepted one."""
+    decision: Decision
+    applied: dict[str, float]
+    """Sparsity really added to each layer, after the landing on the target."""
+    invalid_answers: list[str]
+    notes: list[str]
+    profile: str
+    """Path of the step's profile in the run directory."""
+    revision: str
+    """The accepted revision after the step."""
+    candidate: str | None
+    sparsity_before: float
+    sparsity: float
+    perplexity_before: float
+    candidate_perplexity: float | None
+    """None: not evaluated, or not finite (the reason says which)."""
+    change: float | None
+    """Relative perplexity change of the candidate over the revision accepted before."""
+    change_stderr: float | None
+    """Standard error of the paired change over the guard windows."""
+    predicted_change: float | None
+    llm_tokens: int
+
+
+class StepSummary(TypedDict):
+    """What the checkpointed state keeps of a step; the record lies in ``record``."""
+
+    step: int
+    record: str
+    verdict: Verdict
+    sparsity: float
+    perplexity: float
+    change: float | None
+    layers: int

@@ -1,0 +1,56 @@
+"""metrics.json, typed."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Pair(BaseModel):
+    """A perplexity before and after."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dense: float
+    final: float
+
+
+class Perplexities(BaseModel):
+    """Perplexity on the text that steps were accepted on, and on the text reported on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    guard: Pair
+    test: Pair
+
+
+class Metrics(BaseModel):
+    """What a run or a baseline came to.
+
+    Attributes:
+        status: why it ended; ``target_reached``, ``max_steps``, ``stalled`` or ``baseline``.
+        method: agent or ``baseline``, and the criterion.
+        revision: hash of the final masks.
+        sparsity: fraction of exact zeros over all prunable weights.
+        steps: steps taken, rolled-back and empty ones included.
+        rollbacks: steps that the guard rolled back.
+        decisions: answers accepted as decisions.
+        invalid_answers: answers refused.
+        perplexity: see `Perplexities`.
+        seconds: wall time, ``total`` and by node.
+        tokens: scored for calibration (forward), gradient (forward and backward), guard and
+            test; exchanged with the LLM.
+        peak_memory_bytes: largest resident size of the process so far.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    status: str
+    method: dict[str, str]
+    revision: str
+    sparsity: float
+    steps: int
+    rollbacks: int
+    decisions: int
+    invalid_answers: int
+    perplexity: Perplexities
+    seconds: dict[str, float]
+    tokens: dict[str, int]
+    peak_memory_bytes: int

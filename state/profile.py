@@ -1,0 +1,74 @@
+"""The profile of a model at one revision: what an agent sees of each layer."""
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+
+from pydantic import BaseModel, ConfigDict
+
+COST_DELTAS = (0.05, 0.10, 0.15)
+"""The deltas for which a profile predicts the loss increase."""
+
+
+class LayerProfile(BaseModel):
+    """One layer's signals (design: arXiv 2601.09694 for s and g; Optimal Brain Damage for cost).
+
+    ``s``: 10th percentile of |W| * ||X_j||_2 over non-zero weights. ``g``: mean |dL/dW| over
+    them. ``loss_cost``: predicted rise of the mean token loss, in nats, for taking the next
+    `COST_DELTAS` from this layer with the criterion in use, less where the layer has less left.
+    ``z_s``, ``z_g``, ``z_c``: z-scores over all layers; negative is safer to prune.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    block: int
+    projection: str
+    parameters: int
+    sparsity: float
+    s: float
+    g: float
+    loss_cost: tuple[float, float, float]
+    z_s: float
+    z_g: float
+    z_c: float
+
+    def cost_of(self, delta: float) -> float:
+        """Predicted rise of the mean token loss, nats, for pruning ``delta`` further.
+
+        Linear between the `COST_DELTAS`, and beyond the last with its slope.
+        """
+        points = [(0.0, 0.0), *zip(COST_DELTAS, self.loss_cost, strict=True)]
+        for (x0, y0), (x1, y1) in pairwise(points):
+            if delta <= x1 or x1 == COST_DELTAS[-1]:
+                return y0 + (y1 - y0) * (delta - x0) / (x1 - x0)
+        raise AssertionError("unreachable")
+
+    @property
+    def short_name(self) -> str:
+        """Block and projection, ``7.mlp.down_proj``."""
+        return f"{self.block}.{self.projection}"
+
+
+class ModelProfile(BaseModel):
+    """All layers' signals at one revision."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    revision: str
+    gradient_revision: str
+    layers: list[LayerProfile]
+    notes: list[str] = []
+
+    def predicted_change(self, deltas: Mapping[str, float]) -> float:
+        """Relative perplexity change that the layers' loss costs predict for some deltas."""
+        layers = {p.name: p for p in self.layers}
+        loss = sum(layers[name].cost_of(delta) for name, delta in deltas.items())
+        return math.expm1(min(loss, 50.0))
+
+    def table(self) -> dict[str, str]:
+        """Compact rows ``{short name: "sparsity z_s z_g z_c"}`` for the checkpointed state."""
+        return {
+            p.short_name: f"{p.sparsity:.3f} {p.z_s:.2f} {p.z_g:.2f} {p.z_c:.2f}"
+            for p in self.layers
+        }

@@ -1,0 +1,94 @@
+"""The graph's state: plain Python only, small enough to be stored at every superstep."""
+
+from typing import Annotated, Any, Literal
+
+from typing_extensions import TypedDict
+
+from prunewright.state.config import PruneRequest
+from prunewright.state.history import StepSummary
+
+Status = Literal["running", "target_reached", "max_steps", "stalled"]
+
+STATUS_WORDS: dict[Status, str] = {
+    "running": "still running",
+    "target_reached": "the target sparsity is reached",
+    "max_steps": "max_steps is used up before the target: raise max_steps or step",
+    "stalled": "too many rollbacks or empty decisions in a row: "
+    "loosen guard.max_increase, lower step, or accept this sparsity",
+}
+
+
+def add_up(left: dict[str, float], right: dict[str, float]) -> dict[str, float]:
+    """Reducer: the sums, key by key."""
+    return {key: left.get(key, 0) + right.get(key, 0) for key in left | right}
+
+
+class PruneInput(TypedDict):
+    """What starts a run."""
+
+    request: PruneRequest
+
+
+class PruneState(TypedDict):
+    """All that is checkpointed. Revisions and files are named, never contained."""
+
+    request: dict[str, Any]
+    step: int
+    status: Status
+    revision: str
+    """The accepted revision."""
+    sparsity: float
+    perplexity: float
+    """Guard perplexity of the accepted revision."""
+    guard_losses: list[float]
+    """Its mean loss on each guard window, nats a token."""
+    dense_perplexity: float
+    gradient_revision: str
+    """The revision at which gradients were last taken."""
+    profile: dict[str, Any] | None
+    """``path`` of the full profile in the run directory, and a compact ``table``."""
+    decision: dict[str, Any] | None
+    candidate: str | None
+    candidate_sparsity: float | None
+    candidate_perplexity: float | None
+    candidate_losses: list[float]
+    applied: dict[str, float]
+    notes: list[str]
+    rollback_reason: str
+    rollbacks: int
+    stalls: int
+    """Rollbacks and empty decisions in a row."""
+    history: list[StepSummary]
+    feedback: str
+    seconds: Annotated[dict[str, float], add_up]
+    """Wall time by node."""
+    tokens: Annotated[dict[str, float], add_up]
+    """Tokens scored (calibration, guard) and exchanged with the LLM."""
+
+
+class PruneUpdate(TypedDict, total=False):
+    """What a node returns: a part of `PruneState`."""
+
+    step: int
+    status: Status
+    revision: str
+    sparsity: float
+    perplexity: float
+    guard_losses: list[float]
+    dense_perplexity: float
+    gradient_revision: str
+    profile: dict[str, Any] | None
+    decision: dict[str, Any] | None
+    candidate: str | None
+    candidate_sparsity: float | None
+    candidate_perplexity: float | None
+    candidate_losses: list[float]
+    applied: dict[str, float]
+    notes: list[str]
+    rollback_reason: str
+    rollbacks: int
+    stalls: int
+    history: list[StepSummary]
+    feedback: str
+    seconds: dict[str, float]
+    tokens: dict[str, float]

