@@ -8,7 +8,8 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar, cast
 
 from langgraph.runtime import Runtime
 from pydantic import ValidationError
@@ -39,10 +40,10 @@ from prunewright.tools.revisions import DENSE
 from prunewright.tools.rundir import RunDirectory
 from prunewright.tools.workbench import Workbench, workbench
 
-Node = Callable[[PruneState, Runtime[PruneContext]], PruneUpdate]
+_Node = TypeVar("_Node", bound=Callable[..., PruneUpdate])
 
 
-def timed(node: Node) -> Node:
+def timed(node: _Node) -> _Node:
     """Add the node's wall time to the state's ``seconds``."""
 
     @functools.wraps(node)
@@ -51,7 +52,7 @@ def timed(node: Node) -> Node:
         update = node(state, runtime)
         return {**update, "seconds": {node.__name__: time.perf_counter() - began}}
 
-    return wrapper
+    return cast(_Node, wrapper)
 
 
 @timed
@@ -262,9 +263,8 @@ def ask(name: str, agent: Agent, observation: Observation, *, repairs: int) -> D
     spent = int(getattr(agent, "tokens", 0))
     parameters = {p.name: p.parameters for p in observation.profile.layers}
     for _ in range(repairs + 1):
-        seen = _with_refusals(observation, refusals)
         try:
-            answer = agent.decide(seen)
+            answer = agent.decide(replace(observation, refusals=tuple(refusals)))
             decision = full_names(answer, observation.profile)
             problems = check_decision(
                 decision,
@@ -431,9 +431,3 @@ def _progress(runtime: Runtime[PruneContext]) -> Progress:
 
 def _spent(bench: Workbench, before: dict[str, int]) -> dict[str, float]:
     return {k: v - before[k] for k, v in bench.tokens.items() if v != before[k]}
-
-
-def _with_refusals(observation: Observation, refusals: list[Refusal]) -> Observation:
-    from dataclasses import replace
-
-    return replace(observation, refusals=tuple(refusals))

@@ -6,14 +6,21 @@ from collections.abc import Callable
 from contextlib import closing
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.sqlite import SqliteSaver
 
 from prunewright.graph.agents import resolve_agent
 from prunewright.graph.builder import build_graph
-from prunewright.state import InputError, PruneConfig, StoreError, load_config, validate_config
+from prunewright.state import (
+    InputError,
+    PruneConfig,
+    PruneInput,
+    StoreError,
+    load_config,
+    validate_config,
+)
 from prunewright.state.metrics import Metrics
 from prunewright.tools.rundir import RunDirectory
 from prunewright.tools.storage import read_json, write_atomic
@@ -120,16 +127,18 @@ def _drive(
             started = bool(state.values)
             if started and not state.next:
                 return RunResult(directory.path, load_metrics(directory))
-            start = None if started else {"request": config.request.model_dump(mode="json")}
+            # JSON, as Studio sends it: the state holds plain values only.
+            request: Any = config.request.model_dump(mode="json")
+            start: PruneInput | None = None if started else {"request": request}
             for mode, event in graph.stream(
-                start,  # type: ignore[arg-type]  # JSON, as Studio sends it
+                start,
                 options,
                 context=context,
                 stream_mode=["updates", "custom"],
                 durability="sync",
             ):
                 if on_event is not None:
-                    on_event(mode, event)
+                    on_event(str(mode), cast(dict[str, Any], event))
     except sqlite3.Error as error:
         raise StoreError(
             f"{directory.database}: {error}. Nothing recorded so far is lost: free some space "

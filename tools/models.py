@@ -16,7 +16,7 @@ import platformdirs
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -72,7 +72,7 @@ class LoadedModel:
 
     def close(self) -> None:
         """Drop the weights so that their memory can be reused."""
-        self.model.to("meta")
+        nn.Module.to(self.model, "meta")
 
 
 def load_model(
@@ -106,7 +106,7 @@ def load_model(
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(f"cannot load the model {name}: {error}") from error
-    model.to(place)
+    nn.Module.to(model, place)
     model.eval()
     model.requires_grad_(False)
     if hasattr(model, "set_experts_implementation"):

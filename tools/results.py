@@ -164,7 +164,7 @@ in the decoder blocks' linear layers are exactly zero. Embeddings, norms and the
 
 | | dense | pruned |
 |---|---|---|
-| perplexity, guard text (accepted or rolled back on) | {ppl.guard.dense:.3f} | {ppl.guard.final:.3f} |
+| perplexity, guard text | {ppl.guard.dense:.3f} | {ppl.guard.final:.3f} |
 | perplexity, test text ({request.texts.test}) | {ppl.test.dense:.3f} | {ppl.test.final:.3f} |
 
 Method: {metrics.method["agent"]}, criterion {request.criterion}, pattern {request.pattern};

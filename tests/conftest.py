@@ -1,0 +1,120 @@
+"""Pico models of many families, made here in a second: no download, no network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
+
+VOCABULARY = 512
+PICO: dict[str, dict[str, Any]] = {
+    "LlamaConfig": {"num_key_value_heads": 2},
+    "Qwen3Config": {"num_key_value_heads": 2, "head_dim": 8},
+    "MistralConfig": {"num_key_value_heads": 2},
+    "Gemma2Config": {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 30.0},
+    "OPTConfig": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "GPT2Config": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "GPTNeoXConfig": {},
+    "PhiConfig": {},
+    "MixtralConfig": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "Qwen3MoeConfig": {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "decoder_sparse_step": 1,
+    },
+}
+
+
+def make_pico(directory: Path, family: str = "LlamaConfig", **overrides: Any) -> Path:
+    """Save a 2-layer, 32-wide random model of a family, with a tokenizer, and return where."""
+    torch.manual_seed(0)
+    values = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+        "initializer_range": 0.2,
+    }
+    config = getattr(transformers, family)(**(values | PICO[family] | overrides))
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(directory)
+    pico_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def pico_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the embedded corpus."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    corpus = resources.files("prunewright.tools") / "data" / "corpus" / "calibration"
+    texts = [p.read_text(encoding="utf-8") for p in sorted(corpus.iterdir(), key=lambda p: p.name)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts[:12], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+@pytest.fixture(scope="session")
+def pico_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function that gives the directory of a pico model of a family, made once a session."""
+    made: dict[str, Path] = {}
+
+    def get(family: str = "LlamaConfig") -> Path:
+        if family not in made:
+            made[family] = make_pico(tmp_path_factory.mktemp(family), family)
+        return made[family]
+
+    return get
+
+
+@pytest.fixture
+def pico_config(pico_models: Callable[..., Path]) -> dict[str, Any]:
+    """The configuration of a run on a pico Llama that takes a second or two."""
+    return {
+        "model": str(pico_models()),
+        "dtype": "float32",
+        "device": "cpu",
+        "agent": "greedy",
+        "target": 0.3,
+        "step": 0.1,
+        "texts": {
+            "windows": {"calibration": 4, "gradient": 2, "guard": 3, "test": 3, "length": 48}
+        },
+    }
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No key of the machine reaches a test, and nothing is cached outside its directory."""
+    for name in ("GOOGLE_API_KEY", "GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LANGSMITH_TRACING", "false")
+    yield

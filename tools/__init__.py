@@ -1,0 +1,1 @@
+"""What the nodes use: models, texts, profiling, criteria, revisions, results. No LangGraph."""
