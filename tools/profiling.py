@@ -15,7 +15,6 @@ from prunewright.state.config import CriterionName
 from prunewright.state.profile import COST_DELTAS, LayerProfile, ModelProfile
 from prunewright.tools.criteria import CRITERIA, LayerStatistics, fisher, split_experts
 from prunewright.tools.layers import Layer, find_blocks
-from prunewright.tools.masks import Group
 from prunewright.tools.models import LoadedModel
 from prunewright.tools.observe import ProductObserver
 from prunewright.tools.perplexity import TOKENS_AT_ONCE, Head, Progress, hidden_states
@@ -313,63 +312,29 @@ def predict_losses(
     """
     totals = [0.0] * len(levels)
     for matrix, stats in split_experts(weight, statistics):
+        assert stats.gradient_square is not None
         rule = CRITERIA[criterion]
+        factors = fisher.damped(stats.gradient_square)
         if rule.group == "row":
-            rows, inputs = matrix.shape
-            step = max(1, math.ceil(rows * inputs / SAMPLE))
-            part = matrix[step // 2 :: step]
-            picked = LayerStatistics(
-                stats.input_square, _rows(stats.gradient_square, slice(step // 2, None, step))
-            )
-            shares = _pruned_saliency(part, picked, criterion, levels, "row")
-            whole = _total_saliency(matrix, stats)
-            known = _total_saliency(part, picked)
-            losses = [share * whole / known if known else 0.0 for share in shares]
+            step = math.ceil(matrix.numel() / SAMPLE)
+            rows = slice(step // 2, None, step)
+            part = matrix[rows]
+            picked = LayerStatistics(stats.input_square, stats.gradient_square[rows])
+            order = rule.score(part, picked).argsort(dim=1)
+            saliency = fisher.saliency(part, stats.input_square, factors[rows])
+            running = saliency.gather(1, order).cumsum(dim=1).sum(dim=0, dtype=torch.float64)
+            whole = matrix.float().square() @ stats.input_square @ factors
+            scale = 0.5 * float(whole) / max(float(saliency.sum(dtype=torch.float64)), 1e-300)
         else:
             index = _spread(matrix.numel(), matrix.shape[1], matrix.device)
-            scores = rule.score(matrix, stats).reshape(-1)[index]
-            saliency = scores if criterion == "fisher" else _saliency(matrix, stats, index)
-            order = scores.argsort()
-            running = saliency[order].double().cumsum(0)
+            saliency = fisher.saliency(matrix, stats.input_square, factors).reshape(-1)[index]
+            order = rule.score(matrix, stats).reshape(-1)[index].argsort()
+            running = saliency[order].cumsum(0, dtype=torch.float64)
             scale = matrix.numel() / len(index)
-            counts = [round(level * len(index)) for level in levels]
-            losses = [scale * float(running[n - 1]) if n else 0.0 for n in counts]
+        counts = [round(level * len(running)) for level in levels]
+        losses = [scale * float(running[n - 1]) if n else 0.0 for n in counts]
         totals = [total + loss for total, loss in zip(totals, losses, strict=True)]
     return totals
-
-
-def _pruned_saliency(
-    matrix: Tensor,
-    statistics: LayerStatistics,
-    criterion: CriterionName,
-    levels: list[float],
-    group: Group,
-) -> list[float]:
-    """Saliency lost at each level when every row gives the same share."""
-    assert group == "row"
-    assert statistics.gradient_square is not None
-    order = CRITERIA[criterion].score(matrix, statistics).argsort(dim=1)
-    saliency = fisher.score(matrix, statistics.input_square, statistics.gradient_square)
-    running = saliency.gather(1, order).cumsum(dim=1).sum(dim=0, dtype=torch.float64)
-    counts = [round(level * matrix.shape[1]) for level in levels]
-    return [float(running[n - 1]) if n else 0.0 for n in counts]
-
-
-def _total_saliency(matrix: Tensor, statistics: LayerStatistics) -> float:
-    assert statistics.gradient_square is not None
-    by_row = matrix.float().square() @ statistics.input_square
-    return float(0.5 * (by_row.double() @ statistics.gradient_square.double()))
-
-
-def _saliency(matrix: Tensor, statistics: LayerStatistics, index: Tensor) -> Tensor:
-    assert statistics.gradient_square is not None
-    return fisher.score(matrix, statistics.input_square, statistics.gradient_square).reshape(-1)[
-        index
-    ]
-
-
-def _rows(values: Tensor | None, rows: slice) -> Tensor | None:
-    return None if values is None else values[rows]
 
 
 def _spread(numel: int, inputs: int, device: torch.device) -> Tensor:
