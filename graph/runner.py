@@ -22,6 +22,7 @@ from prunewright.state import (
     validate_config,
 )
 from prunewright.state.metrics import Metrics
+from prunewright.tools.baseline import BASELINE, prune_once
 from prunewright.tools.rundir import RunDirectory
 from prunewright.tools.storage import read_json, write_atomic
 
@@ -64,15 +65,12 @@ def run(
         AgentError: the agent could not be asked; `resume` goes on from there.
         PrunewrightError: another failure; its message says what to do.
     """
-    if isinstance(config, str | Path):
-        config = load_config(config)
-    elif isinstance(config, dict):
-        config = validate_config(config)
-    resolve_agent(config.agent)
-    thread = f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
-    directory = RunDirectory(out or config.out or Path("runs") / thread)
-    directory.create(config)
-    return _drive(directory, config, thread, on_event)
+    settled = _settle(config)
+    resolve_agent(settled.agent)
+    thread = _new_thread()
+    directory = RunDirectory(out or settled.out or Path("runs") / thread)
+    directory.create(settled)
+    return _drive(directory, settled, thread, on_event)
 
 
 def resume(
@@ -101,11 +99,58 @@ def resume(
                 "max_steps ...); what defines it, such as model or target, needs a new run"
             )
         config = changed
+    thread = directory.thread() or _new_thread()
+    if config.agent == BASELINE:
+        if directory.metrics_file.exists():
+            return RunResult(directory.path, load_metrics(directory))
+        return _prune_once(directory, config, thread, on_event)
     resolve_agent(config.agent)
     if changes:
         write_atomic(directory.config_file, config.to_yaml().encode())
-    thread = directory.thread() or f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
     return _drive(directory, config, thread, on_event)
+
+
+def baseline(
+    config: PruneConfig | dict[str, Any] | str | Path,
+    out: str | Path | None = None,
+    on_event: OnEvent | None = None,
+) -> RunResult:
+    """Prune every layer alike in one shot; leaves the same files as `run`.
+
+    Args:
+        config: as for `run`; target or pattern, and criterion, say what is done.
+        out: run directory, new or empty; default ``runs/<time>-<id>``.
+        on_event: told of progress.
+
+    Raises:
+        InputError: the configuration, the model, a text or the directory cannot be used.
+        PrunewrightError: another failure; its message says what to do.
+    """
+    settled = _settle(config).model_copy(update={"agent": BASELINE})
+    thread = _new_thread()
+    directory = RunDirectory(out or settled.out or Path("runs") / thread)
+    directory.create(settled)
+    return _prune_once(directory, settled, thread, on_event)
+
+
+def _prune_once(
+    directory: RunDirectory, config: PruneConfig, thread: str, on_event: OnEvent | None
+) -> RunResult:
+    def progress(label: str, done: int, total: int) -> None:
+        if on_event is not None:
+            on_event("custom", {"progress": {"label": label, "done": done, "total": total}})
+
+    return RunResult(directory.path, prune_once(directory, config, thread, progress))
+
+
+def _settle(config: PruneConfig | dict[str, Any] | str | Path) -> PruneConfig:
+    if isinstance(config, str | Path):
+        return load_config(config)
+    return validate_config(config) if isinstance(config, dict) else config
+
+
+def _new_thread() -> str:
+    return f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
 
 
 def _drive(
