@@ -1,6 +1,18 @@
 """The state machine that prunes, and how to run it."""
 
-from prunewright.graph.builder import build_graph
-from prunewright.graph.runner import RunResult, baseline, resume, run
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prunewright.graph.builder import build_graph
+    from prunewright.graph.runner import RunResult, baseline, resume, run
 
 __all__ = ["RunResult", "baseline", "build_graph", "resume", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for only then: torch takes seconds, and `--help` needs none of it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from prunewright.graph import builder, runner
+
+    return getattr(builder if name == "build_graph" else runner, name)

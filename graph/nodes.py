@@ -18,6 +18,7 @@ from prunewright.graph.agents import InvalidAnswerError, Observation, Refusal, m
 from prunewright.graph.agents.base import Agent
 from prunewright.graph.feedback import compile_feedback
 from prunewright.graph.routing import guard_reason, termination
+from prunewright.graph.stopping import call_stoppable, check_stop
 from prunewright.state import (
     Decision,
     DecisionReport,
@@ -48,6 +49,7 @@ def timed(node: _Node) -> _Node:
 
     @functools.wraps(node)
     def wrapper(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
+        check_stop()
         began = time.perf_counter()
         update = node(state, runtime)
         return {**update, "seconds": {node.__name__: time.perf_counter() - began}}
@@ -92,7 +94,7 @@ def agent_decide(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpda
     request, context, run = _request(state), _context(runtime), _run(runtime)
     observation = observe(state, request, context, run)
     name, agent = make_agent(context)
-    report = ask(name, agent, observation, repairs=context.asking.repairs)
+    report = call_stoppable(lambda: ask(name, agent, observation, repairs=context.asking.repairs))
     return {
         "decision": report.model_dump(mode="json"),
         "tokens": {"llm": report.tokens} if report.tokens else {},
@@ -424,6 +426,7 @@ def _run(runtime: Runtime[PruneContext]) -> RunDirectory:
 
 def _progress(runtime: Runtime[PruneContext]) -> Progress:
     def report(label: str, done: int, total: int) -> None:
+        check_stop()
         runtime.stream_writer({"progress": {"label": label, "done": done, "total": total}})
 
     return report

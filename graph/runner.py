@@ -13,6 +13,7 @@ from langgraph.checkpoint.sqlite import SqliteSaver
 
 from prunewright.graph.agents import resolve_agent
 from prunewright.graph.builder import build_graph
+from prunewright.graph.stopping import check_stop, stop_on_signals
 from prunewright.state import (
     InputError,
     PruneConfig,
@@ -137,10 +138,12 @@ def _prune_once(
     directory: RunDirectory, config: PruneConfig, thread: str, on_event: OnEvent | None
 ) -> RunResult:
     def progress(label: str, done: int, total: int) -> None:
+        check_stop()
         if on_event is not None:
             on_event("custom", {"progress": {"label": label, "done": done, "total": total}})
 
-    return RunResult(directory.path, prune_once(directory, config, thread, progress))
+    with stop_on_signals():
+        return RunResult(directory.path, prune_once(directory, config, thread, progress))
 
 
 def _settle(config: PruneConfig | dict[str, Any] | str | Path) -> PruneConfig:
@@ -165,7 +168,10 @@ def _drive(
         "metadata": {"model": config.model, "target": config.target},
     }
     try:
-        with closing(sqlite3.connect(directory.database, check_same_thread=False)) as connection:
+        with (
+            stop_on_signals(),
+            closing(sqlite3.connect(directory.database, check_same_thread=False)) as connection,
+        ):
             saver = SqliteSaver(connection)
             graph = build_graph(saver)
             state = graph.get_state(options)

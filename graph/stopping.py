@@ -1,0 +1,123 @@
+"""Stopping a run between two windows or layers, so that a signal loses nothing.
+
+LangGraph runs nodes in threads of its own, which a KeyboardInterrupt in the main thread does
+not reach, and waits for them. So the first signal only sets an event that the work looks at;
+the second goes to whoever handled signals before.
+"""
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
+from types import FrameType
+from typing import Any, TypeVar
+
+from prunewright.state import PrunewrightError
+
+_log = logging.getLogger("prunewright")
+_Value = TypeVar("_Value")
+
+
+class StoppedError(PrunewrightError):
+    """The run was asked to stop; what its last checkpoint holds is kept."""
+
+
+class _Stop(threading.Event):
+    """Set once the run shall stop.
+
+    Attributes:
+        number: the signal that asked for it.
+    """
+
+    number: int = int(signal.SIGINT)
+
+
+# LangGraph hands the caller's context variables on to the threads of the nodes.
+_current: ContextVar[_Stop | None] = ContextVar("prunewright_stop", default=None)
+
+
+def stop_requested() -> bool:
+    """Whether the run of this context was asked to stop."""
+    stop = _current.get()
+    return stop is not None and stop.is_set()
+
+
+def check_stop() -> None:
+    """Called wherever work may end early.
+
+    Raises:
+        StoppedError: the run of this context was asked to stop.
+    """
+    if stop_requested():
+        raise StoppedError("the run was stopped")
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Inside the block SIGINT and SIGTERM ask the work to stop, which ends it at `check_stop`.
+
+    Raises:
+        KeyboardInterrupt: the work stopped; its argument is the signal's number.
+    """
+    stop = _Stop()
+    earlier: dict[int, Any] = {}
+
+    def on_signal(number: int, _: FrameType | None) -> None:
+        if stop.is_set():
+            signal.signal(number, earlier[number])
+            signal.raise_signal(number)
+            return
+        stop.number = number
+        stop.set()
+        _log.warning("stopping after the window or layer in hand; press again to stop at once")
+
+    token = _current.set(stop)
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if handler not in (signal.SIG_IGN, None):
+                earlier[number] = handler
+                signal.signal(number, on_signal)
+    try:
+        yield
+    except StoppedError:
+        raise KeyboardInterrupt(stop.number) from None
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+        _current.reset(token)
+
+
+def call_stoppable(function: Callable[[], _Value], every: float = 0.1) -> _Value:
+    """Call something that cannot look at the event itself, such as a request to an LLM.
+
+    It runs in a daemon thread, which is left behind if the run is stopped meanwhile.
+
+    Args:
+        function: what to call.
+        every: seconds between two looks at the event.
+
+    Raises:
+        StoppedError: the run was asked to stop.
+    """
+    if _current.get() is None:
+        return function()
+    results: list[_Value] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=copy_context().run, args=(work,), daemon=True)
+    thread.start()
+    while thread.is_alive():
+        check_stop()
+        thread.join(every)
+    if errors:
+        raise errors[0]
+    return results[0]
