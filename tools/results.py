@@ -4,15 +4,15 @@ import math
 import resource
 import shutil
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import yaml
+from safetensors import SafetensorError
 
-from prunewright.state import PruneRequest, PrunewrightError
+from prunewright.state import PruneRequest, PrunewrightError, StoreError
 from prunewright.state.metrics import Metrics, Pair, Perplexities
 from prunewright.tools.models import EMBEDDED, load_model
 from prunewright.tools.perplexity import Head, Progress, perplexity, window_losses
@@ -100,14 +100,16 @@ def save_model(run: RunDirectory, bench: Workbench, outcome: Outcome, metrics: M
         PrunewrightError: sparsity or losses differ after reloading.
         StoreError: cannot write.
     """
-    run.path.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=run.path, prefix=".saving-"))
+    scratch = run.path / ".saving"
+    # What a process left that was killed while saving.
+    shutil.rmtree(scratch, ignore_errors=True)
     try:
         try:
+            scratch.mkdir(parents=True)
             bench.loaded.model.save_pretrained(scratch)
             bench.loaded.tokenizer.save_pretrained(scratch)
-        except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own
-            raise PrunewrightError(
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise StoreError(
                 f"cannot save the model into {run.path}: {error}. The run is kept: free some "
                 f"space, then: prunewright resume {run.path}"
             ) from error

@@ -80,13 +80,21 @@ class RunDirectory:
 
         Raises:
             InputError: there is no run here.
+            StoreError: damaged.
         """
         if not self.config_file.is_file():
+            if self.started:
+                raise StoreError(f"{self.config_file} is missing: the run cannot go on without it")
             raise InputError(f"{self.path} is not a run directory: it has no config.yaml")
         try:
             return validate_config(yaml.safe_load(self.config_file.read_text(encoding="utf-8")))
-        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, OSError, UnicodeDecodeError, InputError) as error:
             raise StoreError(f"{self.config_file} is damaged: {error}") from error
+
+    @property
+    def started(self) -> bool:
+        """Whether a step was begun here, so that there is something to lose."""
+        return (self.path / "steps").is_dir()
 
     def begin(
         self, thread: str, request: PruneRequest, context: PruneContext, bench: Workbench
@@ -94,39 +102,24 @@ class RunDirectory:
         """Record what the run stands on, or check that a resumed one stands on the same.
 
         Raises:
-            StoreError: the model or a text is not what the run began with.
+            InputError: the directory holds another thread's run.
+            StoreError: the request, the model or a text is not what the run began with.
         """
-        facts = {
-            "thread": thread,
-            "model": {
-                "name": request.model,
-                "sha256": bench.loaded.fingerprint,
-                "prunable_layers": len(bench.loaded.layers),
-                "prunable_weights": bench.loaded.prunable,
-            },
-            "texts": {
-                role: {"source": bench.windows.sources[role], "sha256": digest}
-                for role, digest in bench.windows.hashes.items()
-            },
-            "seed": request.seed,
-            "dtype": str(bench.loaded.dtype).removeprefix("torch."),
-            "device": str(bench.loaded.device),
-        }
         if self.manifest_file.exists():
-            before = read_json(self.manifest_file)
-            for key in ("model", "texts", "seed", "dtype"):
-                if before.get(key) != facts[key]:
-                    raise StoreError(
-                        f"the run in {self.path} cannot go on: its {key} is no longer what it "
-                        f"began with (was {before.get(key)}, is {facts[key]})"
-                    )
+            other = self.thread()
+            if other != thread:
+                raise InputError(
+                    f"{self.path} holds another run (thread {other}): give another directory"
+                )
+            self.check(request, bench)
             return
         if not self.config_file.exists():
             config = PruneConfig(**request.model_dump(), **context.model_dump())
             write_atomic(self.config_file, config.to_yaml().encode())
         write_json(
             self.manifest_file,
-            facts
+            {"thread": thread}
+            | _facts(request, bench)
             | {
                 "started": datetime.now(UTC).isoformat(timespec="seconds"),
                 "versions": {"python": platform.python_version()}
@@ -136,11 +129,48 @@ class RunDirectory:
             },
         )
 
+    def check(self, request: PruneRequest, bench: Workbench) -> None:
+        """Refuse to go on with a run on another model, other texts or another request.
+
+        Raises:
+            StoreError: saying what changed; or the manifest is missing or damaged.
+        """
+        before = self._manifest()
+        for key, now in _facts(request, bench).items():
+            if key != "device" and before.get(key) != now:
+                raise StoreError(
+                    f"the run in {self.path} cannot go on: its {key} is no longer what it "
+                    f"began with ({_difference(before.get(key), now)})"
+                )
+
     def thread(self) -> str | None:
-        """The run's thread; None if it was stopped before anything was computed."""
+        """The run's thread; None if it was stopped before anything was computed.
+
+        Raises:
+            StoreError: the manifest is damaged, or missing though steps are here.
+        """
         if not self.manifest_file.exists():
+            if self.started:
+                raise StoreError(
+                    f"{self.manifest_file} is missing: the run cannot go on without it"
+                )
             return None
-        return str(read_json(self.manifest_file)["thread"])
+        thread = self._manifest().get("thread")
+        if not isinstance(thread, str):
+            raise StoreError(f"{self.manifest_file} is damaged: it names no thread")
+        return thread
+
+    def begun_with(self, request: PruneRequest) -> bool:
+        """Whether the run, as far as it is recorded, was begun with this request."""
+        if not self.manifest_file.exists():
+            return True
+        return bool(self._manifest().get("request") == request.model_dump(mode="json"))
+
+    def _manifest(self) -> dict[str, Any]:
+        content = read_json(self.manifest_file)
+        if not isinstance(content, dict):
+            raise StoreError(f"{self.manifest_file} is damaged: not a JSON object")
+        return content
 
     def write_step_file(self, step: int, kind: str, value: dict[str, Any]) -> str:
         """Store a step's JSON under a name that its content makes unique; return the path."""
@@ -191,6 +221,33 @@ class RunDirectory:
             return model.model_validate(read_json(path))
         except ValidationError as error:
             raise StoreError(f"{path} is damaged: {error}") from error
+
+
+def _facts(request: PruneRequest, bench: Workbench) -> dict[str, Any]:
+    """What a run stands on, and what cannot change under it (but for the device)."""
+    return {
+        "request": request.model_dump(mode="json"),
+        "model": {
+            "name": request.model,
+            "sha256": bench.loaded.fingerprint,
+            "prunable_layers": len(bench.loaded.layers),
+            "prunable_weights": bench.loaded.prunable,
+        },
+        "texts": {
+            role: {"source": bench.windows.sources[role], "sha256": digest}
+            for role, digest in bench.windows.hashes.items()
+        },
+        "seed": request.seed,
+        "dtype": str(bench.loaded.dtype).removeprefix("torch."),
+        "device": str(bench.loaded.device),
+    }
+
+
+def _difference(before: Any, now: Any) -> str:
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return f"was {before}, is {now}"
+    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    return ", ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in keys)
 
 
 def _version(package: str) -> str:
