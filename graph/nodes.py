@@ -29,6 +29,7 @@ from prunewright.state import (
     PruneRequest,
     PruneState,
     PruneUpdate,
+    PrunewrightError,
     StepRecord,
     StepSummary,
     check_decision,
@@ -40,6 +41,9 @@ from prunewright.tools.results import Outcome, finish
 from prunewright.tools.revisions import DENSE
 from prunewright.tools.rundir import RunDirectory
 from prunewright.tools.workbench import Workbench, workbench
+
+NO_THREAD = "default"
+"""Stands for the thread where the graph runs without a checkpointer."""
 
 _Node = TypeVar("_Node", bound=Callable[..., PruneUpdate])
 
@@ -67,15 +71,32 @@ def profile(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     gradient_revision = revision
     if step % request.profile.gradient_every:
         gradient_revision = state["gradient_revision"]
+    if fresh and _thread(runtime) == NO_THREAD and run.trace_file.exists():
+        raise InputError(f"{run.path} holds another run: give another `out`, or a thread_id")
     with workbench(request, run.path) as bench:
         run.begin(_thread(runtime), request, _context(runtime), bench)
         before = dict(bench.tokens)
         update: PruneUpdate = {}
         if fresh:
             losses = bench.guard_losses(DENSE, _progress(runtime))
-            update = _fresh_state(perplexity(losses), losses, bench.sparsity())
+            dense = perplexity(losses)
+            if not math.isfinite(dense):
+                raise InputError(
+                    f"the model {request.model} is broken before any pruning: its perplexity on "
+                    f"the guard text is not finite in {bench.loaded.dtype}. Try another dtype"
+                )
+            update = _fresh_state(dense, losses, bench.sparsity())
         signals = bench.profile(revision, gradient_revision, _progress(runtime))
         tokens = _spent(bench, before)
+    broken = [
+        p.short_name for p in signals.layers if not math.isfinite(p.s + p.g + sum(p.loss_cost))
+    ]
+    if broken:
+        raise PrunewrightError(
+            f"the signals of {len(broken)} layers are not finite ({', '.join(broken[:5])}): "
+            f"activations or gradients overflow in dtype {request.dtype}. The run cannot go on; "
+            "start a new one with dtype bfloat16 or float32"
+        )
     path = run.write_step_file(step, "profile", signals.model_dump(mode="json"))
     return {
         **update,
@@ -109,14 +130,20 @@ def apply_prune(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdat
     if not report.decision.layers:
         return {"candidate": None, "candidate_sparsity": None, "applied": {}, "notes": []}
     with workbench(request, run.path) as bench:
+        run.check(request, bench)
         before = dict(bench.tokens)
         bench.sync(state["revision"])
+        zeros = bench.zeros()
         counts, notes = land(
             {item.name: item.delta for item in report.decision.layers},
-            bench.zeros(),
+            zeros,
             {name: layer.numel for name, layer in bench.loaded.layers.items()},
             request.target,
+            request.max_layer_sparsity,
         )
+        counts = {name: count for name, count in counts.items() if count > zeros[name]}
+        if not counts:
+            return {"candidate": None, "candidate_sparsity": None, "applied": {}, "notes": notes}
         candidate = bench.prune(
             state["revision"], state["gradient_revision"], counts, _progress(runtime)
         )
@@ -140,6 +167,7 @@ def evaluate_ppl(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpda
         return {"candidate_perplexity": None, "candidate_losses": [], "rollback_reason": ""}
     request, context, run = _request(state), _context(runtime), _run(runtime)
     with workbench(request, run.path) as bench:
+        run.check(request, bench)
         before = dict(bench.tokens)
         losses = bench.guard_losses(candidate, _progress(runtime))
         tokens = _spent(bench, before)
@@ -158,7 +186,9 @@ def evaluate_ppl(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpda
 @timed
 def rollback(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     """Drop the candidate and bring the live model back to the accepted revision."""
-    with workbench(_request(state), _run(runtime).path) as bench:
+    request, run = _request(state), _run(runtime)
+    with workbench(request, run.path) as bench:
+        run.check(request, bench)
         bench.sync(state["revision"])
     return {"rollbacks": state["rollbacks"] + 1}
 
@@ -229,6 +259,7 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
             tokens=state["tokens"],
         )
         with workbench(request, run.path) as bench:
+            run.check(request, bench)
             metrics = finish(run, bench, outcome, _progress(runtime))
         runtime.stream_writer({"metrics": metrics.model_dump(mode="json")})
     return update
@@ -306,15 +337,24 @@ def full_names(decision: Decision, profile: ModelProfile) -> Decision:
 
 
 def land(
-    deltas: dict[str, float], zeros: dict[str, int], numel: dict[str, int], target: float
+    deltas: dict[str, float],
+    zeros: dict[str, int],
+    numel: dict[str, int],
+    target: float,
+    ceiling: float = 1.0,
 ) -> tuple[dict[str, int], list[str]]:
     """Zeros that each layer shall have; scaled down where the sum would pass the target.
+
+    Counts are whole weights: each delta is rounded down, and what the step as a whole loses by
+    that goes, one weight each, to the layers that lost most. So the last step lands on the
+    target however small the layers are.
 
     Args:
         deltas: sparsity to add by layer.
         zeros: zeros of every layer now.
         numel: weights of every layer.
         target: sparsity that is never exceeded.
+        ceiling: sparsity that no layer exceeds.
 
     Returns:
         Counts of the layers named in ``deltas``, and a note where they were scaled.
@@ -326,9 +366,14 @@ def land(
     if wanted > left:
         scale = max(0.0, left / wanted)
         notes.append(f"deltas scaled by {scale:.4f} to land on the target")
+    shares = {name: scale * delta * numel[name] for name, delta in deltas.items()}
+    gains = {name: math.floor(share + 1e-6) for name, share in shares.items()}
+    lost = max(0, math.floor(sum(shares.values()) + 1e-3) - sum(gains.values()))
+    for name in sorted(shares, key=lambda name: (gains[name] - shares[name], name))[:lost]:
+        gains[name] += 1
     counts = {
-        name: min(numel[name], zeros[name] + math.floor(scale * delta * numel[name] + 1e-6))
-        for name, delta in deltas.items()
+        name: min(max(zeros[name], math.floor(ceiling * numel[name] + 1e-6)), zeros[name] + gain)
+        for name, gain in gains.items()
     }
     return counts, notes
 
@@ -338,10 +383,12 @@ def _record(state: PruneState) -> StepRecord:
     candidate, reason = state["candidate"], state["rollback_reason"]
     accepted = candidate is not None and not reason
     if candidate is None:
-        reason = "; ".join(report.invalid_answers[-1:]) or "the agent chose no layer"
+        chosen = "the deltas come to no weight" if report.decision.layers else ""
+        reason = chosen or "; ".join(report.invalid_answers[-1:]) or "the agent chose no layer"
     change = stderr = None
     if state["candidate_losses"]:
         change, stderr = change_with_error(state["guard_losses"], state["candidate_losses"])
+        stderr = stderr if math.isfinite(stderr) else None
     assert state["profile"] is not None
     return StepRecord(
         step=state["step"],
@@ -416,7 +463,7 @@ def _context(runtime: Runtime[PruneContext]) -> PruneContext:
 
 def _thread(runtime: Runtime[PruneContext]) -> str:
     info = runtime.execution_info
-    return (info.thread_id if info else None) or "default"
+    return (info.thread_id if info else None) or NO_THREAD
 
 
 def _run(runtime: Runtime[PruneContext]) -> RunDirectory:

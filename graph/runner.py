@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.sqlite import SqliteSaver
+from pydantic import ValidationError
 
 from prunewright.graph.agents import resolve_agent
 from prunewright.graph.builder import build_graph
@@ -101,13 +102,17 @@ def resume(
             )
         config = changed
     thread = directory.thread() or _new_thread()
+    if not directory.begun_with(config.request):
+        raise StoreError(
+            f"{directory.config_file} is not what the run began with: put back the values that "
+            f"{directory.manifest_file} holds under request"
+        )
     if config.agent == BASELINE:
         if directory.metrics_file.exists():
             return RunResult(directory.path, load_metrics(directory))
         return _prune_once(directory, config, thread, on_event)
-    resolve_agent(config.agent)
-    if changes:
-        write_atomic(directory.config_file, config.to_yaml().encode())
+    if directory.started and not directory.database.exists():
+        raise StoreError(f"{directory.database} is missing: the run cannot go on without it")
     return _drive(directory, config, thread, on_event)
 
 
@@ -174,10 +179,20 @@ def _drive(
         ):
             saver = SqliteSaver(connection)
             graph = build_graph(saver)
-            state = graph.get_state(options)
+            try:
+                state = graph.get_state(options)
+            except (ValueError, TypeError, LookupError) as error:
+                raise StoreError(f"{directory.database} is damaged: {error}") from error
             started = bool(state.values)
             if started and not state.next:
                 return RunResult(directory.path, load_metrics(directory))
+            if directory.started and not started:
+                raise StoreError(
+                    f"{directory.database} is damaged: it no longer holds the run's checkpoints"
+                )
+            resolve_agent(config.agent)
+            if directory.config() != config:
+                write_atomic(directory.config_file, config.to_yaml().encode())
             # JSON, as Studio sends it: the state holds plain values only.
             request: Any = config.request.model_dump(mode="json")
             start: PruneInput | None = None if started else {"request": request}
@@ -204,4 +219,7 @@ def load_metrics(directory: RunDirectory) -> Metrics:
     Raises:
         StoreError: missing or damaged.
     """
-    return Metrics.model_validate(read_json(directory.metrics_file))
+    try:
+        return Metrics.model_validate(read_json(directory.metrics_file))
+    except ValidationError as error:
+        raise StoreError(f"{directory.metrics_file} is damaged: {error}") from error
