@@ -85,8 +85,8 @@ def stop_on_signals() -> Iterator[None]:
     except StoppedError:
         raise KeyboardInterrupt(stop.number) from None
     finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+        for caught, handler in earlier.items():
+            signal.signal(caught, handler)
         _current.reset(token)
 
 

@@ -129,11 +129,14 @@ def load_model(
 def model_skeleton(name: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Path]:
     """The model's structure without weights (on the meta device), and its directory.
 
+    From the hub only the configuration and the tokenizer are fetched.
+
     Raises:
         InputError: no such model or no readable configuration.
     """
-    directory = resolve_directory(name)
-    _weight_files(directory)
+    directory = resolve_directory(name, weights=False)
+    if name == EMBEDDED or Path(name).expanduser().is_dir():
+        _weight_files(directory)
     try:
         config = AutoConfig.from_pretrained(
             directory, trust_remote_code=trust_remote_code, local_files_only=True
@@ -145,8 +148,12 @@ def model_skeleton(name: str, *, trust_remote_code: bool = False) -> tuple[PreTr
     return model, directory
 
 
-def resolve_directory(name: str) -> Path:
+def resolve_directory(name: str, *, weights: bool = True) -> Path:
     """The local directory of a model; fetches from the hub or converts the embedded one.
+
+    Args:
+        name: ``embedded``, a local directory, or a hub name.
+        weights: whether the weights are fetched with the rest.
 
     Raises:
         InputError: no such model.
@@ -165,7 +172,8 @@ def resolve_directory(name: str) -> Path:
         return Path(
             snapshot_download(
                 name,
-                allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"],
+                allow_patterns=["*.safetensors"] * weights
+                + ["*.json", "*.model", "*.txt", "*.jinja", "*.py"],
             )
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:

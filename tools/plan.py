@@ -1,0 +1,287 @@
+"""What a run would load, and the memory, disk and time that it would take. Nothing is run."""
+
+import math
+import shutil
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors import safe_open
+
+from prunewright.state import PruneRequest
+from prunewright.tools.layers import Layer, find_blocks, find_layers
+from prunewright.tools.models import model_skeleton, resolve_device, resolve_dtype
+from prunewright.tools.perplexity import TOKENS_AT_ONCE
+from prunewright.tools.results import VERIFY_WINDOWS
+
+_DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+_TIMING_WIDTH = 4096
+_TIMING_SECONDS = 0.3
+
+
+class Plan(BaseModel):
+    """A prediction; bytes and seconds.
+
+    Attributes:
+        model: its name, as given.
+        directory: where its files are.
+        dtype: what would be computed in.
+        device: what it would be computed on.
+        blocks: decoder blocks.
+        layers: prunable layers.
+        parameters: all parameters.
+        prunable: weights of the prunable layers.
+        stored: bytes of the weight files by dtype; empty while they are not on this machine.
+        weights: bytes of the weights in memory.
+        disk: ``model`` (saved at the end), ``masks`` (each layer once), ``total`` (masks of
+            all steps included).
+        disk_free: free where the run directory would be.
+        memory: ``weights``, ``profile`` (backward pass), ``masks``, ``finish`` (the saved
+            model is reloaded beside the live one) and ``peak``, the largest in all.
+        memory_available: of the device or, on the processor, of the machine.
+        flops: by what is done in a step, and ``finish``.
+        flops_per_second: measured on a short matrix product.
+        steps: fewest steps that reach the target.
+        seconds: ``step`` (mean), ``finish`` and ``run`` (with the fewest steps), without the
+            time that an LLM takes to answer.
+        warnings: what will not fit.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    directory: str
+    dtype: str
+    device: str
+    blocks: int
+    layers: int
+    parameters: int
+    prunable: int
+    stored: dict[str, int]
+    weights: int
+    disk: dict[str, int]
+    disk_free: int
+    memory: dict[str, int]
+    memory_available: int
+    flops: dict[str, float]
+    flops_per_second: float
+    steps: int
+    seconds: dict[str, float]
+    warnings: list[str]
+
+
+class _Shape(BaseModel):
+    """The sizes that the predictions are made from."""
+
+    blocks: int
+    width: int
+    inner: int
+    vocabulary: int
+    parameters: int
+    prunable: int
+    active: float
+    largest: int
+
+
+def make_plan(request: PruneRequest, out: Path = Path()) -> Plan:
+    """Predict a run from the model's structure and one short timing; no weights are read.
+
+    Time: a forward pass takes 2 operations a weight and token, plus 4 a block, width and
+    token pair for attention; the head 2 a vocabulary entry, width and token where losses are
+    taken. A backward pass takes two forward passes, and a third to recompute activations with
+    ``gradient_checkpointing``. Experts count by the share of them that a token is routed to.
+    The sum is divided by the speed of one matrix product in the dtype: the rest (norms,
+    softmax, sorting, loading) is not counted, so a run takes longer, up to about twice.
+
+    Memory: this process now, the weights, and the largest of a backward pass (activations of
+    every block, or with checkpointing every block's input and one block's activations; 256
+    tokens' logits three times in float32; one layer's gradient and two temporaries), of a mask
+    (scores, order and mask of the largest layer), and of the reload at the end.
+
+    Args:
+        request: what would be run.
+        out: where the run directory would be.
+
+    Raises:
+        InputError: no such model, or nothing in it can be pruned.
+    """
+    model, directory = model_skeleton(request.model, trust_remote_code=request.trust_remote_code)
+    layers = find_layers(model)
+    device = resolve_device(request.device)
+    dtype = resolve_dtype(request.dtype, directory, device)
+    shape = _shape(model, layers)
+    flops = _flops(request, shape)
+    per_step = sum(value for name, value in flops.items() if name != "finish")
+    rate = matmul_rate(_matrix(layers), request.texts.windows.length, dtype, device)
+    steps = math.ceil(request.target / min(request.step, request.target))
+    memory = _memory(request, shape, dtype)
+    disk = _disk(shape, dtype, steps)
+    available, free = _available(device), _free(out)
+    return Plan(
+        model=request.model,
+        directory=str(directory),
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        blocks=shape.blocks,
+        layers=len(layers),
+        parameters=shape.parameters,
+        prunable=shape.prunable,
+        stored=_stored(directory),
+        weights=shape.parameters * dtype.itemsize,
+        disk=disk,
+        disk_free=free,
+        memory=memory,
+        memory_available=available,
+        flops=flops,
+        flops_per_second=rate,
+        steps=steps,
+        seconds={
+            "step": per_step / rate,
+            "finish": flops["finish"] / rate,
+            "run": (steps * per_step + flops["guard"] + flops["finish"]) / rate,
+        },
+        warnings=_warnings(memory["peak"], available, disk["total"], free),
+    )
+
+
+def matmul_rate(
+    shape: tuple[int, int], tokens: int, dtype: torch.dtype, device: torch.device
+) -> float:
+    """Operations a second of a product [tokens, inputs] x [inputs, outputs]: the best of several.
+
+    Args:
+        shape: outputs and inputs, cut to 4096 each.
+        tokens: rows of the other factor.
+        dtype: of both.
+        device: where.
+    """
+    outputs, inputs = (min(size, _TIMING_WIDTH) for size in shape)
+    weight = torch.ones(outputs, inputs, dtype=dtype, device=device)
+    rows = torch.ones(tokens, inputs, dtype=dtype, device=device)
+    best, began = math.inf, time.perf_counter()
+    rounds = 0
+    while rounds < 3 or time.perf_counter() - began < _TIMING_SECONDS:
+        start = time.perf_counter()
+        # Reading one number waits for a device that computes on its own.
+        float((rows @ weight.T)[0, 0])
+        best = min(best, time.perf_counter() - start)
+        rounds += 1
+    return 2.0 * tokens * inputs * outputs / best
+
+
+def _shape(model: torch.nn.Module, layers: dict[str, Layer]) -> _Shape:
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    experts = next(
+        (n for key in ("num_experts", "num_local_experts", "n_routed_experts")
+         if isinstance(n := getattr(config, key, None), int) and n),
+        1,
+    )  # fmt: skip
+    share = min(1.0, (getattr(config, "num_experts_per_tok", None) or experts) / experts)
+    routed = sum(ly.numel for ly in layers.values() if "experts" in ly.projection.split("."))
+    prunable = sum(layer.numel for layer in layers.values())
+    return _Shape(
+        blocks=len(find_blocks(model)[1]),
+        width=config.hidden_size,
+        inner=max(max(_outputs_inputs(layer)) for layer in layers.values()),
+        vocabulary=config.vocab_size,
+        parameters=sum(p.numel() for p in model.parameters()),
+        prunable=prunable,
+        active=prunable - routed + routed * share,
+        largest=max(layer.numel for layer in layers.values()),
+    )
+
+
+def _flops(request: PruneRequest, shape: _Shape) -> dict[str, float]:
+    windows = request.texts.windows
+    blocks = 2 * shape.active + 4 * shape.blocks * windows.length * shape.width
+    head = 2.0 * shape.vocabulary * shape.width
+    passes = 4 if request.profile.gradient_checkpointing else 3
+    scored = windows.length * (blocks + head)
+    return {
+        "activations": windows.calibration * windows.length * blocks,
+        "gradients": windows.gradient * windows.length * (passes * blocks + 3 * head)
+        / request.profile.gradient_every,
+        "guard": windows.guard * scored,
+        "finish": (2 * windows.test + min(VERIFY_WINDOWS, windows.guard)) * scored,
+    }  # fmt: skip
+
+
+def _memory(request: PruneRequest, shape: _Shape, dtype: torch.dtype) -> dict[str, int]:
+    length, size = request.texts.windows.length, dtype.itemsize
+    inputs = length * shape.width * size
+    # Queries, keys, values, output, residuals, norms; gate, up, activation and product.
+    block = length * size * (8 * shape.width + 4 * shape.inner)
+    kept = inputs * shape.blocks + 2 * block
+    if not request.profile.gradient_checkpointing:
+        kept = block * shape.blocks + block
+    logits = 3 * 4 * min(TOKENS_AT_ONCE, length) * shape.vocabulary
+    weights = shape.parameters * size
+    parts = {
+        "weights": weights,
+        "profile": kept + logits + 3 * shape.largest * size,
+        # Dense values, scores in float32, their order in int64, masks of all layers by then.
+        "masks": shape.largest * (size + 4 + 8 + 2) + shape.prunable,
+        "finish": weights + 2 * block + logits,
+    }
+    process = psutil.Process().memory_info().rss
+    peak = process + weights + max(parts["profile"], parts["masks"], parts["finish"])
+    return parts | {"peak": peak}
+
+
+def _disk(shape: _Shape, dtype: torch.dtype, steps: int) -> dict[str, int]:
+    model, masks = shape.parameters * dtype.itemsize, (shape.prunable + 7) // 8
+    # While the model is saved anew after a crash, the earlier copy may still be there.
+    return {"model": model, "masks": masks, "total": model + masks * steps}
+
+
+def _stored(directory: Path) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118  # not a mapping
+                part = file.get_slice(key)
+                name = part.get_dtype()
+                kind = _DTYPE_NAMES.get(name, name)
+                size = getattr(torch, kind).itemsize if hasattr(torch, kind) else 1
+                found[kind] = found.get(kind, 0) + math.prod(part.get_shape()) * size
+    return found
+
+
+def _matrix(layers: dict[str, Layer]) -> tuple[int, int]:
+    return _outputs_inputs(max(layers.values(), key=lambda layer: layer.numel))
+
+
+def _outputs_inputs(layer: Layer) -> tuple[int, int]:
+    first, second = layer.shape[-2:]
+    return (second, first) if layer.transposed else (first, second)
+
+
+def _available(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _free(out: Path) -> int:
+    place = out.expanduser().absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def _warnings(peak: int, available: int, disk: int, free: int) -> list[str]:
+    found = []
+    if peak > available:
+        found.append(
+            f"the run needs about {peak / 2**30:.1f} GiB of memory and {available / 2**30:.1f} "
+            "GiB are available: lower texts.windows.length, keep "
+            "profile.gradient_checkpointing on, or choose dtype bfloat16"
+        )
+    if disk > free:
+        found.append(
+            f"the run needs about {disk / 2**30:.1f} GiB of disk and {free / 2**30:.1f} GiB are "
+            "free: free some space or give another --out"
+        )
+    return found
