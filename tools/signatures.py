@@ -1,0 +1,49 @@
+"""Signatures of a run that goes wrong, found in its steps."""
+
+from prunewright.state import StepRecord
+
+ROLLBACK_RATE = 0.25
+"""Share of rolled-back steps above which the agent is not adapting."""
+STAGNANT_STEPS = 4
+"""Steps in a row that together must gain `STAGNANT_GAIN`."""
+STAGNANT_GAIN = 0.005
+
+
+def failure_signatures(records: list[StepRecord]) -> list[str]:
+    """What went wrong in a run, one sentence each; empty if nothing did.
+
+    Looked for: more than a quarter of the steps rolled back, sparsity that stands still over
+    `STAGNANT_STEPS` steps before the last, and answers that had to be refused.
+    """
+    found = []
+    rolled_back = sum(record.verdict == "rolled_back" for record in records)
+    if records and rolled_back / len(records) > ROLLBACK_RATE:
+        found.append(
+            f"{rolled_back} of {len(records)} steps were rolled back "
+            f"({rolled_back / len(records):.0%}): the steps are too large, or the agent does not "
+            "learn from what broke"
+        )
+    stagnant = _stagnant(records)
+    if stagnant is not None:
+        first, last = stagnant
+        found.append(
+            f"sparsity stood still over steps {first + 1} to {last + 1}: it gained "
+            f"{records[last].sparsity - records[first].sparsity_before:.4f}"
+        )
+    invalid = sum(len(record.invalid_answers) for record in records)
+    if invalid:
+        decided = sum(record.verdict != "empty" for record in records)
+        found.append(
+            f"{invalid} of {invalid + decided} answers were invalid "
+            f"({invalid / (invalid + decided):.0%})"
+        )
+    return found
+
+
+def _stagnant(records: list[StepRecord]) -> tuple[int, int] | None:
+    """Indices of the first and last step of the first stretch without progress."""
+    for first in range(len(records) - STAGNANT_STEPS + 1):
+        last = first + STAGNANT_STEPS - 1
+        if records[last].sparsity - records[first].sparsity_before < STAGNANT_GAIN:
+            return first, last
+    return None
