@@ -2,8 +2,8 @@
 
 import sqlite3
 import uuid
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
@@ -72,7 +72,8 @@ def run(
     thread = _new_thread()
     directory = RunDirectory(out or settled.out or Path("runs") / thread)
     directory.create(settled)
-    return _drive(directory, settled, thread, on_event)
+    with _abandoned_if_refused(directory):
+        return _drive(directory, settled, thread, on_event)
 
 
 def resume(
@@ -136,7 +137,18 @@ def baseline(
     thread = _new_thread()
     directory = RunDirectory(out or settled.out or Path("runs") / thread)
     directory.create(settled)
-    return _prune_once(directory, settled, thread, on_event)
+    with _abandoned_if_refused(directory):
+        return _prune_once(directory, settled, thread, on_event)
+
+
+@contextmanager
+def _abandoned_if_refused(directory: RunDirectory) -> Iterator[None]:
+    """A run that is refused before anything was computed leaves no directory behind."""
+    try:
+        yield
+    except InputError:
+        directory.abandon()
+        raise
 
 
 def _prune_once(

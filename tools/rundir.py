@@ -91,6 +91,15 @@ class RunDirectory:
         except (yaml.YAMLError, OSError, UnicodeDecodeError, InputError) as error:
             raise StoreError(f"{self.config_file} is damaged: {error}") from error
 
+    def abandon(self) -> None:
+        """Take back `create` if nothing was computed since, so that a second try finds it free."""
+        if self.manifest_file.exists() or self.started:
+            return
+        for path in (self.config_file, *self.path.glob(f"{self.database.name}*")):
+            path.unlink(missing_ok=True)
+        if self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()
+
     @property
     def started(self) -> bool:
         """Whether a step was begun here, so that there is something to lose."""
