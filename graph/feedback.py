@@ -1,5 +1,6 @@
 """Feedback of the earlier steps in words, for the next decision."""
 
+from prunewright.graph.agents.base import quote_name
 from prunewright.state import StepRecord
 
 LINES = 40
@@ -49,4 +50,4 @@ def _short(name: str) -> str:
     """The part of a layer's name from its block's index on."""
     parts = name.split(".")
     first = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
-    return ".".join(parts[first:])
+    return quote_name(".".join(parts[first:]))

@@ -1,5 +1,7 @@
 """What an agent answers: which layers to prune further, and by how much."""
 
+import math
+
 from pydantic import BaseModel, ConfigDict, Field
 
 MAX_REASONING = 4_000
@@ -75,7 +77,8 @@ def check_decision(
     if gain > max_step + tolerance:
         problems.append(
             f"the step adds {gain:.4f} to the model's sparsity, above the limit of {max_step:.4f}: "
-            "choose fewer layers or smaller deltas"
+            "choose fewer layers, or multiply every delta by "
+            f"{math.floor(1000 * max_step / gain) / 1000:.3f}"
         )
     if len(problems) > 12:
         problems = [*problems[:12], f"and {len(problems) - 12} more"]

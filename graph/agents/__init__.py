@@ -2,8 +2,10 @@
 
 import difflib
 import importlib
+import inspect
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from prunewright.graph.agents.base import Agent, InvalidAnswerError, Observation, Refusal
 from prunewright.graph.agents.controls import (
@@ -16,7 +18,15 @@ from prunewright.graph.agents.llm import LLMAgent, check_access
 from prunewright.state import InputError, PruneContext
 from prunewright.state.config import DEFAULT_AGENT
 
-__all__ = ["Agent", "InvalidAnswerError", "Observation", "Refusal", "make_agent", "resolve_agent"]
+__all__ = [
+    "Agent",
+    "InvalidAnswerError",
+    "Observation",
+    "Refusal",
+    "check_agent",
+    "make_agent",
+    "resolve_agent",
+]
 
 CONTROLS: dict[str, type[Agent]] = {
     "greedy": GreedyAgent,
@@ -52,41 +62,84 @@ def resolve_agent(name: str) -> ResolvedAgent:
         _imported(name)
         return ResolvedAgent(name, "the user's own class")
     if ":" not in name:
-        close = difflib.get_close_matches(name, [*CONTROLS, "auto"], n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
         raise InputError(
-            f"unknown agent {name!r}{hint} Known: auto, {', '.join(CONTROLS)}, provider:model "
-            f"(such as {DEFAULT_AGENT}), import:package.module:Class"
+            f"unknown agent {name!r}{_hint(name)}; known: auto, {', '.join(CONTROLS)}, "
+            f"provider:model (such as {DEFAULT_AGENT}), import:package.module:Class"
         )
     check_access(name)
     return ResolvedAgent(name, "an LLM")
+
+
+def check_agent(context: PruneContext) -> ResolvedAgent:
+    """As `resolve_agent`, and that the agent takes its options: before anything costs time.
+
+    An LLM's client is built and dropped, which asks nobody; a class of the user's is not.
+
+    Raises:
+        InputError: as `resolve_agent`, an unknown provider, or options that do not fit.
+    """
+    resolved = resolve_agent(context.agent)
+    if resolved.name.startswith("import:"):
+        _options(resolved.name, _imported(resolved.name), context.agent_options)
+    elif resolved.name not in CONTROLS:
+        LLMAgent(resolved.name, context.agent_options, context.asking)
+    return resolved
 
 
 def make_agent(context: PruneContext) -> tuple[str, Agent]:
     """The agent of a context and its resolved name.
 
     Raises:
-        InputError: as `resolve_agent`, or options that the agent does not take.
+        InputError: as `check_agent`.
     """
     name = resolve_agent(context.agent).name
     if name in CONTROLS:
         return name, CONTROLS[name]()
+    if name.startswith("import:"):
+        found = _imported(name)
+        return name, found(**_options(name, found, context.agent_options))
+    return name, LLMAgent(name, context.agent_options, context.asking)
+
+
+def _hint(name: str) -> str:
+    if name.startswith("gemini"):
+        return f"; did you mean google_genai:{name}?"
+    close = difflib.get_close_matches(name, [*CONTROLS, "auto"], n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _options(name: str, found: type[Agent], options: dict[str, Any]) -> dict[str, Any]:
+    """The options that a class of the user's is made with.
+
+    The default ones are meant for chat models: a class that does not take them gets none.
+    """
     try:
-        if name.startswith("import:"):
-            return name, _imported(name)(**context.agent_options)
-        return name, LLMAgent(name, context.agent_options, context.asking)
+        signature = inspect.signature(found)
+    except ValueError:  # a class of an extension module tells nothing
+        return options
+    try:
+        signature.bind(**options)
     except TypeError as error:
+        if options == PruneContext().agent_options:
+            return {}
         raise InputError(f"agent {name} does not take these agent_options: {error}") from error
+    return options
 
 
 def _imported(name: str) -> type[Agent]:
     module, _, attribute = name.removeprefix("import:").rpartition(":")
-    if not module:
+    if not module or not attribute:
         raise InputError(f"{name!r} is not of the form import:package.module:Class")
     try:
         found: type[Agent] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"cannot import the agent {name!r}: {error}") from error
-    if not callable(getattr(found, "decide", None)):
-        raise InputError(f"the agent {name!r} has no method decide(observation)")
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"cannot import the agent {name!r}: {error}; is its folder on PYTHONPATH?"
+        ) from error
+    except Exception as error:  # the module is the user's: it may raise anything
+        raise InputError(
+            f"cannot import the agent {name!r}: {type(error).__name__}: {error}"
+        ) from error
+    if not inspect.isclass(found) or not callable(getattr(found, "decide", None)):
+        raise InputError(f"the agent {name!r} is no class with a method decide(observation)")
     return found

@@ -1,9 +1,12 @@
 """What an agent sees and what it must be able to do."""
 
+import json
+import re
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from prunewright.state import Decision, ModelProfile, PrunewrightError, StepRecord
+from prunewright.state.decision import MAX_NAME
 
 
 class InvalidAnswerError(PrunewrightError):
@@ -93,3 +96,10 @@ class Agent(Protocol):
             AgentError: the agent could not be asked; the run stops and can be resumed.
         """
         ...
+
+
+def quote_name(name: str) -> str:
+    """A layer's name as it may stand in a prompt: plain, or a JSON string if it has more."""
+    if re.fullmatch(r"[\w.\-]+", name, re.ASCII):
+        return name
+    return json.dumps(name[:MAX_NAME])

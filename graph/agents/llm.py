@@ -1,13 +1,16 @@
 """The agent that asks a chat model: prompt, bounded retries, strict reading of the answer."""
 
+import difflib
 import importlib.util
 import json
+import math
 import os
 import re
+from collections.abc import Iterator
 from importlib import resources
 from typing import Any
+from urllib.parse import quote
 
-import httpx
 from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 from langchain.chat_models import init_chat_model
@@ -15,12 +18,17 @@ from langchain_core.exceptions import ModelError
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
 from pydantic import ValidationError
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    stop_after_attempt,
+    wait_exponential_jitter,
+)
 
-from prunewright.graph.agents.base import InvalidAnswerError, Observation
+from prunewright.graph.agents.base import InvalidAnswerError, Observation, quote_name
 from prunewright.state import COST_DELTAS, AgentError, Decision, InputError, LayerProfile
 from prunewright.state.config import AskingOptions
-from prunewright.state.decision import MAX_NAME
 
 MAX_ANSWER = 200_000
 """Characters of an answer beyond which it is refused unread."""
@@ -40,8 +48,12 @@ _PACKAGES = {
     "anthropic": "langchain_anthropic",
     "ollama": "langchain_ollama",
 }
-# The value that means "try once": Google's client reads 0 as its own default.
-_NO_RETRIES = {"google_genai": 1, "openai": 0, "anthropic": 0}
+# No retries but ours: Google's client reads 0 as its own default, and 1 as "try once".
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "google_genai": {"max_retries": 1, "temperature": 0.5},
+    "openai": {"max_retries": 0},
+    "anthropic": {"max_retries": 0},
+}
 
 
 def check_access(name: str) -> None:
@@ -50,7 +62,9 @@ def check_access(name: str) -> None:
     Raises:
         InputError: with the pip command or the variable to set.
     """
-    provider = name.partition(":")[0]
+    provider, _, model = name.partition(":")
+    if not provider or not model:
+        raise InputError(f"the agent {name!r} is not of the form provider:model")
     package = _PACKAGES.get(provider)
     if package and importlib.util.find_spec(package) is None:
         raise InputError(
@@ -74,16 +88,22 @@ class LLMAgent:
 
     def __init__(self, name: str, options: dict[str, Any], asking: AskingOptions) -> None:
         check_access(name)
-        provider = name.partition(":")[0]
-        defaults: dict[str, Any] = {"timeout": asking.timeout}
-        if provider in _NO_RETRIES:
-            defaults["max_retries"] = _NO_RETRIES[provider]
-        if provider not in _PACKAGES:
-            defaults = {}  # an unknown client may not take them
+        provider, _, model_name = name.partition(":")
+        defaults: dict[str, Any] = {}
+        if provider in _DEFAULTS:  # another client may not take them
+            defaults = {"timeout": asking.timeout, **_DEFAULTS[provider]}
         try:
-            model = init_chat_model(name, **{**defaults, **options})
-        except (ImportError, ValueError) as error:
-            raise InputError(f"cannot use the agent {name}: {redact(str(error))}") from None
+            model = init_chat_model(model_name, model_provider=provider, **{**defaults, **options})
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, e['loc'])) or 'agent_options'}: {e['msg']}"
+                for e in error.errors(include_url=False, include_input=False)
+            )
+            raise InputError(f"cannot use the agent {name}: {redact(problems)}") from None
+        except (ImportError, TypeError, ValueError) as error:
+            words = redact(str(error)) or type(error).__name__
+            raise InputError(f"cannot use the agent {name}: {words}") from None
+        _check_options(name, model, options)
         self._setup(name, model, asking)
 
     @classmethod
@@ -114,12 +134,11 @@ class LLMAgent:
         message = self._ask(prompt(observation))
         usage = message.usage_metadata
         self.tokens += usage["total_tokens"] if usage else 0
-        text = message.text
-        reason = _finish_reason(message)
-        if reason is not None and reason.upper() not in _FINISHED:
+        text = str(message.text)
+        withheld = _withheld(message, strict=self.name.startswith("google_genai:"))
+        if withheld:
             raise InvalidAnswerError(
-                f"the answer was cut off or withheld (finish reason {reason[:40]}): "
-                "answer again, more briefly",
+                f"the answer was cut off or withheld ({withheld}): answer again, more briefly",
                 text[:MAX_ANSWER],
             )
         return read_answer(text)
@@ -131,21 +150,24 @@ class LLMAgent:
             wait=wait_exponential_jitter(
                 initial=self._asking.wait, max=120, jitter=self._asking.wait
             ),
-            before_sleep=lambda state: self.notes.append(
-                f"try {state.attempt_number} failed: {_words(state.outcome.exception())}"
-                if state.outcome
-                else ""
-            ),
+            before_sleep=self._note_failure,
             reraise=True,
         )
         try:
             result = retrying(self._model.invoke, messages)
         except Exception as error:
-            raise AgentError(f"the agent {self.name} gave no answer: {_words(error)}") from None
+            tries = f" in {len(self.notes) + 1} tries" if self.notes else ""
+            raise AgentError(
+                f"the agent {self.name} gave no answer{tries}: {_words(error)}"
+            ) from None
         raw = result["raw"] if isinstance(result, dict) else None
         if not isinstance(raw, AIMessage):
             raise AgentError(f"the agent {self.name} returned no chat message")
         return raw
+
+    def _note_failure(self, state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        self.notes.append(f"try {state.attempt_number} failed: {_words(error)}")
 
 
 def read_answer(text: str) -> Decision:
@@ -162,7 +184,7 @@ def read_answer(text: str) -> Decision:
         )
     try:
         # Lone surrogates are legal JSON escapes that no file can hold.
-        decision = Decision.model_validate_json(text.encode("utf-8", "replace"))
+        decision = Decision.model_validate_json(text.encode("utf-8", "replace"), strict=True)
         decision.model_dump_json()
         return decision
     except ValidationError as error:
@@ -192,11 +214,11 @@ def prompt(observation: Observation) -> list[BaseMessage]:
         max_increase=observation.max_increase,
         max_delta=observation.max_delta,
         max_layer_sparsity=observation.max_layer_sparsity,
-        max_step=observation.budget,
     )
     step = render(
         "step.md",
         o=observation,
+        budget=floor_digits(observation.budget),
         rows=table_rows(observation),
         deltas=" / ".join(f"{d:g}" for d in COST_DELTAS),
     )
@@ -234,7 +256,7 @@ def _row(layer: LayerProfile, prunable: int) -> str:
     return " | ".join(
         [
             quote_name(layer.short_name),
-            str(layer.parameters),
+            f"{100 * layer.parameters / prunable:.4g}",
             f"{layer.sparsity:.3f}",
             f"{layer.z_s:.2f}",
             f"{layer.z_g:.2f}",
@@ -244,19 +266,35 @@ def _row(layer: LayerProfile, prunable: int) -> str:
     )
 
 
-def quote_name(name: str) -> str:
-    """A layer's name as it may stand in a prompt: plain, or a JSON string if it has more."""
-    if re.fullmatch(r"[\w.\-]+", name, re.ASCII):
-        return name
-    return json.dumps(name[:MAX_NAME])
+def floor_digits(value: float, digits: int = 4) -> str:
+    """A bound as it may be shown: rounded down, so that who keeps to it is not refused."""
+    if value <= 0:
+        return "0"
+    scale = 10.0 ** (digits - 1 - math.floor(math.log10(value)))
+    return f"{math.floor(value * scale + 1e-6) / scale:.{digits}g}"
 
 
 def redact(text: str) -> str:
-    """A message without the values of the environment's keys and tokens."""
+    """A message without the values of the environment's keys and tokens, however written."""
     for key, value in os.environ.items():
-        if len(value) >= 8 and re.search(r"(KEY|TOKEN|SECRET|PASSWORD)$", key, re.IGNORECASE):
-            text = text.replace(value, "[redacted]")
+        if re.search(r"(KEY|TOKEN|SECRET|PASSWORD)$", key, re.IGNORECASE):
+            # A key pasted with a line's end is quoted whole by the HTTP client's complaint.
+            forms = {value, value.strip(), repr(value)[1:-1], quote(value.strip(), safe="")}
+            for form in sorted(forms, key=len, reverse=True):
+                if len(form) >= 8:
+                    text = text.replace(form, "[redacted]")
     return text
+
+
+def _check_options(name: str, model: BaseChatModel, options: dict[str, Any]) -> None:
+    """Refuse options that the client does not have: it would pass them on, or drop them."""
+    known = set(type(model).model_fields)
+    known |= {f.alias for f in type(model).model_fields.values() if f.alias}
+    for option in options:
+        if option not in known:
+            close = difflib.get_close_matches(option, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise InputError(f"the agent {name} has no option {option}{hint}")
 
 
 def _words(error: BaseException | None) -> str:
@@ -266,20 +304,46 @@ def _words(error: BaseException | None) -> str:
 
 def _transient(error: BaseException) -> bool:
     """Whether another try may succeed: rate limits, server errors, timeouts, broken transport."""
-    if isinstance(error, ModelError):
-        return bool(error.is_retryable)
-    code = getattr(error, "code", None) or getattr(error, "status_code", None)
-    if isinstance(code, int):
-        return code in (408, 429) or code >= 500
-    # An HTML page with status 200 (a proxy's) reaches us as a JSON error of the client.
-    return isinstance(
-        error, httpx.TransportError | ConnectionError | TimeoutError | json.JSONDecodeError
-    )
+    for cause in _causes(error):
+        # The status comes first: LangChain takes a 429 about a "token limit" for a long prompt.
+        code = getattr(cause, "code", None) or getattr(cause, "status_code", None)
+        if isinstance(code, int):
+            return code in (408, 429) or code >= 500
+        if isinstance(cause, ModelError) and cause.is_retryable:
+            return True
+        # An HTML page with status 200 (a proxy's) reaches us as a JSON error of the client.
+        if isinstance(cause, ConnectionError | TimeoutError | json.JSONDecodeError):
+            return True
+        # Of httpx or of its fork httpx2, whichever the provider's client has.
+        kinds = {kind.__name__ for kind in type(cause).__mro__}
+        if "TransportError" in kinds:
+            return not kinds & {"LocalProtocolError", "UnsupportedProtocol"}
+    return False
 
 
-def _finish_reason(message: AIMessage) -> str | None:
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it was raised from, outermost first."""
+    cause: BaseException | None = error
+    for _ in range(8):
+        if cause is None:
+            return
+        yield cause
+        cause = cause.__cause__
+
+
+def _withheld(message: AIMessage, *, strict: bool) -> str:
+    """Why a message is not a whole answer; "" if it is.
+
+    Args:
+        message: the provider's.
+        strict: whether a message without a finish reason is refused too.
+    """
     metadata = message.response_metadata
     for key in ("finish_reason", "stop_reason", "done_reason"):
         if metadata.get(key):
-            return str(metadata[key])
-    return None
+            reason = str(metadata[key])
+            return "" if reason.upper() in _FINISHED else f"finish reason {reason[:40]}"
+    blocked = (metadata.get("prompt_feedback") or {}).get("block_reason")
+    if blocked:
+        return f"prompt blocked: {getattr(blocked, 'name', str(blocked))[:40]}"
+    return "no finish reason" if strict else ""
