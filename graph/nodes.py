@@ -100,6 +100,8 @@ def profile(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     path = run.write_step_file(step, "profile", signals.model_dump(mode="json"))
     return {
         **update,
+        # Whole and as plain values, however the request came in.
+        "request": request.model_dump(mode="json"),
         "gradient_revision": gradient_revision,
         "profile": {"path": path, "table": signals.table()},
         "tokens": tokens,

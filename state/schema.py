@@ -69,6 +69,7 @@ class PruneState(TypedDict):
 class PruneUpdate(TypedDict, total=False):
     """What a node returns: a part of `PruneState`."""
 
+    request: dict[str, Any]
     step: int
     status: Status
     revision: str

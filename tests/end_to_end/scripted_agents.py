@@ -1,0 +1,74 @@
+"""Not a test: agents for the tests, named in configs as ``import:scripted_agents:Class``."""
+
+from typing import Any
+
+from prunewright.graph.agents import Observation
+from prunewright.graph.agents.controls import GreedyAgent
+from prunewright.state import Decision, LayerDelta
+
+
+class HarmfulOnce:
+    """Greedy, but in one step it takes as much as it may from the first block."""
+
+    def __init__(self, step: int = 1, **_: Any) -> None:
+        self.step = step
+
+    def decide(self, observation: Observation) -> Decision:
+        if observation.step == self.step:
+            return harmful(observation)
+        return GreedyAgent().decide(observation)
+
+
+class Harmful:
+    """Takes as much as it may from the first block, in every step."""
+
+    def __init__(self, **_: Any) -> None:
+        pass
+
+    def decide(self, observation: Observation) -> Decision:
+        return harmful(observation)
+
+
+class Idle:
+    """Chooses no layer from some step on."""
+
+    def __init__(self, after: int = 0, **_: Any) -> None:
+        self.after = after
+
+    def decide(self, observation: Observation) -> Decision:
+        if observation.step < self.after:
+            return GreedyAgent().decide(observation)
+        return Decision(reasoning="Nothing to do.", layers=[])
+
+
+class Speck:
+    """Asks for less than one weight."""
+
+    def __init__(self, **_: Any) -> None:
+        pass
+
+    def decide(self, observation: Observation) -> Decision:
+        name = observation.profile.layers[0].name
+        return Decision(reasoning="A speck.", layers=[LayerDelta(name=name, delta=1e-7)])
+
+
+class Wrong:
+    """Names a layer that does not exist."""
+
+    def __init__(self, **_: Any) -> None:
+        pass
+
+    def decide(self, observation: Observation) -> Decision:
+        return Decision(reasoning="?", layers=[LayerDelta(name="9.nowhere", delta=0.1)])
+
+
+def harmful(observation: Observation) -> Decision:
+    room = observation.room()
+    budget = observation.budget * observation.prunable
+    layers = []
+    for layer in observation.profile.layers:
+        delta = min(observation.max_delta, room[layer.name], budget / layer.parameters)
+        if layer.block == 0 and delta > 1e-3:
+            layers.append(LayerDelta(name=layer.name, delta=delta))
+            budget -= delta * layer.parameters
+    return Decision(reasoning="To do harm.", layers=layers)

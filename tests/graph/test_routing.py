@@ -1,0 +1,91 @@
+"""The rollback guard and the termination, against their definitions."""
+
+import math
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prunewright.graph.routing import guard_reason, route_guard, route_termination, termination
+from prunewright.state import STATUS_WORDS, PruneState
+from prunewright.state.config import GuardOptions
+from prunewright.state.schema import Status
+
+PERPLEXITIES = st.floats(1.0, 1e300)
+
+
+@given(accepted=PERPLEXITIES, candidate=PERPLEXITIES, bound=st.floats(1e-6, 10))
+def test_a_candidate_goes_exactly_if_it_rises_by_more_than_the_bound(
+    accepted: float, candidate: float, bound: float
+) -> None:
+    reason = guard_reason(accepted, candidate, accepted, GuardOptions(max_increase=bound))
+    assert bool(reason) == ((candidate - accepted) / accepted > bound)
+
+
+@given(
+    dense=st.floats(1, 1e6),
+    accepted=st.floats(1, 1e6),
+    candidate=st.floats(1, 1e6),
+    total=st.floats(0.01, 5),
+)
+def test_the_total_bound_counts_from_the_dense_model(
+    dense: float, accepted: float, candidate: float, total: float
+) -> None:
+    guard = GuardOptions(max_increase=1e9, max_total_increase=total)
+    reason = guard_reason(accepted, candidate, dense, guard)
+    assert bool(reason) == ((candidate - dense) / dense > total)
+    assert not reason or "over the dense model" in reason
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, -math.inf])
+def test_a_perplexity_that_is_not_finite_goes_whatever_the_bounds(value: float) -> None:
+    guard = GuardOptions(max_increase=1e300)
+    assert "not finite" in guard_reason(20.0, value, 20.0, guard)
+
+
+def test_the_reason_names_the_rise_and_the_bound() -> None:
+    reason = guard_reason(20.0, 25.0, 20.0, GuardOptions(max_increase=0.15))
+    assert "25.0%" in reason
+    assert "15.0%" in reason
+
+
+def test_a_fall_is_never_rolled_back() -> None:
+    assert guard_reason(20.0, 1.0, 20.0, GuardOptions(max_increase=1e-9)) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({}, "running"),
+        ({"sparsity": 0.4491}, "target_reached"),
+        ({"sparsity": 0.4489}, "running"),
+        ({"sparsity": 0.45, "steps": 40, "stalls": 3}, "target_reached"),
+        ({"steps": 39}, "running"),
+        ({"steps": 40}, "max_steps"),
+        ({"stalls": 2}, "running"),
+        ({"stalls": 3}, "stalled"),
+        ({"steps": 40, "stalls": 3}, "stalled"),
+    ],
+)
+def test_termination(changes: dict[str, Any], status: str) -> None:
+    values: dict[str, Any] = {
+        "sparsity": 0.2,
+        "target": 0.45,
+        "steps": 7,
+        "max_steps": 40,
+        "stalls": 0,
+        "max_stalls": 3,
+    }
+    assert termination(**(values | changes)) == status
+
+
+def test_the_router_after_evaluate_ppl() -> None:
+    assert route_guard(cast(PruneState, {"rollback_reason": "worse"})) == "rollback"
+    assert route_guard(cast(PruneState, {"rollback_reason": ""})) == "reflect"
+
+
+@pytest.mark.parametrize("status", STATUS_WORDS)
+def test_the_router_after_reflect_goes_on_only_while_running(status: Status) -> None:
+    goes_on = route_termination(cast(PruneState, {"status": status})) == "profile"
+    assert goes_on == (status == "running")
