@@ -25,8 +25,9 @@ def unstructured_mask(scores: Tensor, pruned: int, group: Group) -> Tensor:
         group: ``row`` or ``layer``.
 
     Raises:
-        ValueError: ``pruned`` out of range.
+        ValueError: ``pruned`` out of range, or a score is not a number.
     """
+    _refuse_nan(scores)
     if not 0 <= pruned <= scores.numel():
         raise ValueError(f"cannot prune {pruned} of {scores.numel()} weights")
     if group == "layer":
@@ -74,8 +75,9 @@ def nm_mask(scores: Tensor, keep_n: int, group_m: int) -> Tensor:
         group_m: size of a group; must divide the number of inputs.
 
     Raises:
-        ValueError: the inputs do not divide into groups.
+        ValueError: the inputs do not divide into groups, or a score is not a number.
     """
+    _refuse_nan(scores)
     rows, inputs = scores.shape
     if inputs % group_m:
         raise ValueError(f"{inputs} inputs do not divide into groups of {group_m}")
@@ -84,3 +86,8 @@ def nm_mask(scores: Tensor, keep_n: int, group_m: int) -> Tensor:
     mask = torch.zeros_like(groups, dtype=torch.bool)
     mask.scatter_(-1, order[..., : group_m - keep_n], True)
     return mask.reshape(rows, inputs)
+
+
+def _refuse_nan(scores: Tensor) -> None:
+    if bool(scores.isnan().any()):
+        raise ValueError("some scores are not numbers: the weights or the statistics are broken")

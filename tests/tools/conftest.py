@@ -1,0 +1,56 @@
+"""What the tests of `prunewright.tools` share: loaded pico models of every family."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from prunewright.tools.models import LoadedModel, load_model
+
+FAMILIES = (
+    "LlamaConfig",
+    "Qwen3Config",
+    "MistralConfig",
+    "Gemma2Config",
+    "OPTConfig",
+    "GPT2Config",
+    "GPTNeoXConfig",
+    "PhiConfig",
+    "MixtralConfig",
+    "Qwen3MoeConfig",
+)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Each of the pico families in turn."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRUNEWRIGHT_CACHE", str(cache))
+
+
+@pytest.fixture
+def load(pico_models: Callable[..., Path]) -> Callable[[str], LoadedModel]:
+    """A function that loads the pico model of a family in float32 on the CPU."""
+
+    def get(family: str = "LlamaConfig") -> LoadedModel:
+        return load_model(str(pico_models(family)), dtype="float32", device="cpu")
+
+    return get
+
+
+@pytest.fixture
+def windows() -> Tensor:
+    """Three windows of 40 random ids."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(2, 512, (3, 40), generator=generator)

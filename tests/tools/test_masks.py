@@ -1,0 +1,126 @@
+"""Masks against plain Python loops."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from prunewright.tools.masks import nm_mask, row_counts, unstructured_mask
+
+
+def lowest(values: list[float], count: int) -> set[int]:
+    """Indices of the lowest values; equal values by index."""
+    return set(sorted(range(len(values)), key=lambda i: (values[i], i))[:count])
+
+
+def as_lists(chosen: list[set[int]], width: int) -> list[list[bool]]:
+    return [[j in row for j in range(width)] for row in chosen]
+
+
+# Few distinct values, so that ties are common.
+matrices = st.integers(1, 6).flatmap(
+    lambda rows: st.integers(1, 9).flatmap(
+        lambda columns: st.lists(
+            st.lists(st.integers(0, 4), min_size=columns, max_size=columns),
+            min_size=rows,
+            max_size=rows,
+        )
+    )
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(matrices, st.data())
+def test_layer_group_takes_the_lowest_of_the_whole_layer(
+    values: list[list[int]], data: st.DataObject
+) -> None:
+    scores = torch.tensor(values, dtype=torch.float32)
+    count = data.draw(st.integers(0, scores.numel()))
+    flat = [float(v) for row in values for v in row]
+    expected = [i in lowest(flat, count) for i in range(len(flat))]
+    mask = unstructured_mask(scores, count, "layer")
+    assert mask.dtype == torch.bool
+    assert mask.shape == scores.shape
+    assert mask.reshape(-1).tolist() == expected
+
+
+@settings(max_examples=150, deadline=None)
+@given(matrices, st.data())
+def test_row_group_takes_the_lowest_of_each_row(
+    values: list[list[int]], data: st.DataObject
+) -> None:
+    scores = torch.tensor(values, dtype=torch.float32)
+    count = data.draw(st.integers(0, scores.numel()))
+    mask = unstructured_mask(scores, count, "row")
+    given_by_row = mask.sum(dim=1).tolist()
+    assert sum(given_by_row) == count
+    base = count // len(values)
+    assert set(given_by_row) <= {base, base + 1}
+    chosen = [
+        lowest([float(v) for v in row], n) for row, n in zip(values, given_by_row, strict=True)
+    ]
+    assert mask.tolist() == as_lists(chosen, len(values[0]))
+
+
+@pytest.mark.parametrize(("rows", "extra"), [(10, 1), (10, 3), (64, 7), (7, 6), (5, 0), (9, 4)])
+def test_rows_that_give_one_more_are_evenly_spaced(rows: int, extra: int) -> None:
+    counts = row_counts(rows, 4 * rows + extra, torch.device("cpu")).tolist()
+    assert sorted(set(counts)) == ([4, 5] if extra else [4])
+    places = [i for i, n in enumerate(counts) if n == 5]
+    assert len(places) == extra
+    # Around the ring of rows, no gap differs from another by more than one.
+    gaps = {(b - a) % rows or rows for a, b in zip(places, places[1:] + places[:1], strict=True)}
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_counts_are_exact_where_rounding_makes_ties(dtype: torch.dtype) -> None:
+    scores = torch.randn(32, 100, generator=torch.Generator().manual_seed(0)).abs().to(dtype)
+    for count in (1, 31, 32, 33, 1599, 1600, 3199, 3200):
+        for group in ("row", "layer"):
+            assert int(unstructured_mask(scores, count, group).sum()) == count
+
+
+@pytest.mark.parametrize("count", [-1, 13])
+@pytest.mark.parametrize("group", ["row", "layer"])
+def test_a_count_out_of_range_is_refused(count: int, group: str) -> None:
+    with pytest.raises(ValueError, match="of 12 weights"):
+        unstructured_mask(torch.ones(3, 4), count, group)  # type: ignore[arg-type]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from([(1, 2), (2, 4), (4, 8), (1, 4), (3, 4)]), st.integers(0, 2**31))
+def test_nm_keeps_exactly_the_highest_of_each_group(pattern: tuple[int, int], seed: int) -> None:
+    keep, size = pattern
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, 6, (5, 3 * size), generator=generator).float()
+    mask = nm_mask(scores, keep, size)
+    for row, pruned in zip(scores.tolist(), mask.tolist(), strict=True):
+        for start in range(0, len(row), size):
+            group = row[start : start + size]
+            expected = lowest(group, size - keep)
+            assert {i for i in range(size) if pruned[start + i]} == expected
+
+
+def test_nm_refuses_inputs_that_do_not_divide() -> None:
+    with pytest.raises(ValueError, match="10 inputs do not divide into groups of 4"):
+        nm_mask(torch.ones(2, 10), 2, 4)
+
+
+def test_scores_that_are_not_numbers_are_refused() -> None:
+    scores = torch.ones(4, 4)
+    scores[2, 1] = torch.nan
+    calls = [
+        lambda s: unstructured_mask(s, 3, "row"),
+        lambda s: unstructured_mask(s, 3, "layer"),
+        lambda s: nm_mask(s, 2, 4),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="not numbers"):
+            call(scores)
+
+
+def test_infinite_scores_go_last() -> None:
+    scores: Tensor = torch.tensor([[torch.inf, 1.0, 2.0, torch.inf]])
+    assert unstructured_mask(scores, 3, "row").tolist() == [[True, True, True, False]]
