@@ -17,8 +17,16 @@ from prunewright.tools.layers import Layer
 OnProduct = Callable[[Layer, int | None, Tensor, Tensor], None]
 """Called with the layer, the expert's index (None: not fused), the inputs and the outputs."""
 
-_LINEAR = torch.nn.functional.linear
-_MATMUL = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
+_OPERANDS: dict[Any, tuple[tuple[int, str], tuple[int, str]]] = {
+    torch.nn.functional.linear: ((0, "input"), (1, "weight")),
+    torch.addmm: ((1, "mat1"), (2, "mat2")),
+    torch.matmul: ((0, "input"), (1, "other")),
+    Tensor.matmul: ((0, "input"), (1, "other")),
+    Tensor.__matmul__: ((0, "input"), (1, "other")),
+    torch.mm: ((0, "input"), (1, "mat2")),
+    Tensor.mm: ((0, "input"), (1, "mat2")),
+}
+"""Position and name of the two factors of each function that multiplies."""
 
 
 class ProductObserver(TorchFunctionMode):
@@ -38,15 +46,22 @@ class ProductObserver(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        outputs = func(*args, **(kwargs or {}))
-        if func is _LINEAR or func in _MATMUL:
-            inputs, weight = args[0], args[1] if len(args) > 1 else (kwargs or {}).get("weight")
-        elif func is torch.addmm and len(args) == 3:
-            inputs, weight = args[1], args[2]
-        else:
+        kwargs = kwargs or {}
+        outputs = func(*args, **kwargs)
+        if func not in _OPERANDS:
             return outputs
-        if isinstance(weight, Tensor):
-            owner = self._owners.get(weight.data_ptr())
-            if owner is not None:
-                self._on_product(owner[0], owner[1], inputs, outputs)
+        left, right = (
+            args[position] if position < len(args) else kwargs.get(name)
+            for position, name in _OPERANDS[func]
+        )
+        if owner := self._owner(right):
+            self._on_product(*owner, left, outputs)
+        elif owner := self._owner(left):
+            # Mamba's weight @ inputs: the transposed product is observed in its place.
+            flipped = outputs.transpose(-1, -2)
+            self._on_product(*owner, right.transpose(-1, -2), flipped)
+            return flipped.transpose(-1, -2)
         return outputs
+
+    def _owner(self, factor: Any) -> tuple[Layer, int | None] | None:
+        return self._owners.get(factor.data_ptr()) if isinstance(factor, Tensor) else None

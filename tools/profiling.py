@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from prunewright.state import InputError
 from prunewright.state.config import CriterionName
 from prunewright.state.profile import COST_DELTAS, LayerProfile, ModelProfile
 from prunewright.tools.criteria import CRITERIA, LayerStatistics, fisher, split_experts
@@ -59,6 +60,9 @@ def measure_activations(
         loaded: the model, at the revision to measure.
         windows: token ids [windows, length].
         progress: told after each window.
+
+    Raises:
+        InputError: a layer took part in no product, or its inputs are not finite.
     """
     squares, counts = _accumulators(loaded, inputs=True)
 
@@ -66,7 +70,7 @@ def measure_activations(
         tokens = inputs.reshape(-1, inputs.shape[-1])
         norms = torch.linalg.vector_norm(tokens, dim=0, dtype=torch.float32)
         index = expert or 0
-        squares[layer.name][index] += norms.double().square()
+        squares[layer.name][index] += norms.to(squares[layer.name].dtype).square()
         counts[layer.name][index] += len(tokens)
 
     with ProductObserver(_weights(loaded), on_product):
@@ -74,18 +78,21 @@ def measure_activations(
             hidden_states(loaded.model, window.to(loaded.device).unsqueeze(0))
             if progress is not None:
                 progress("activations", index + 1, len(windows))
-    means: dict[str, Tensor] = {}
-    notes: list[str] = []
-    for name, layer in loaded.layers.items():
-        count = counts[name]
-        mean = squares[name] / count.clamp(min=1).unsqueeze(1)
-        unseen = count == 0
-        if bool(unseen.any()):
-            notes.append(f"{name}: {int(unseen.sum())} of {len(count)} saw no calibration token")
-            if not bool(unseen.all()):
-                mean[unseen] = mean[~unseen].mean(dim=0)
-        means[name] = _unfuse(mean.float(), layer)
-    return Activations(means, notes)
+    means = {n: squares[n] / counts[n].clamp(min=1).unsqueeze(1) for n in loaded.layers}
+    orphans = _fill_unseen(loaded, means, counts)
+    if orphans:
+        raise InputError(
+            f"{orphans[0]} took part in no product that could be observed while the model ran: "
+            "this model has a kind of layer that is not supported"
+        )
+    return Activations(
+        {name: _finished(means[name], layer, "inputs") for name, layer in loaded.layers.items()},
+        [
+            f"{name}: {int((count == 0).sum())} of {len(count)} saw no calibration token"
+            for name, count in counts.items()
+            if bool((count == 0).any())
+        ],
+    )
 
 
 def measure_gradients(
@@ -107,9 +114,12 @@ def measure_gradients(
         windows: token ids [windows, length].
         checkpointing: recompute activations block by block: less memory, more time.
         progress: told after each window.
+
+    Raises:
+        InputError: a gradient is not finite.
     """
     model = loaded.model
-    squares, _ = _accumulators(loaded, inputs=False)
+    squares, counts = _accumulators(loaded, inputs=False)
     sums = dict.fromkeys(loaded.layers, 0.0)
     tokens = windows.shape[1] - 1
 
@@ -117,7 +127,8 @@ def measure_gradients(
         def on_gradient(gradient: Tensor) -> None:
             rows = gradient.reshape(-1, gradient.shape[-1])
             norms = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32)
-            squares[layer.name][expert or 0] += norms.double().square()
+            squares[layer.name][expert or 0] += norms.to(squares[layer.name].dtype).square()
+            counts[layer.name][expert or 0] += len(rows)
 
         if outputs.requires_grad:
             outputs.register_hook(on_gradient)
@@ -146,10 +157,14 @@ def measure_gradients(
             _backward(model, head, window.to(loaded.device))
             if progress is not None:
                 progress("gradients", index + 1, len(windows))
-    total = len(windows) * tokens
+    means = {name: square / (len(windows) * tokens) for name, square in squares.items()}
+    for name, value in sums.items():
+        if not math.isfinite(value):
+            means[name].fill_(value)  # refused below
+    _fill_unseen(loaded, means, counts)
     return Gradients(
         {name: value / len(windows) for name, value in sums.items()},
-        {name: _unfuse((squares[name] / total).float(), ly) for name, ly in loaded.layers.items()},
+        {name: _finished(means[name], ly, "gradients") for name, ly in loaded.layers.items()},
     )
 
 
@@ -171,19 +186,22 @@ def _backward(model: PreTrainedModel, head: Head, ids: Tensor) -> None:
 @contextmanager
 def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
     """Recompute each block's activations in the backward pass, in evaluation mode too."""
-    blocks = find_blocks(model)[1]
+    with ExitStack() as stack:
+        for block in find_blocks(model)[1]:
+            stack.enter_context(_recomputed(block))
+        yield
 
-    def wrap(block: nn.Module) -> None:
-        forward = block.forward
-        block.forward = lambda *a, **k: checkpoint(forward, *a, use_reentrant=False, **k)
 
-    for block in blocks:
-        wrap(block)
+@contextmanager
+def _recomputed(block: nn.Module) -> Iterator[None]:
+    forward, own = block.forward, "forward" in vars(block)
+    block.forward = lambda *a, **k: checkpoint(forward, *a, use_reentrant=False, **k)
     try:
         yield
     finally:
-        for block in blocks:
-            del block.forward  # the class's own method again
+        del block.forward  # the class's own method again
+        if own:  # unless something had replaced it before, as accelerate does
+            block.forward = forward
 
 
 def build_profile(
@@ -263,7 +281,7 @@ def z_scores(values: list[float]) -> list[float]:
     first divided by their largest magnitude, which leaves z-scores as they are otherwise.
     """
     scale = max(map(abs, values), default=0.0)
-    if scale == 0 or not math.isfinite(scale):
+    if scale == 0 or not all(map(math.isfinite, values)):
         return [0.0] * len(values)
     scaled = [v / scale for v in values]
     mean = math.fsum(scaled) / len(scaled)
@@ -282,10 +300,12 @@ def salience_percentile(weight: Tensor, input_square: Tensor, fraction: float = 
         input_square: E[x_j^2], [..., inputs].
         fraction: which percentile.
     """
-    norms = input_square.sqrt().unsqueeze(-2).expand(weight.shape)
-    index = _spread(weight.numel(), weight.shape[-1], weight.device)
+    outputs, inputs = weight.shape[-2:]
+    index = _spread(weight.numel(), inputs, weight.device)
     values = weight.reshape(-1)[index].float().abs()
-    scores = (values * norms.reshape(-1)[index])[values != 0]
+    expert, column = index // (outputs * inputs), index % inputs
+    norms = input_square.sqrt().reshape(-1)[expert * inputs + column]
+    scores = (values * norms)[values != 0]
     if len(scores) == 0:
         return 0.0
     return float(scores.kthvalue(1 + math.floor(fraction * (len(scores) - 1))).values)
@@ -311,25 +331,26 @@ def predict_losses(
         Nats a token, one a level.
     """
     totals = [0.0] * len(levels)
+    wide = _wide(weight.device)
     for matrix, stats in split_experts(weight, statistics):
         assert stats.gradient_square is not None
         rule = CRITERIA[criterion]
         factors = fisher.damped(stats.gradient_square)
         if rule.group == "row":
-            step = math.ceil(matrix.numel() / SAMPLE)
+            step = min(math.ceil(matrix.numel() / SAMPLE), matrix.shape[0])
             rows = slice(step // 2, None, step)
             part = matrix[rows]
             picked = LayerStatistics(stats.input_square, stats.gradient_square[rows])
             order = rule.score(part, picked).argsort(dim=1)
             saliency = fisher.saliency(part, stats.input_square, factors[rows])
-            running = saliency.gather(1, order).cumsum(dim=1).sum(dim=0, dtype=torch.float64)
+            running = saliency.gather(1, order).cumsum(dim=1).sum(dim=0, dtype=wide)
             whole = matrix.float().square() @ stats.input_square @ factors
-            scale = 0.5 * float(whole) / max(float(saliency.sum(dtype=torch.float64)), 1e-300)
+            scale = 0.5 * float(whole) / max(float(saliency.sum(dtype=wide)), 1e-300)
         else:
             index = _spread(matrix.numel(), matrix.shape[1], matrix.device)
             saliency = fisher.saliency(matrix, stats.input_square, factors).reshape(-1)[index]
             order = rule.score(matrix, stats).reshape(-1)[index].argsort()
-            running = saliency[order].cumsum(0, dtype=torch.float64)
+            running = saliency[order].cumsum(0, dtype=wide)
             scale = matrix.numel() / len(index)
         counts = [round(level * len(running)) for level in levels]
         losses = [scale * float(running[n - 1]) if n else 0.0 for n in counts]
@@ -352,18 +373,60 @@ def _weights(loaded: LoadedModel) -> list[tuple[Layer, Tensor]]:
 def _accumulators(
     loaded: LoadedModel, *, inputs: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Zeros [experts or 1, inputs or outputs] in float64, and token counts, by layer."""
-    # MPS has no float64.
-    dtype = torch.float32 if loaded.device.type == "mps" else torch.float64
+    """Zeros [experts or 1, inputs or outputs] in a wide dtype, and token counts, by layer."""
     squares, counts = {}, {}
+    device = loaded.device
     for name, layer in loaded.layers.items():
         matrix = layer.matrix(loaded.weight(layer))
         experts = matrix.shape[0] if matrix.ndim == 3 else 1
         width = matrix.shape[-1] if inputs else matrix.shape[-2]
-        squares[name] = torch.zeros(experts, width, dtype=dtype, device=loaded.device)
-        counts[name] = torch.zeros(experts, dtype=torch.int64, device=loaded.device)
+        squares[name] = torch.zeros(experts, width, dtype=_wide(device), device=device)
+        counts[name] = torch.zeros(experts, dtype=torch.int64, device=device)
     return squares, counts
 
 
-def _unfuse(values: Tensor, layer: Layer) -> Tensor:
+def _fill_unseen(
+    loaded: LoadedModel, means: dict[str, Tensor], counts: dict[str, Tensor]
+) -> list[str]:
+    """Give what no token reached the mean of what stands beside it; name what has nothing beside.
+
+    Beside an expert of a fused tensor stand the others; beside an expert that is a module of its
+    own, the layers of its block with the same last name and shape.
+    """
+    orphans = []
+    for name, layer in loaded.layers.items():
+        seen = counts[name] > 0
+        if bool(seen.all()):
+            continue
+        beside = [means[name][seen]] + [
+            means[n][counts[n] > 0]
+            for n, other in loaded.layers.items()
+            if (other.block, other.shape) == (layer.block, layer.shape)
+            and n.rpartition(".")[2] == name.rpartition(".")[2]
+            and n != name
+        ]
+        if sum(map(len, beside)) == 0:
+            orphans.append(name)
+        else:
+            means[name][~seen] = torch.cat(beside).mean(dim=0)
+    return orphans
+
+
+def _finished(values: Tensor, layer: Layer, what: str) -> Tensor:
+    """float32, without the leading dimension where nothing is fused.
+
+    Raises:
+        InputError: not finite.
+    """
+    values = values.float()
+    if not bool(values.isfinite().all()):
+        raise InputError(
+            f"the {what} of {layer.name} are not finite: the model is broken, or its dtype is too "
+            "narrow for it (try bfloat16 or float32)"
+        )
     return values if len(layer.shape) == 3 else values[0]
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    """The dtype of long sums: MPS has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -1,0 +1,509 @@
+"""Statistics against naive references: forward hooks, full logits, loops."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from prunewright.state import InputError
+from prunewright.state.profile import COST_DELTAS
+from prunewright.tools import profiling
+from prunewright.tools.criteria import LayerStatistics, fisher, prune_mask
+from prunewright.tools.layers import find_layers
+from prunewright.tools.models import LoadedModel
+from prunewright.tools.perplexity import Head
+from prunewright.tools.profiling import (
+    build_profile,
+    measure_activations,
+    measure_gradients,
+    predict_losses,
+    salience_percentile,
+    z_scores,
+)
+
+Load = Callable[..., LoadedModel]
+
+
+class Reference:
+    """Inputs and output gradients of every layer of a model, taken the ordinary way.
+
+    Modules are watched with forward hooks; the experts' forward is replaced by a plain loop.
+    Loss: the model's own full logits.
+    """
+
+    def __init__(self, loaded: LoadedModel, windows: Tensor) -> None:
+        self.tokens = {name: self._zeros(loaded, name) for name in loaded.layers}
+        self.inputs = {name: [0.0] * len(n) for name, n in self.tokens.items()}
+        self.outputs = {name: [0.0] * len(n) for name, n in self.tokens.items()}
+        self.g = dict.fromkeys(loaded.layers, 0.0)
+        self._products: list[tuple[str, int, Tensor, Tensor]] = []
+        model = loaded.model
+        undo: list[Callable[[], Any]] = []
+        for name, layer in loaded.layers.items():
+            if len(layer.shape) == 2:
+                module = model.get_submodule(name)
+                undo.append(module.register_forward_hook(self._hook(name)).remove)
+            elif name.endswith("down_proj"):
+                module = model.get_submodule(name.rpartition(".")[0])
+                module.forward = self._experts(module, name.rpartition(".")[0])
+                undo.append(lambda module=module: delattr(module, "forward"))  # type: ignore[misc]
+        parameters = {n: model.get_parameter(ly.parameter) for n, ly in loaded.layers.items()}
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        for window in windows:
+            self._window(model, window, parameters)
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+        for act in undo:
+            act()
+        self.g = {name: value / len(windows) for name, value in self.g.items()}
+        total = len(windows) * (windows.shape[1] - 1)
+        self.gradient_square = {
+            name: torch.stack([torch.as_tensor(v) / total for v in values])
+            for name, values in self.outputs.items()
+            if all(self.tokens[name])
+        }
+        self.input_square = {
+            name: torch.stack(
+                [torch.as_tensor(v) / n for v, n in zip(values, self.tokens[name], strict=True)]
+            )
+            for name, values in self.inputs.items()
+            if all(self.tokens[name])
+        }
+
+    @staticmethod
+    def _zeros(loaded: LoadedModel, name: str) -> list[int]:
+        shape = loaded.layers[name].shape
+        return [0] * (shape[0] if len(shape) == 3 else 1)
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], outputs: Tensor) -> None:
+            outputs.retain_grad()
+            self._products.append((name, 0, args[0].detach(), outputs))
+
+        return hook
+
+    def _experts(self, module: Any, path: str) -> Callable[..., Tensor]:
+        def forward(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            result = torch.zeros_like(hidden)
+            for e in range(module.gate_up_proj.shape[0]):
+                token, choice = (index == e).nonzero(as_tuple=True)
+                if len(token) == 0:
+                    continue
+                x = hidden[token]
+                both = x @ module.gate_up_proj[e].T
+                half = both.shape[-1] // 2
+                middle = module.act_fn(both[:, :half]) * both[:, half:]
+                out = middle @ module.down_proj[e].T
+                both.retain_grad()
+                out.retain_grad()
+                self._products.append((f"{path}.gate_up_proj", e, x.detach(), both))
+                self._products.append((f"{path}.down_proj", e, middle.detach(), out))
+                result = result.index_add(0, token, out * weights[token, choice, None])
+            return result
+
+        return forward
+
+    def _window(self, model: Any, window: Tensor, parameters: dict[str, nn.Parameter]) -> None:
+        self._products.clear()
+        logits = model(input_ids=window.unsqueeze(0), use_cache=False).logits[0, :-1].float()
+        functional.cross_entropy(logits, window[1:]).backward()
+        for name, expert, inputs, outputs in self._products:
+            assert outputs.grad is not None
+            rows = inputs.reshape(-1, inputs.shape[-1]).double()
+            d = outputs.grad.reshape(-1, outputs.shape[-1]).double() * (len(window) - 1)
+            self.inputs[name][expert] = self.inputs[name][expert] + rows.square().sum(0)
+            self.outputs[name][expert] = self.outputs[name][expert] + d.square().sum(0)
+            self.tokens[name][expert] += len(rows)
+        for name, parameter in parameters.items():
+            assert parameter.grad is not None
+            self.g[name] += float(parameter.grad[parameter.data != 0].abs().double().mean())
+            parameter.grad = None
+
+
+def squeezed(values: Tensor, like: Tensor) -> Tensor:
+    return values.float().reshape(like.shape)
+
+
+def close(one: Tensor, other: Tensor, relative: float = 1e-3) -> None:
+    torch.testing.assert_close(one, other, rtol=relative, atol=relative * float(other.abs().max()))
+
+
+def prune_some(loaded: LoadedModel) -> None:
+    """Zero a third of every layer, so that active and pruned weights differ."""
+    for layer in loaded.layers.values():
+        weight = loaded.weight(layer)
+        weight[weight.abs() < weight.abs().float().quantile(0.33)] = 0
+
+
+def test_activations_are_mean_squares_of_the_inputs(
+    load: Load, family: str, windows: Tensor
+) -> None:
+    loaded = load(family)
+    reference = Reference(loaded, windows)
+    measured = measure_activations(loaded, windows)
+    assert set(measured.input_square) == set(loaded.layers)
+    assert set(reference.input_square) == set(loaded.layers)
+    assert measured.notes == []
+    for name, values in measured.input_square.items():
+        assert values.dtype == torch.float32
+        close(values, squeezed(reference.input_square[name], values))
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_gradients_are_those_of_the_full_logits_loss(
+    load: Load, family: str, windows: Tensor, checkpointing: bool
+) -> None:
+    loaded = load(family)
+    prune_some(loaded)
+    reference = Reference(loaded, windows)
+    measured = measure_gradients(loaded, Head(loaded.model), windows, checkpointing=checkpointing)
+    for name in loaded.layers:
+        assert measured.mean_absolute[name] == pytest.approx(reference.g[name], rel=1e-3)
+        values = measured.gradient_square[name]
+        close(values, squeezed(reference.gradient_square[name], values))
+
+
+def test_pieces_of_a_window_make_no_difference(
+    load: Load, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load()
+    head = Head(loaded.model)
+    whole = measure_gradients(loaded, head, windows)
+    monkeypatch.setattr(profiling, "TOKENS_AT_ONCE", 7)
+    pieces = measure_gradients(loaded, head, windows)
+    for name in loaded.layers:
+        close(pieces.gradient_square[name], whole.gradient_square[name], 1e-4)
+        assert pieces.mean_absolute[name] == pytest.approx(whole.mean_absolute[name], rel=1e-4)
+
+
+def test_a_head_that_is_not_exact_gives_the_same_gradients(load: Load, windows: Tensor) -> None:
+    loaded = load("Gemma2Config")
+    head = Head(loaded.model)
+    fast = measure_gradients(loaded, head, windows)
+    head.exact = False
+    slow = measure_gradients(loaded, head, windows)
+    for name in loaded.layers:
+        close(fast.gradient_square[name], slow.gradient_square[name], 1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_measuring_leaves_the_model_as_it_was(
+    load: Load, family: str, windows: Tensor, checkpointing: bool
+) -> None:
+    loaded = load(family)
+    weights = {n: p.clone() for n, p in loaded.model.named_parameters()}
+    own = {n: sorted(vars(m)) for n, m in loaded.model.named_modules()}
+    measure_activations(loaded, windows)
+    measure_gradients(loaded, Head(loaded.model), windows, checkpointing=checkpointing)
+    assert not loaded.model.training
+    for name, parameter in loaded.model.named_parameters():
+        assert torch.equal(parameter, weights[name])
+        assert not parameter.requires_grad
+        assert parameter.grad is None
+        assert not parameter._post_accumulate_grad_hooks
+    for name, module in loaded.model.named_modules():
+        assert sorted(vars(module)) == own[name]
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_a_failure_leaves_the_model_as_it_was(load: Load, windows: Tensor) -> None:
+    loaded = load()
+    block = loaded.model.get_submodule("model.layers.1")
+    forward = block.forward
+    replaced = lambda *a, **k: forward(*a, **k)  # noqa: E731  # as accelerate replaces it
+    block.forward = replaced
+
+    def stop(label: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_gradients(loaded, Head(loaded.model), windows, progress=stop)
+    assert block.forward is replaced
+    assert "forward" not in vars(loaded.model.get_submodule("model.layers.0"))
+    for parameter in loaded.model.parameters():
+        assert not parameter.requires_grad
+        assert parameter.grad is None
+
+
+def test_statistics_are_those_of_the_weights_as_they_are(load: Load, windows: Tensor) -> None:
+    loaded = load()
+    before = measure_activations(loaded, windows)
+    prune_some(loaded)
+    after = measure_activations(loaded, windows)
+    first, last = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+    assert torch.equal(before.input_square[first], after.input_square[first])
+    assert not torch.allclose(before.input_square[last], after.input_square[last], rtol=1e-2)
+
+
+@pytest.mark.parametrize("family", ["MixtralConfig", "Qwen3MoeConfig"])
+def test_an_expert_without_tokens_gets_the_mean_of_the_others(
+    load: Load, family: str, windows: Tensor
+) -> None:
+    loaded = load(family)
+    experts = loaded.model.get_submodule("model.layers.1.mlp.experts")
+    forward = experts.forward
+
+    def closed(hidden: Tensor, index: Tensor, weights: Tensor) -> Any:
+        return forward(hidden, torch.where(index == 2, 3, index), weights)
+
+    experts.forward = closed
+    activations = measure_activations(loaded, windows)
+    gradients = measure_gradients(loaded, Head(loaded.model), windows)
+    assert activations.notes == [
+        f"model.layers.1.mlp.experts.{p}: 1 of 4 saw no calibration token"
+        for p in ("gate_up_proj", "down_proj")
+    ]
+    for projection in ("gate_up_proj", "down_proj"):
+        name = f"model.layers.1.mlp.experts.{projection}"
+        for values in (activations.input_square[name], gradients.gradient_square[name]):
+            close(values[2], (values[0] + values[1] + values[3]) / 3, 1e-5)
+            assert float(values[2].min()) >= 0
+            assert float(values[2].max()) > 0
+
+
+def test_an_expert_that_is_a_module_of_its_own_gets_the_mean_of_its_like(
+    load: Load, windows: Tensor
+) -> None:
+    loaded = load()
+    skipped = loaded.model.get_submodule("model.layers.0.self_attn.k_proj")
+    skipped.forward = lambda x: x[..., :16] * 0.5  # its weights take part in no product
+    with pytest.raises(InputError, match=r"0\.self_attn\.k_proj took part in no product"):
+        measure_activations(loaded, windows)
+
+    class Experts(nn.Module):
+        def __init__(self, mlp: nn.Module) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(
+                nn.ModuleDict({"up_proj": nn.Linear(32, 32)}) for _ in range(3)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.experts[0]["up_proj"](x) + self.experts[2]["up_proj"](2 * x)  # type: ignore[index,no-any-return]
+
+    loaded = load()
+    block = loaded.model.get_submodule("model.layers.0")
+    block.mlp = Experts(block.mlp)
+    block.requires_grad_(False)
+    loaded.layers = find_layers(loaded.model)
+    activations = measure_activations(loaded, windows)
+    names = [f"model.layers.0.mlp.experts.{i}.up_proj" for i in range(3)]
+    assert activations.notes == [f"{names[1]}: 1 of 1 saw no calibration token"]
+    seen = [activations.input_square[n] for n in names]
+    close(seen[1], (seen[0] + seen[2]) / 2, 1e-5)
+
+
+def test_statistics_that_are_not_finite_are_refused(load: Load, windows: Tensor) -> None:
+    loaded = load()
+    head = Head(loaded.model)
+    loaded.weight(loaded.layers["model.layers.0.mlp.up_proj"])[0, 0] = torch.inf
+    with pytest.raises(InputError, match=r"inputs of model\.layers\..* are not finite"):
+        measure_activations(loaded, windows)
+    with pytest.raises(InputError, match=r"gradients of model\.layers\..* are not finite"):
+        measure_gradients(loaded, head, windows)
+    assert all(p.grad is None for p in loaded.model.parameters())
+
+
+def test_z_scores_are_those_of_numpy() -> None:
+    values = [0.5, 3.0, -2.0, 7.25, 0.0, 3.0]
+    array = np.array(values)
+    expected = (array - array.mean()) / array.std()
+    assert z_scores(values) == pytest.approx(expected.tolist(), rel=1e-6)
+
+
+def test_z_scores_do_not_depend_on_the_unit() -> None:
+    values = [1.0, 2.0, 4.0]
+    assert z_scores([v * 1e-12 for v in values]) == pytest.approx(z_scores(values))
+
+
+@pytest.mark.parametrize(
+    "values", [[], [3.0], [2.0, 2.0, 2.0], [0.0, 0.0], [1.0, math.inf], [1.0, math.nan]]
+)
+def test_z_scores_are_zero_where_nothing_can_be_compared(values: list[float]) -> None:
+    assert z_scores(values) == pytest.approx([0.0] * len(values), abs=1e-6)
+
+
+@pytest.mark.parametrize("zeros", [0, 13, 59])
+def test_salience_is_the_tenth_percentile_of_the_active_weights(zeros: int) -> None:
+    generator = torch.Generator().manual_seed(zeros)
+    weight = torch.randn(6, 10, generator=generator)
+    weight.view(-1)[torch.randperm(60, generator=generator)[:zeros]] = 0
+    square = torch.rand(10, generator=generator)
+    scores = [
+        abs(w) * math.sqrt(x)
+        for row in weight.tolist()
+        for w, x in zip(row, square.tolist(), strict=True)
+        if w != 0
+    ]
+    expected = float(np.percentile(scores, 10, method="lower"))
+    assert salience_percentile(weight, square) == pytest.approx(expected, rel=1e-5)
+
+
+def test_salience_of_experts_is_taken_over_all_of_them_and_of_nothing_is_zero() -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(3, 6, 10, generator=generator)
+    square = torch.rand(3, 10, generator=generator)
+    scores = (weight.abs() * square.sqrt().unsqueeze(1)).reshape(-1).numpy()
+    expected = float(np.percentile(scores, 10, method="lower"))
+    assert salience_percentile(weight, square) == pytest.approx(expected, rel=1e-5)
+    assert salience_percentile(torch.zeros(4, 5), torch.ones(5)) == 0.0
+
+
+def predicted_by_loops(
+    weight: Tensor, statistics: LayerStatistics, criterion: str, level: float
+) -> float:
+    """The saliency of what the criterion's own mask removes, weight by weight."""
+    assert statistics.gradient_square is not None
+    d = statistics.gradient_square.tolist()
+    mean = sum(d) / len(d)
+    mask = prune_mask(weight, statistics, criterion, pruned=round(level * weight.numel()))  # type: ignore[arg-type]
+    return sum(
+        0.5 * w * w * x * (d[i] + fisher.DAMPING * mean) / (1 + fisher.DAMPING)
+        for i, (row, gone) in enumerate(zip(weight.tolist(), mask.tolist(), strict=True))
+        for w, x, g in zip(row, statistics.input_square.tolist(), gone, strict=True)
+        if g
+    )
+
+
+def random_layer(rows: int, inputs: int, seed: int = 0) -> tuple[Tensor, LayerStatistics]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, inputs, generator=generator), LayerStatistics(
+        torch.rand(inputs, generator=generator) * 3, torch.rand(rows, generator=generator) ** 2
+    )
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "fisher"])
+def test_predicted_losses_are_the_saliency_of_what_would_go(criterion: str) -> None:
+    weight, statistics = random_layer(10, 20)
+    levels = [0.0, 0.05, 0.3, 0.5, 0.95, 1.0]
+    expected = [predicted_by_loops(weight, statistics, criterion, level) for level in levels]
+    predicted = predict_losses(weight, statistics, criterion, levels)  # type: ignore[arg-type]
+    assert predicted == pytest.approx(expected, rel=1e-4)
+    assert predicted[0] == 0.0
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "fisher"])
+def test_predicted_losses_of_experts_add_up(criterion: str) -> None:
+    layers = [random_layer(6, 10, seed) for seed in range(3)]
+    fused = LayerStatistics(
+        torch.stack([s.input_square for _, s in layers]),
+        torch.stack([s.gradient_square for _, s in layers if s.gradient_square is not None]),
+    )
+    levels = [0.1, 0.4, 0.8]
+    single = [predict_losses(w, s, criterion, levels) for w, s in layers]  # type: ignore[arg-type]
+    together = predict_losses(torch.stack([w for w, _ in layers]), fused, criterion, levels)  # type: ignore[arg-type]
+    assert together == pytest.approx([sum(v) for v in zip(*single, strict=True)], rel=1e-5)
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "fisher"])
+def test_predicted_losses_rise_with_the_level(criterion: str) -> None:
+    weight, statistics = random_layer(16, 40, seed=7)
+    levels = [i / 50 for i in range(51)]
+    losses = predict_losses(weight, statistics, criterion, levels)  # type: ignore[arg-type]
+    assert losses == sorted(losses)
+    assert losses[0] < losses[25] < losses[50]
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "fisher"])
+@pytest.mark.parametrize("shape", [(256, 256), (1024, 64), (16, 4096)])
+def test_a_large_layer_is_estimated_from_a_sample(
+    criterion: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, statistics = random_layer(*shape, seed=9)
+    levels = [0.2, 0.5, 0.8]
+    exact = predict_losses(weight, statistics, criterion, levels)  # type: ignore[arg-type]
+    percentile = salience_percentile(weight, statistics.input_square)
+    monkeypatch.setattr(profiling, "SAMPLE", 2**14)
+    estimate = predict_losses(weight, statistics, criterion, levels)  # type: ignore[arg-type]
+    assert estimate != exact
+    assert estimate == pytest.approx(exact, rel=0.15)
+    sampled = salience_percentile(weight, statistics.input_square)
+    assert sampled == pytest.approx(percentile, rel=0.15)
+
+
+def test_a_layer_with_fewer_rows_than_the_sample_skips_is_still_estimated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(profiling, "SAMPLE", 16)
+    weight, statistics = random_layer(3, 1000)
+    losses = predict_losses(weight, statistics, "wanda", [0.5, 1.0])
+    exact = predicted_by_loops(weight, statistics, "wanda", 1.0)
+    assert 0 < losses[0] < losses[1]
+    assert losses[1] == pytest.approx(exact, rel=1e-3)  # the whole is known, whatever is sampled
+
+
+@pytest.mark.parametrize(("rows", "inputs"), [(64, 64), (100, 30), (7, 4096), (33, 27)])
+def test_the_sample_visits_rows_and_columns_evenly(
+    rows: int, inputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiling, "SAMPLE", 512)
+    index = profiling._spread(rows * inputs, inputs, torch.device("cpu"))
+    assert len(index) <= 512
+    visits = torch.bincount(index % inputs, minlength=inputs)
+    assert int(visits.max() - visits.min()) <= 2
+    by_row = torch.bincount(index // inputs, minlength=rows)
+    assert int(by_row.max() - by_row.min()) <= 1
+
+
+def test_a_profile_holds_every_layer_with_its_signals(
+    load: Load, family: str, windows: Tensor
+) -> None:
+    loaded = load(family)
+    activations = measure_activations(loaded, windows)
+    gradients = measure_gradients(loaded, Head(loaded.model), windows)
+    sparsities = dict.fromkeys(loaded.layers, 0.0)
+    full = next(iter(loaded.layers))
+    sparsities[full] = 1.0
+    profile = build_profile(
+        loaded,
+        activations,
+        gradients,
+        "wanda",
+        revision="r",
+        gradient_revision="q",
+        sparsities=sparsities,
+    )
+    assert (profile.revision, profile.gradient_revision) == ("r", "q")
+    assert [p.name for p in profile.layers] == list(loaded.layers)
+    marginal = []
+    for p in profile.layers:
+        layer = loaded.layers[p.name]
+        statistics = LayerStatistics(
+            activations.input_square[p.name], gradients.gradient_square[p.name]
+        )
+        dense = layer.matrix(loaded.dense(layer))
+        assert (p.block, p.projection) == (layer.block, layer.projection)
+        assert p.parameters == layer.numel
+        assert p.g == gradients.mean_absolute[p.name]
+        assert p.s == salience_percentile(dense, statistics.input_square)
+        start = sparsities[p.name]
+        levels = [min(start + d, 1.0) for d in (0.0, *COST_DELTAS)]
+        losses = predict_losses(dense, statistics, "wanda", levels)
+        assert p.loss_cost == pytest.approx([v - losses[0] for v in losses[1:]])
+        marginal.append(p.loss_cost[1] / max(layer.numel * (levels[2] - start), 1.0))
+    assert profile.layers[0].loss_cost == (0.0, 0.0, 0.0)
+    assert all(p.loss_cost[0] > 0 for p in profile.layers[1:])
+    for values, scores in (
+        ([p.s for p in profile.layers], [p.z_s for p in profile.layers]),
+        ([p.g for p in profile.layers], [p.z_g for p in profile.layers]),
+        (marginal, [p.z_c for p in profile.layers]),
+    ):
+        array = np.array(values)
+        expected = (array - array.mean()) / array.std()
+        assert scores == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_progress_is_told_after_each_window(load: Load, windows: Tensor) -> None:
+    loaded = load()
+    told: list[tuple[str, int, int]] = []
+    measure_activations(loaded, windows, lambda *p: told.append(p))
+    measure_gradients(loaded, Head(loaded.model), windows, progress=lambda *p: told.append(p))
+    assert told == [
+        (label, done, 3) for label in ("activations", "gradients") for done in (1, 2, 3)
+    ]
