@@ -20,6 +20,7 @@ from prunewright.graph.feedback import compile_feedback
 from prunewright.graph.routing import guard_reason, termination
 from prunewright.graph.stopping import call_stoppable, check_stop
 from prunewright.state import (
+    AgentError,
     Decision,
     DecisionReport,
     InputError,
@@ -300,6 +301,8 @@ def ask(name: str, agent: Agent, observation: Observation, *, repairs: int) -> D
     for _ in range(repairs + 1):
         try:
             answer = agent.decide(replace(observation, refusals=tuple(refusals)))
+            if not isinstance(answer, Decision):  # of a class of the user's
+                raise AgentError(f"{name} returned a {type(answer).__name__}, not a Decision")
             decision = full_names(answer, observation.profile)
             problems = check_decision(
                 decision,

@@ -18,7 +18,8 @@ CriterionName = Literal["magnitude", "wanda", "fisher"]
 class Options(BaseModel):
     """Base of every options model: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Inputs stay out of error messages: someone may have put a key there.
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
 class WindowOptions(Options):
@@ -84,6 +85,26 @@ class AskingOptions(Options):
     )
 
 
+def _find_secret(value: object, name: str = "") -> str:
+    """The name of what looks like a secret, at any depth; "" if nothing does."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if re.search(
+                r"key$|secret|passw|credential|(^|_)token$|^(proxy-)?authorization$|^cookie$",
+                str(key),
+                re.IGNORECASE,
+            ):
+                return str(key)
+            found = _find_secret(inner, str(key))
+            if found:
+                return found
+    elif isinstance(value, list | tuple):
+        return next(filter(None, (_find_secret(inner, name) for inner in value)), "")
+    elif isinstance(value, str) and re.search(r"://[^/@\s]+:[^/@\s]+@", value):
+        return f"the password in {name}"
+    return ""
+
+
 class PruneRequest(Options):
     """What defines a run; it never changes on a thread."""
 
@@ -146,12 +167,12 @@ class PruneContext(Options):
     @field_validator("agent_options")
     @classmethod
     def _no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for key in value:
-            if re.search(r"key$|secret|password|credential|(^|_)token$", key, re.IGNORECASE):
-                raise ValueError(
-                    f"{key} does not belong into a config, which every run stores: "
-                    "set the provider's environment variable instead"
-                )
+        secret = _find_secret(value)
+        if secret:
+            raise ValueError(
+                f"{secret} does not belong into a config, which every run stores: "
+                "set the provider's environment variable instead"
+            )
         return value
 
 

@@ -67,14 +67,23 @@ class UniformAgent:
     """Every layer up to the same sparsity: uniform pruning, in steps."""
 
     def decide(self, observation: Observation) -> Decision:
-        """The deltas that bring all layers to the sparsity that the budget allows."""
-        level = min(observation.sparsity + observation.budget, observation.max_layer_sparsity)
+        """The deltas that bring the layers to the highest level that the budget allows."""
+        layers, budget = observation.profile.layers, observation.budget * observation.prunable
+        low, high = 0.0, observation.max_layer_sparsity
+        # Layers above the level stay, so what the level costs is found by halving.
+        for _ in range(60):
+            level = (low + high) / 2
+            cost = sum(
+                p.parameters * min(max(0.0, level - p.sparsity), observation.max_delta)
+                for p in layers
+            )
+            low, high = (level, high) if cost <= budget else (low, level)
         deltas = {
-            p.name: min(level - p.sparsity, observation.max_delta)
-            for p in observation.profile.layers
-            if level - p.sparsity > 1e-9
+            p.name: min(low - p.sparsity, observation.max_delta)
+            for p in layers
+            if low - p.sparsity > 1e-9
         }
-        return _decision(deltas, f"Every layer to a sparsity of {level:.4f}.")
+        return _decision(deltas, f"Every layer to a sparsity of {low:.4f}.")
 
 
 def _fill(observation: Observation, order: list[str]) -> dict[str, float]:
