@@ -12,7 +12,7 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.sqlite import SqliteSaver
 from pydantic import ValidationError
 
-from prunewright.graph.agents import resolve_agent
+from prunewright.graph.agents import check_agent
 from prunewright.graph.builder import build_graph
 from prunewright.graph.stopping import check_stop, stop_on_signals
 from prunewright.state import (
@@ -68,7 +68,7 @@ def run(
         PrunewrightError: another failure; its message says what to do.
     """
     settled = _settle(config)
-    resolve_agent(settled.agent)
+    check_agent(settled.context)
     thread = _new_thread()
     directory = RunDirectory(out or settled.out or Path("runs") / thread)
     directory.create(settled)
@@ -196,13 +196,15 @@ def _drive(
             except (ValueError, TypeError, LookupError) as error:
                 raise StoreError(f"{directory.database} is damaged: {error}") from error
             started = bool(state.values)
-            if started and not state.next:
+            # Not `state.next`: it is empty, too, when a kill fell between the last node's writes
+            # and the checkpoint after it.
+            if state.values.get("status", "running") != "running":
                 return RunResult(directory.path, load_metrics(directory))
             if directory.started and not started:
                 raise StoreError(
                     f"{directory.database} is damaged: it no longer holds the run's checkpoints"
                 )
-            resolve_agent(config.agent)
+            check_agent(config.context)
             if directory.config() != config:
                 write_atomic(directory.config_file, config.to_yaml().encode())
             # JSON, as Studio sends it: the state holds plain values only.
