@@ -5,7 +5,7 @@ long to import is imported once, before the forks; nothing of a run is kept betw
 
     {"do": "run" | "resume", "config": {...}, "out": "...", "changes": {...},
      "kill": {"at": "module:Class.function", "when": "before" | "after", "nth": 1,
-              "match": "part of an argument", "caller": "function on the stack"},
+              "match": "part of an argument", "caller": "function on the stack", "pause": seconds},
      "disk": {... as kill, and "bytes": 100, "for_good": false}}
 """
 
@@ -17,6 +17,7 @@ import resource
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,7 @@ def kill(point: dict[str, Any]) -> None:
     def act(call: Callable[[], Any]) -> None:
         if point["when"] == "after":
             call()
+        time.sleep(point.get("pause", 0))
         os.kill(os.getpid(), signal.SIGKILL)
 
     intercept(point, act)

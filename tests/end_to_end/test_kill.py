@@ -22,7 +22,7 @@ MASKS = "prunewright.tools.revisions:write_atomic"
 SAVER = "langgraph.checkpoint.sqlite:SqliteSaver"
 
 
-def at(where: str, when: str = "after", nth: int = 1, **more: str) -> dict[str, Any]:
+def at(where: str, when: str = "after", nth: int = 1, **more: str | float) -> dict[str, Any]:
     return {"at": where, "when": when, "nth": nth, **more}
 
 
@@ -32,8 +32,6 @@ CASES = {
     "before the first checkpoint": (at(f"{SAVER}.put", "before"), None),
     "model loading": (at("prunewright.tools.workbench:load_windows"), "profile"),
     "before the manifest": (at("prunewright.tools.rundir:write_json", "before"), "profile"),
-    "after the manifest": (at("prunewright.tools.rundir:write_json"), "profile"),
-    "profile, step 0": (at(f"{BENCH}.profile"), "profile"),
     "profile, step 0, file written": (at(f"{RUN}.write_step_file"), "profile"),
     "profile, step 3, in the activations": (
         at("prunewright.tools.workbench:measure_activations", "after", 3, caller="profile"),
@@ -48,11 +46,6 @@ CASES = {
         at(MASKS, "before", 3, match="/manifests/"),
         "apply_prune",
     ),
-    "apply_prune, step 0, candidate live": (
-        at(f"{BENCH}.sync", nth=3, caller="apply_prune"),
-        "apply_prune",
-    ),
-    "evaluate_ppl, step 0": (at(f"{BENCH}.guard_losses", nth=2), "evaluate_ppl"),
     "evaluate_ppl, step 2": (at(f"{BENCH}.guard_losses", nth=4), "evaluate_ppl"),
     "rollback, before": (at(f"{BENCH}.sync", "before", caller="rollback"), "rollback"),
     "rollback, weights restored": (at(f"{BENCH}.sync", caller="rollback"), "rollback"),
@@ -68,7 +61,8 @@ CASES = {
     "reflect, saved model not verified": (at(f"{RESULTS}:_verify", "before"), "reflect"),
     "reflect, model in place, no metrics": (at(f"{RESULTS}:write_json", "before"), "reflect"),
     "reflect, all written": (at(f"{NODES}:finish"), "reflect"),
-    "before a later checkpoint": (at(f"{SAVER}.put", "before", 9), "agent_decide"),
+    # The node's writes are stored, the checkpoint after it is not: no node is left to run.
+    "between a node and its checkpoint": (at(f"{SAVER}.put", "before", 9, pause=0.5), ""),
 }
 
 
@@ -116,6 +110,28 @@ def test_a_run_may_be_killed_again_and_again(
         job["do"] = "resume"
     answer = submit(job)
     assert "error" not in answer, answer
+    same_run(reference, out)
+
+
+def test_a_kill_between_the_last_node_and_its_checkpoint(
+    reference: Path,
+    reference_config: dict[str, Any],
+    submit: Callable[[dict[str, Any]], dict[str, Any]],
+    same_run: Callable[[Path, Path], None],
+    tmp_path: Path,
+) -> None:
+    with closing(sqlite3.connect(reference / "state.sqlite")) as connection:
+        (last,) = connection.execute("SELECT count(*) FROM checkpoints").fetchone()
+    out = tmp_path / "run"
+    job = {"config": reference_config, "out": str(out)}
+    kill = at(f"{SAVER}.put", "before", last, pause=0.5)
+    assert submit(job | {"do": "run", "kill": kill}) == {"signal": signal.SIGKILL}
+    assert (out / "metrics.json").exists()
+    assert next_node(out) == ""
+    written = (out / "metrics.json").read_bytes()
+    answer = submit(job | {"do": "resume"})
+    assert "error" not in answer, answer
+    assert (out / "metrics.json").read_bytes() == written  # the node was not run again
     same_run(reference, out)
 
 
@@ -167,5 +183,4 @@ def next_node(out: Path) -> str | None:
             return None
         (thread,) = threads
         state = build_graph(saver).get_state({"configurable": {"thread_id": thread}})
-        (node,) = state.next
-        return node
+        return ",".join(state.next)
