@@ -1,5 +1,7 @@
 """Feedback of the earlier steps in words, for the next decision."""
 
+import math
+
 from prunewright.graph.agents.base import quote_name
 from prunewright.state import StepRecord
 
@@ -8,23 +10,39 @@ LINES = 40
 
 
 def compile_feedback(records: list[StepRecord]) -> str:
-    """One line a step; the last one, and each that was rolled back, with its layers."""
+    """One line a step; the last one, and each that was rolled back, with its layers.
+
+    A line at the end compares what all measured steps cost with what was predicted.
+    """
     lines = []
-    for index, record in enumerate(records[-LINES:]):
-        last = index == len(records[-LINES:]) - 1
+    for record in records[-LINES:]:
+        last = record is records[-1]
         lines.append(_line(record))
-        if last or record.verdict == "rolled_back":
+        if record.applied and (last or record.verdict == "rolled_back"):
             lines.append(f"  layers: {_layers(record)}")
         if last and record.decision.reasoning:
-            lines.append(f"  your reasoning: {' '.join(record.decision.reasoning.split())[:600]}")
+            lines.append(f"  your reasoning: {_one_line(record.decision.reasoning, 600)}")
+    ratio = measured_over_predicted(records)
+    if ratio is not None:
+        lines.append(f"all steps: measured cost is {ratio:.2f} times the predicted cost")
     return "\n".join(lines)
+
+
+def measured_over_predicted(records: list[StepRecord]) -> float | None:
+    """Loss that the measured steps cost over what was predicted; None without a prediction."""
+    measured = predicted = 0.0
+    for record in records:
+        if record.change is not None and record.predicted_change is not None:
+            measured += math.log1p(record.change)
+            predicted += math.log1p(record.predicted_change)
+    return measured / predicted if predicted > 0 else None
 
 
 def _line(record: StepRecord) -> str:
     gain = sum(record.applied.values())
     head = f"step {record.step + 1}: {record.verdict.replace('_', ' ')}"
     if record.verdict == "empty":
-        return f"{head}: {record.reason[:300]}"
+        return f"{head}: {_one_line(record.reason, 300)}"
     parts = [
         f"{len(record.applied)} layers",
         f"mean delta {gain / max(1, len(record.applied)):.3f}",
@@ -44,6 +62,10 @@ def _layers(record: StepRecord) -> str:
     names = sorted(record.applied, key=lambda name: -record.applied[name])
     shown = ", ".join(f"{_short(n)} {record.applied[n]:+.3f}" for n in names[:40])
     return f"{shown} and {len(names) - 40} more" if len(names) > 40 else shown
+
+
+def _one_line(text: str, limit: int) -> str:
+    return " ".join(text.split())[:limit]
 
 
 def _short(name: str) -> str:
