@@ -393,6 +393,7 @@ def _record(state: PruneState) -> StepRecord:
     change = stderr = None
     if state["candidate_losses"]:
         change, stderr = change_with_error(state["guard_losses"], state["candidate_losses"])
+        change = change if math.isfinite(change) else None
         stderr = stderr if math.isfinite(stderr) else None
     assert state["profile"] is not None
     return StepRecord(

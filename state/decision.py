@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 MAX_REASONING = 4_000
 MAX_LAYERS = 4_096
 MAX_NAME = 256
+MAX_CHANGE = 1_000.0
 
 
 class LayerDelta(BaseModel):
@@ -32,7 +33,7 @@ class Decision(BaseModel):
     expected_ppl_change: float | None = Field(
         None,
         ge=-1,
-        le=1_000,
+        le=MAX_CHANGE,
         allow_inf_nan=False,
         description="relative perplexity change expected of this step, 0.02 for two per cent",
     )

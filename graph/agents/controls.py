@@ -4,6 +4,7 @@ import random
 
 from prunewright.graph.agents.base import Observation
 from prunewright.state import COST_DELTAS, Decision, LayerDelta
+from prunewright.state.decision import MAX_CHANGE
 
 
 class GreedyAgent:
@@ -102,4 +103,6 @@ def _fill(observation: Observation, order: list[str]) -> dict[str, float]:
 
 def _decision(deltas: dict[str, float], reasoning: str, change: float | None = None) -> Decision:
     layers = [LayerDelta(name=name, delta=delta) for name, delta in sorted(deltas.items())]
+    if change is not None:
+        change = min(change, MAX_CHANGE)
     return Decision(reasoning=reasoning, layers=layers, expected_ppl_change=change)
