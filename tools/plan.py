@@ -3,6 +3,7 @@
 import math
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -17,7 +18,13 @@ from prunewright.tools.perplexity import TOKENS_AT_ONCE
 from prunewright.tools.results import VERIFY_WINDOWS
 
 _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+EFFICIENCY = 0.5
+"""Speed of a model's passes over that of one matrix product alone (SmolLM2, bf16, one thread)."""
+SCORINGS = 4.5
+"""Times that scoring and ordering a weight once goes into a step's profile and masks (there)."""
+
 _TIMING_WIDTH = 4096
+_TIMING_WEIGHTS = 2**20
 _TIMING_SECONDS = 0.3
 
 
@@ -43,6 +50,7 @@ class Plan(BaseModel):
         memory_available: of the device or, on the processor, of the machine.
         flops: by what is done in a step, and ``finish``.
         flops_per_second: measured on a short matrix product.
+        scored_per_second: weights scored and ordered, measured on one matrix.
         steps: fewest steps that reach the target.
         seconds: ``step`` (mean), ``finish`` and ``run`` (with the fewest steps), without the
             time that an LLM takes to answer.
@@ -67,6 +75,7 @@ class Plan(BaseModel):
     memory_available: int
     flops: dict[str, float]
     flops_per_second: float
+    scored_per_second: float
     steps: int
     seconds: dict[str, float]
     warnings: list[str]
@@ -92,8 +101,9 @@ def make_plan(request: PruneRequest, out: Path = Path()) -> Plan:
     token pair for attention; the head 2 a vocabulary entry, width and token where losses are
     taken. A backward pass takes two forward passes, and a third to recompute activations with
     ``gradient_checkpointing``. Experts count by the share of them that a token is routed to.
-    The sum is divided by the speed of one matrix product in the dtype: the rest (norms,
-    softmax, sorting, loading) is not counted, so a run takes longer, up to about twice.
+    The sum is divided by `EFFICIENCY` of the speed of one matrix product in the dtype; to it
+    comes the time to score and order every weight `SCORINGS` times. Loading and saving are not
+    counted. Read it to within a factor of two, on a machine that does nothing else.
 
     Memory: this process now, the weights, and the largest of a backward pass (activations of
     every block, or with checkpointing every block's input and one block's activations; 256
@@ -115,6 +125,10 @@ def make_plan(request: PruneRequest, out: Path = Path()) -> Plan:
     flops = _flops(request, shape)
     per_step = sum(value for name, value in flops.items() if name != "finish")
     rate = matmul_rate(_matrix(layers), request.texts.windows.length, dtype, device)
+    scoring = scoring_rate(dtype, device)
+    step = per_step / (EFFICIENCY * rate) + SCORINGS * shape.prunable / scoring
+    finish = flops["finish"] / (EFFICIENCY * rate)
+    first = flops["guard"] / (EFFICIENCY * rate)
     steps = math.ceil(request.target / min(request.step, request.target))
     memory = _memory(request, shape, dtype)
     disk = _disk(shape, dtype, steps)
@@ -136,14 +150,32 @@ def make_plan(request: PruneRequest, out: Path = Path()) -> Plan:
         memory_available=available,
         flops=flops,
         flops_per_second=rate,
+        scored_per_second=scoring,
         steps=steps,
-        seconds={
-            "step": per_step / rate,
-            "finish": flops["finish"] / rate,
-            "run": (steps * per_step + flops["guard"] + flops["finish"]) / rate,
-        },
+        seconds={"step": step, "finish": finish, "run": first + steps * step + finish},
         warnings=_warnings(memory["peak"], available, disk["total"], free),
     )
+
+
+def _best_of(work: Callable[[], object]) -> float:
+    """Seconds of the fastest of several calls."""
+    best, began, rounds = math.inf, time.perf_counter(), 0
+    while rounds < 3 or time.perf_counter() - began < _TIMING_SECONDS:
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+        rounds += 1
+    return best
+
+
+def scoring_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Weights a second that are scored and ordered, as a mask is made of them."""
+    weight = torch.rand(_TIMING_WEIGHTS, device=device).to(dtype)
+
+    def work() -> float:
+        return float(weight.float().square().kthvalue(_TIMING_WEIGHTS // 2).values)
+
+    return _TIMING_WEIGHTS / _best_of(work)
 
 
 def matmul_rate(
@@ -160,14 +192,8 @@ def matmul_rate(
     outputs, inputs = (min(size, _TIMING_WIDTH) for size in shape)
     weight = torch.ones(outputs, inputs, dtype=dtype, device=device)
     rows = torch.ones(tokens, inputs, dtype=dtype, device=device)
-    best, began = math.inf, time.perf_counter()
-    rounds = 0
-    while rounds < 3 or time.perf_counter() - began < _TIMING_SECONDS:
-        start = time.perf_counter()
-        # Reading one number waits for a device that computes on its own.
-        float((rows @ weight.T)[0, 0])
-        best = min(best, time.perf_counter() - start)
-        rounds += 1
+    # Reading one number waits for a device that computes on its own.
+    best = _best_of(lambda: float((rows @ weight.T)[0, 0]))
     return 2.0 * tokens * inputs * outputs / best
 
 

@@ -1,0 +1,628 @@
+"""The command line. What needs torch is imported inside the commands: ``--help`` is quick."""
+
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from prunewright.graph import console
+from prunewright.graph.console import Live, Screen
+from prunewright.graph.stopping import stop_requested
+from prunewright.state import InputError, PruneConfig, PrunewrightError, load_config
+
+if TYPE_CHECKING:
+    from prunewright.graph.runner import RunResult
+    from prunewright.tools.plan import Plan
+
+DONE, FAILURE, BAD_INPUT, ENDED_EARLY = 0, 1, 2, 3
+_GOOD_ENDS = ("target_reached", "baseline")
+
+_MEMORY_ADVICE = (
+    "There is not enough memory. What takes less: texts.windows.length (shorter windows), "
+    "profile.gradient_checkpointing=true (recomputes instead of keeping), dtype=bfloat16. "
+    "`prunewright plan` predicts what a run needs"
+)
+
+
+@dataclass
+class Session:
+    """What holds for one invocation.
+
+    Attributes:
+        debug: show tracebacks.
+        json: standard output carries one JSON object and nothing else.
+        run: the run directory that is worked on, once known.
+    """
+
+    debug: bool = False
+    json: bool = False
+    run: Path | None = None
+
+    @property
+    def screen(self) -> Screen:
+        """Where people read."""
+        return Screen(stderr=self.json)
+
+    def emit(self, value: dict[str, Any]) -> None:
+        """Print the JSON object, if one was asked for."""
+        if self.json:
+            sys.stdout.write(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+    def resume_command(self) -> str | None:
+        """The command that goes on with the run; None if there is nothing to go on with."""
+        if self.run is None or not (self.run / "config.yaml").is_file():
+            return None
+        return f"prunewright resume {shlex.quote(str(self.run))}"
+
+
+class _Commands(TyperGroup):
+    """Turns every error of a command into a message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        session = Session()
+        ctx.obj = session
+        try:
+            with _signals(session):
+                return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            _interrupted(session, error)
+        except PrunewrightError as error:
+            code = BAD_INPUT if isinstance(error, InputError) else FAILURE
+            _failed(session, error, str(error), code)
+        except Exception as error:
+            # Usage errors and typer.Exit carry their own code and are the framework's to show.
+            if hasattr(error, "exit_code") or isinstance(error, typer.Abort | BrokenPipeError):
+                raise
+            _failed(session, error, _unforeseen(error), FAILURE)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="One LLM prunes another: step by step, with rollback, resume and a decision trace. "
+    "Exit codes: 0 done, 2 bad usage or configuration, 3 ended before the target, 1 failure, "
+    "130 interrupted.",
+)
+
+_ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="YAML file with the configuration.")
+]
+_SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="Any key of the configuration; dots reach nested ones: texts.windows.guard=16. "
+        "May be repeated.",
+    ),
+]
+_ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", help="embedded, a model directory or a hub name.")
+]
+_TargetOption = Annotated[
+    float | None,
+    typer.Option("--target", "-t", help="Sparsity over all prunable weights, such as 0.45."),
+]
+_OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", help="Run directory, new or empty. Default: runs/<time>-<id>."),
+]
+
+
+def _keep_stdout(ctx: typer.Context, value: bool) -> bool:
+    if value:
+        ctx.find_root().obj.json = True
+    return value
+
+
+_JsonOption = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        callback=_keep_stdout,
+        help="Print one JSON object on standard output; all else goes to standard error.",
+    ),
+]
+
+
+def _version(value: bool) -> None:
+    if value:
+        sys.stdout.write(f"prunewright {importlib.metadata.version('prunewright')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    ctx: typer.Context,
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", envvar="PRUNEWRIGHT_DEBUG", help="Show tracebacks and warnings."),
+    ] = False,
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    ctx.obj.debug = debug
+    _quiet(debug)
+
+
+@app.command("run")
+def run_command(
+    ctx: typer.Context,
+    config: _ConfigOption = None,
+    overrides: _SetOption = None,
+    agent: Annotated[
+        str | None,
+        typer.Option(
+            "--agent",
+            "-a",
+            help="Who decides: provider:model, auto, greedy, zscore, random, uniform, or "
+            "import:package.module:Class.",
+        ),
+    ] = None,
+    model: _ModelOption = None,
+    target: _TargetOption = None,
+    out: _OutOption = None,
+    _json: _JsonOption = False,
+) -> None:
+    """Prune a model step by step and save the result.
+
+    Starts from the defaults, then --config, then --set, then the other options. A run that was
+    stopped or failed goes on with `prunewright resume RUN_DIR`.
+    """
+    session: Session = ctx.obj
+    settled = load_config(config, overrides, agent=agent, model=model, target=target)
+    from prunewright.graph import runner
+    from prunewright.graph.agents import resolve_agent
+
+    resolved = resolve_agent(settled.agent)
+    session.run = _directory(settled, out)
+    screen = session.screen
+    _print_head(screen, settled, session.run, f"{resolved.name} ({resolved.why})")
+    with _live(screen, settled, session.run) as live:
+        result = runner.run(settled, session.run, live.on_event)
+    _report(session, screen, result)
+
+
+@app.command("resume")
+def resume_command(
+    ctx: typer.Context,
+    run_directory: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR", help="Directory of the run.", show_default=False)
+    ],
+    overrides: _SetOption = None,
+    _json: _JsonOption = False,
+) -> None:
+    """Go on with a run that was stopped or failed; a finished one is only reported.
+
+    --set may change who decides and how (agent, guard.max_increase, max_steps ...), not what
+    defines the run (model, target, texts ...).
+    """
+    session: Session = ctx.obj
+    from prunewright.graph import runner
+    from prunewright.graph.agents import resolve_agent
+    from prunewright.tools.baseline import BASELINE
+    from prunewright.tools.rundir import RunDirectory
+
+    directory = RunDirectory(run_directory)
+    before = directory.config()
+    session.run = run_directory
+    settled = load_config(directory.config_file, overrides) if overrides else before
+    old = before.model_dump()
+    changes = {key: value for key, value in settled.model_dump().items() if value != old[key]}
+    screen = session.screen
+    if not directory.metrics_file.exists():
+        who = settled.agent
+        if who != BASELINE:
+            resolved = resolve_agent(who)
+            who = f"{resolved.name} ({resolved.why})"
+        _print_head(screen, settled, run_directory, who)
+        records = directory.read_trace()
+        if records:
+            screen.pairs([("resumed", f"after step {records[-1].step + 1}")])
+            screen.line(*console.step_line(records[-1]))
+    with _live(screen, settled, run_directory) as live:
+        result = runner.resume(run_directory, live.on_event, **changes)
+    _report(session, screen, result)
+
+
+@app.command("baseline")
+def baseline_command(
+    ctx: typer.Context,
+    config: _ConfigOption = None,
+    overrides: _SetOption = None,
+    criterion: Annotated[
+        str | None, typer.Option("--criterion", help="magnitude, wanda or fisher.")
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            "--pattern",
+            help="unstructured, or the number kept of each group, 2:4, which fixes the sparsity.",
+        ),
+    ] = None,
+    model: _ModelOption = None,
+    target: _TargetOption = None,
+    out: _OutOption = None,
+    _json: _JsonOption = False,
+) -> None:
+    """Prune every layer alike in one shot: the control for `run`.
+
+    The same texts, evaluation and output files as a run.
+    """
+    session: Session = ctx.obj
+    settled = load_config(
+        config, overrides, criterion=criterion, pattern=pattern, model=model, target=target
+    )
+    from prunewright.graph import runner
+
+    session.run = _directory(settled, out)
+    screen = session.screen
+    _print_head(screen, settled, session.run, "none: uniform, one shot")
+    with Live(screen) as live:
+        result = runner.baseline(settled, session.run, live.on_event)
+    _report(session, screen, result)
+
+
+@app.command("show")
+def show_command(
+    ctx: typer.Context,
+    run_directory: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR", help="Directory of the run.", show_default=False)
+    ],
+    step: Annotated[
+        int | None,
+        typer.Option("--step", min=1, help="Show this step whole, its reasoning included."),
+    ] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Show each layer's sparsity, block by block.")
+    ] = False,
+    _json: _JsonOption = False,
+) -> None:
+    """Show what happened in a run, finished or not, step by step."""
+    session: Session = ctx.obj
+    from prunewright.graph import show
+    from prunewright.tools.rundir import RunDirectory
+
+    story = show.read_story(RunDirectory(run_directory))
+    if step is not None and step > len(story.records):
+        raise InputError(f"{run_directory} has {len(story.records)} steps, so no step {step}")
+    screen = session.screen
+    if session.json:
+        session.emit(show.as_json(story, step=step, layers=layers))
+    elif step is not None:
+        show.print_step(screen, story.records[step - 1])
+    elif layers:
+        show.print_layers(screen, story)
+    else:
+        show.print_story(screen, story)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    ctx: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A model directory, a run directory, a hub name, or embedded.",
+            show_default=False,
+        ),
+    ],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text",
+            help="embedded, a local .txt/.jsonl/.parquet file, or a hub data set name[:config]; "
+            "may be repeated. Default: embedded.",
+        ),
+    ] = None,
+    windows: Annotated[int, typer.Option("--windows", min=1, help="Windows of each text.")] = 20,
+    length: Annotated[int, typer.Option("--length", min=8, help="Tokens in one window.")] = 1024,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")
+    ] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings.")
+    ] = False,
+    _json: _JsonOption = False,
+) -> None:
+    """Measure the perplexity of any model, dense or pruned, on the first windows of a text."""
+    session: Session = ctx.obj
+    # The config's own bounds, before anything is loaded.
+    bounds = load_config(None, None, dtype=dtype, device=device)
+    from prunewright.tools.evaluation import evaluate
+
+    screen = session.screen
+    with Live(screen) as live:
+        found = evaluate(
+            _model_of(model),
+            list(dict.fromkeys(text or ["embedded"])),
+            windows=windows,
+            length=length,
+            dtype=bounds.dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=live.progress,
+        )
+    session.emit(found.model_dump(mode="json"))
+    screen.pairs(
+        [
+            ("model", found.model),
+            ("loaded", f"{found.dtype} on {found.device}, {found.parameters:,} parameters"),
+            ("sparsity", f"{found.sparsity:.2%} of {found.prunable:,} prunable weights are zero"),
+        ]
+    )
+    for score in found.texts:
+        noise = f" ± {score.stderr:.3f}" if score.stderr is not None else ""
+        value = "not finite" if score.perplexity is None else f"{score.perplexity:.3f}{noise}"
+        screen.line(
+            ("perplexity ", "bold"),
+            f" {value} on {score.source} ({score.windows} windows of {score.length} tokens)",
+        )
+
+
+@app.command("plan")
+def plan_command(
+    ctx: typer.Context,
+    config: _ConfigOption = None,
+    overrides: _SetOption = None,
+    model: _ModelOption = None,
+    target: _TargetOption = None,
+    out: _OutOption = None,
+    _json: _JsonOption = False,
+) -> None:
+    """Say what a run would load, and predict its memory, disk and time. Nothing is pruned.
+
+    Only a model's configuration is read, and one short matrix product timed.
+    """
+    session: Session = ctx.obj
+    settled = load_config(config, overrides, model=model, target=target)
+    from prunewright.tools.plan import make_plan
+
+    plan = make_plan(settled.request, out or Path(settled.out or "runs"))
+    session.emit(plan.model_dump(mode="json"))
+    _print_plan(session.screen, settled, plan)
+
+
+def _directory(config: PruneConfig, out: Path | None) -> Path:
+    """The run directory, named now so that every message can name it."""
+    if out is not None or config.out is not None:
+        return Path(out or config.out or "")
+    return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{os.urandom(3).hex()}"
+
+
+def _model_of(name: str) -> str:
+    """A run directory stands for the model in it."""
+    inside = Path(name).expanduser() / "model"
+    return str(inside) if (inside / "config.json").is_file() else name
+
+
+def _print_head(screen: Screen, config: PruneConfig, directory: Path, agent: str) -> None:
+    screen.pairs(
+        [
+            ("model", config.model),
+            ("agent", agent),
+            *console.request_rows(config),
+            ("run", str(directory)),
+        ]
+    )
+
+
+@contextmanager
+def _live(screen: Screen, config: PruneConfig, directory: Path) -> Iterator[Live]:
+    from prunewright.tools.storage import read_json
+
+    def loaded(dense: float | None) -> None:
+        facts = read_json(directory / "manifest.json")
+        model, windows = facts["model"], config.texts.windows
+        screen.pairs(
+            [
+                (
+                    "loaded",
+                    f"{facts['dtype']} on {facts['device']}, {model['prunable_layers']} layers, "
+                    f"{model['prunable_weights']:,} prunable weights",
+                )
+            ]
+        )
+        if dense is not None:
+            screen.pairs(
+                [
+                    (
+                        "dense",
+                        f"perplexity {dense:.3f} on {windows.guard} guard windows of "
+                        f"{windows.length} tokens",
+                    )
+                ]
+            )
+
+    with Live(screen, loaded) as live:
+        yield live
+
+
+def _report(session: Session, screen: Screen, result: "RunResult") -> NoReturn:
+    """Print how a run ended, and leave with the exit code that says it."""
+    from prunewright.tools.rundir import RunDirectory
+    from prunewright.tools.signatures import failure_signatures
+
+    metrics = result.metrics
+    records = RunDirectory(result.directory).read_trace()
+    signatures = failure_signatures(records)
+    console.print_metrics(screen, metrics, str(result.directory), str(result.model_directory))
+    for words in signatures:
+        screen.line(("warning    ", "yellow"), words)
+    reached = metrics.status in _GOOD_ENDS
+    code = DONE if reached else ENDED_EARLY
+    reason = console.status_words(metrics.status)
+    session.emit(
+        {
+            "directory": str(result.directory),
+            "model_directory": str(result.model_directory),
+            "reason": reason,
+            "exit_code": code,
+            "signatures": signatures,
+            **metrics.model_dump(mode="json"),
+        }
+    )
+    if not reached:
+        Screen(stderr=True).line(
+            ("Ended before the target: ", "yellow"),
+            f"{reason}. Sparsity {metrics.sparsity:.4f}.",
+        )
+    raise typer.Exit(code)
+
+
+def _print_plan(screen: Screen, config: PruneConfig, plan: "Plan") -> None:
+    stored = ", ".join(f"{console.size(n)} in {kind}" for kind, n in plan.stored.items())
+    memory, seconds = plan.memory, plan.seconds
+    screen.pairs(
+        [
+            ("model", f"{plan.model} in {plan.directory}"),
+            (
+                "layers",
+                f"{plan.layers} in {plan.blocks} blocks, {plan.prunable:,} prunable of "
+                f"{plan.parameters:,} parameters",
+            ),
+            ("stored", stored or "weights not on this machine yet"),
+            ("loaded", f"{console.size(plan.weights)} in {plan.dtype} on {plan.device}"),
+            *console.request_rows(config),
+            (
+                "memory",
+                f"about {console.size(memory['peak'])} at most, "
+                f"{console.size(plan.memory_available)} available",
+            ),
+            (
+                "disk",
+                f"about {console.size(plan.disk['total'])} (model "
+                f"{console.size(plan.disk['model'])}, masks {console.size(plan.disk['masks'])} "
+                f"if every layer changes), {console.size(plan.disk_free)} free",
+            ),
+            (
+                "time",
+                f"about {console.duration(seconds['step'])} a step, {plan.steps} steps or more, "
+                f"{console.duration(seconds['run'])} in all, at "
+                f"{plan.flops_per_second / 1e9:.0f} GFLOP/s, to within a factor of two, and what "
+                "the agent takes to answer",
+            ),
+        ]
+    )
+    for words in plan.warnings:
+        screen.line(("warning    ", "yellow"), words)
+
+
+def _quiet(debug: bool) -> None:
+    """Keep the libraries' progress bars and remarks off the screen."""
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning" if debug else "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.captureWarnings(True)
+    logging.getLogger().setLevel(logging.WARNING if debug else logging.ERROR)
+    logging.getLogger("prunewright").setLevel(logging.WARNING)
+
+
+@contextmanager
+def _signals(session: Session) -> Iterator[None]:
+    """SIGINT and SIGTERM interrupt; while a run is already stopping, they end the process."""
+
+    def on_signal(number: int, _: FrameType | None) -> None:
+        if not stop_requested():
+            raise KeyboardInterrupt(number)
+        command = session.resume_command()
+        os.write(2, f"\nStopped at once. {_go_on(command)}\n".encode())
+        # All that is recorded is written atomically; the threads at work are left where they are.
+        os._exit(128 + number)
+
+    earlier: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                earlier[number] = signal.signal(number, on_signal)
+    except ValueError:  # not in the main thread: whoever is there handles signals
+        earlier = {}
+    try:
+        yield
+    finally:
+        for caught, handler in earlier.items():
+            signal.signal(caught, handler)
+
+
+def _go_on(command: str | None) -> str:
+    return f"What was done is kept; go on with: {command}" if command else "Nothing was begun."
+
+
+def _interrupted(session: Session, error: KeyboardInterrupt) -> NoReturn:
+    number = error.args[0] if error.args else signal.SIGINT
+    command = session.resume_command()
+    Screen(stderr=True).line(f"Interrupted. {_go_on(command)}")
+    session.emit({"error": "interrupted", "exit_code": 128 + number, "resume": command})
+    raise typer.Exit(128 + int(number))
+
+
+def _failed(session: Session, error: Exception, message: str, code: int) -> NoReturn:
+    if session.debug:
+        traceback.print_exception(error)
+    screen = Screen(stderr=True)
+    screen.line(("Error: ", "bold red"), message)
+    command = session.resume_command() if code == FAILURE else None
+    if command and command not in message:
+        screen.line(f"What was done is kept; go on with: {command}")
+    session.emit(
+        {"error": message, "kind": type(error).__name__, "exit_code": code, "resume": command}
+    )
+    raise typer.Exit(code)
+
+
+def _unforeseen(error: Exception) -> str:
+    """Words for an error that no part of ours foresaw."""
+    text = f"{type(error).__name__}: {error}"
+    short = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate")
+    if isinstance(error, MemoryError) or any(s in str(error).lower() for s in short):
+        return f"{_MEMORY_ADVICE}.\n({console.one_line(text, 300)})"
+    return (
+        f"{text}\nThis was not foreseen. For the traceback: prunewright --debug COMMAND, or "
+        "PRUNEWRIGHT_DEBUG=1"
+    )
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for NaN and infinities, which JSON lacks."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def main() -> None:
+    """The entry point."""
+    for stream in (sys.stdout, sys.stderr):
+        # A character that the terminal's encoding lacks must not end a run.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    app(prog_name="prunewright")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""What the command line prints: lines, tables and a progress bar.
+
+Names and words from models, files and LLMs are untrusted: they are shown as plain text, without
+markup, and with control characters written out.
+"""
+
+import math
+import unicodedata
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import TimeElapsedColumn as Elapsed
+from rich.table import Table
+from rich.text import Text
+
+from prunewright.state import STATUS_WORDS, PruneConfig, StepRecord
+from prunewright.state.metrics import Metrics, Pair
+
+ZEROS_ALONE = (
+    "Zeros alone make a model neither smaller on disk nor faster: that takes a storage format or "
+    "a runtime that uses them."
+)
+NAMED = 3
+"""Layers of a step that its line names."""
+
+_VERDICT_STYLES = {"accepted": "green", "rolled_back": "yellow", "empty": "yellow"}
+_LABELS = {
+    "activations": "calibration",
+    "gradients": "gradients",
+    "masks": "masks",
+    "perplexity": "perplexity",
+}
+# What follows each node, in words.
+_NEXT = {
+    "profile": "the agent decides",
+    "agent_decide": "pruning",
+    "apply_prune": "perplexity",
+    "evaluate_ppl": "recording",
+    "rollback": "recording",
+    "reflect": "profiling",
+}
+
+
+def clean(text: str) -> str:
+    """Text whose control and invisible characters are written out, line ends and tabs apart."""
+    return "".join(
+        c if c in "\n\t" or c.isprintable() or unicodedata.category(c) == "Zs"
+        # A lone surrogate cannot even be encoded.
+        else c.encode("unicode_escape", "backslashreplace").decode()
+        for c in text
+    )  # fmt: skip
+
+
+def short_name(name: str) -> str:
+    """The part of a layer's name from its block's index on."""
+    parts = name.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[first:])
+
+
+class Screen:
+    """Where people read: standard output, or standard error while that is kept for JSON."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        self.console = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+        if not self.console.is_terminal:
+            self.console = Console(
+                stderr=stderr, markup=False, highlight=False, emoji=False, width=200
+            )
+
+    def line(self, *parts: str | tuple[str, str]) -> None:
+        """Print one line of plain strings and ``(string, style)`` pairs."""
+        text = Text()
+        for part in parts:
+            words, style = (part, "") if isinstance(part, str) else part
+            text.append(clean(words), style)
+        self.console.print(text, soft_wrap=True)
+
+    def pairs(self, rows: Iterable[tuple[str, str]]) -> None:
+        """Print names and values, aligned."""
+        for name, value in rows:
+            self.line((f"{name:<11}", "bold"), value)
+
+    def table(self, columns: list[str], rows: Iterable[list[str]], left: int = 1) -> None:
+        """Print a table; the first ``left`` columns are aligned to the left, others right."""
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for index, column in enumerate(columns):
+            table.add_column(
+                Text(clean(column)),
+                justify="left" if index < left else "right",
+                no_wrap=index >= left,
+                overflow="fold",
+            )
+        for row in rows:
+            table.add_row(*(Text(clean(cell)) for cell in row))
+        self.console.print(table)
+
+
+class Live:
+    """Shows a run while it goes on; pass `on_event` to the runner."""
+
+    def __init__(self, screen: Screen, loaded: Any = None) -> None:
+        """Make it.
+
+        Args:
+            screen: where.
+            loaded: called once the model is loaded, with the dense perplexity, if that was
+                measured now.
+        """
+        self._screen = screen
+        self._loaded = loaded
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            Elapsed(),
+            console=screen.console,
+            transient=True,
+            disable=not screen.console.is_terminal,
+        )
+        self._task = self._progress.add_task("loading the model and the texts", total=None)
+        self._label = ""
+
+    def __enter__(self) -> "Live":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        """Move the bar."""
+        words = _LABELS.get(label, label)
+        if words != self._label:
+            self._label = words
+            self._progress.reset(self._task, total=total, description=words)
+        self._progress.update(self._task, completed=done, total=total)
+
+    def on_event(self, mode: str, event: dict[str, Any]) -> None:
+        """Take an event of the runner."""
+        if mode == "updates":
+            for node, update in event.items():
+                self._node(node, update or {})
+        elif "progress" in event:
+            part = event["progress"]
+            self.progress(part["label"], part["done"], part["total"])
+        elif "step" in event:
+            self._screen.line(*step_line(StepRecord.model_validate(event["step"])))
+
+    def _node(self, node: str, update: dict[str, Any]) -> None:
+        if node == "profile" and self._loaded is not None:
+            self._loaded(update.get("dense_perplexity"))
+            self._loaded = None
+        if node in _NEXT:
+            self._label = ""
+            self._progress.reset(self._task, total=None, description=_NEXT[node])
+
+
+def step_line(record: StepRecord) -> list[str | tuple[str, str]]:
+    """One step in one line."""
+    verdict = record.verdict.replace("_", " ")
+    parts: list[str | tuple[str, str]] = [
+        f"step {record.step + 1:>3}  ",
+        (f"{verdict:<11}", _VERDICT_STYLES[record.verdict]),
+    ]
+    if record.verdict == "empty":
+        return [*parts, f"  {one_line(record.reason, 300)}"]
+    parts.append(f"  {layers_words(record.applied)}")
+    parts.append(f"  sparsity {record.sparsity:.4f}")
+    if record.candidate_perplexity is not None:
+        parts.append(f"  perplexity {record.candidate_perplexity:.3f}")
+    change = change_words(record)
+    if change:
+        parts.append(f"  {change}")
+    if record.predicted_change is not None:
+        parts.append(f" (predicted {record.predicted_change:+.2%})")
+    if record.reason:
+        parts.append(f"  {one_line(record.reason, 300)}")
+    return parts
+
+
+def layers_words(applied: dict[str, float]) -> str:
+    """How many layers a step pruned, and the few it pruned most."""
+    largest = sorted(applied, key=lambda name: (-applied[name], name))[:NAMED]
+    named = ", ".join(f"{short_name(n)} {applied[n]:+.3f}" for n in largest)
+    more = ", ..." if len(applied) > NAMED else ""
+    noun = "layer" if len(applied) == 1 else "layers"
+    return f"{len(applied)} {noun} ({named}{more})"
+
+
+def change_words(record: StepRecord) -> str:
+    """The measured change of perplexity with its noise; "" if there is none."""
+    if record.change is None:
+        return ""
+    noise = f" ± {record.change_stderr:.2%}" if record.change_stderr is not None else ""
+    return f"{record.change:+.2%}{noise}"
+
+
+def one_line(text: str, most: int) -> str:
+    """Text on one line, cut."""
+    joined = " ".join(text.split())
+    return joined if len(joined) <= most else joined[: most - 3] + "..."
+
+
+def request_rows(config: PruneConfig) -> list[tuple[str, str]]:
+    """What a run is asked to do: target, criterion, texts."""
+    windows, texts = config.texts.windows, config.texts
+    guard = texts.guard or f"{texts.calibration} (other windows)"
+    return [
+        ("target", target_words(config)),
+        ("criterion", f"{config.criterion}, {config.pattern}"),
+        (
+            "texts",
+            f"calibration {texts.calibration}, {windows.calibration} windows; "
+            f"guard {guard}, {windows.guard}; test {texts.test}, {windows.test}; "
+            f"{windows.length} tokens each",
+        ),
+    ]
+
+
+def target_words(config: PruneConfig) -> str:
+    """The target in words; a pattern fixes it."""
+    if config.pattern != "unstructured":
+        keep, group = config.pattern.split(":")
+        return f"{1 - int(keep) / int(group):.1%} of the prunable weights, fixed by the pattern"
+    return f"{config.target:.1%} of the prunable weights"
+
+
+def print_metrics(screen: Screen, metrics: Metrics, directory: str, model: str) -> None:
+    """The summary of a finished run."""
+    rows = [
+        _pair_row("test (reported)", metrics.perplexity.test),
+        _pair_row("guard (chosen on)", metrics.perplexity.guard),
+    ]
+    screen.line()
+    screen.table(["perplexity", "dense", "pruned", "change"], rows)
+    screen.line()
+    screen.pairs(
+        [
+            ("sparsity", f"{metrics.sparsity:.2%} of the prunable weights are exactly zero"),
+            ("ended", status_words(metrics.status)),
+            ("steps", f"{metrics.steps}, {metrics.rollbacks} rolled back"),
+            ("time", duration(metrics.seconds.get("total", math.nan))),
+            ("memory", f"{size(metrics.peak_memory_bytes)} at most"),
+            ("masks", metrics.revision),
+            ("model", model),
+            ("run", directory),
+        ]
+    )
+    screen.line(ZEROS_ALONE)
+
+
+def _pair_row(name: str, pair: Pair) -> list[str]:
+    return [
+        name,
+        f"{pair.dense:.3f}",
+        f"{pair.final:.3f}",
+        f"{(pair.final - pair.dense) / pair.dense:+.2%}",
+    ]
+
+
+def status_words(status: str) -> str:
+    """Why a run ended, for people."""
+    return next((w for s, w in STATUS_WORDS.items() if s == status), "one shot, every layer alike")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def size(count: float) -> str:
+    """Bytes with a binary unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,0 +1,193 @@
+"""What happened in a run, read from its directory."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from prunewright.graph.console import (
+    Screen,
+    change_words,
+    clean,
+    layers_words,
+    one_line,
+    print_metrics,
+    request_rows,
+    short_name,
+)
+from prunewright.graph.runner import load_metrics
+from prunewright.state import PruneConfig, StepRecord
+from prunewright.state.metrics import Metrics
+from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.signatures import failure_signatures
+
+
+@dataclass(frozen=True)
+class Story:
+    """A run, finished or not.
+
+    Attributes:
+        directory: where it is.
+        config: what it was started with.
+        records: its steps so far.
+        metrics: what it came to; None while unfinished.
+    """
+
+    directory: RunDirectory
+    config: PruneConfig
+    records: list[StepRecord]
+    metrics: Metrics | None
+
+
+def read_story(directory: RunDirectory) -> Story:
+    """Read a run.
+
+    Raises:
+        InputError: there is no run here.
+        StoreError: a file is damaged.
+    """
+    config = directory.config()
+    metrics = load_metrics(directory) if directory.metrics_file.exists() else None
+    return Story(directory, config, directory.read_trace(), metrics)
+
+
+def layer_sparsities(story: Story) -> dict[str, float]:
+    """Each layer's sparsity after the last step: the last profile's, and what that step added.
+
+    Raises:
+        StoreError: the last step's profile is missing or damaged.
+    """
+    if not story.records:
+        return {}
+    last = story.records[-1]
+    found: dict[str, float] = {}
+    if last.profile:
+        profile = story.directory.read_profile(last.profile)
+        found = {layer.name: layer.sparsity for layer in profile.layers}
+    if last.verdict == "accepted":
+        for name, delta in last.applied.items():
+            found[name] = found.get(name, 0.0) + delta
+    return found
+
+
+def as_json(story: Story, *, step: int | None = None, layers: bool = False) -> dict[str, Any]:
+    """The run, or one step of it, as JSON values.
+
+    Args:
+        story: the run.
+        step: only this step, counted from 1.
+        layers: each layer's sparsity too.
+    """
+    if step is not None:
+        return story.records[step - 1].model_dump(mode="json")
+    found: dict[str, Any] = {
+        "directory": str(story.directory.path),
+        "finished": story.metrics is not None,
+        "config": story.config.model_dump(mode="json"),
+        "steps": [record.model_dump(mode="json") for record in story.records],
+        "signatures": failure_signatures(story.records),
+        "metrics": story.metrics.model_dump(mode="json") if story.metrics else None,
+    }
+    return found | {"layers": layer_sparsities(story)} if layers else found
+
+
+def print_story(screen: Screen, story: Story) -> None:
+    """The run as a table, a line a step, and how it stands."""
+    agents = list(dict.fromkeys(record.agent for record in story.records))
+    screen.pairs(
+        [
+            ("model", story.config.model),
+            ("agent", ", then ".join(agents) or story.config.agent),
+            *request_rows(story.config),
+        ]
+    )
+    if story.records:
+        screen.pairs([("dense", f"perplexity {story.records[0].perplexity_before:.3f} (guard)")])
+        screen.line()
+        screen.table(
+            ["step", "verdict", "layers", "sparsity", "perplexity", "change", "predicted"],
+            [_row(record) for record in story.records],
+            left=3,
+        )
+    for words in failure_signatures(story.records):
+        screen.line(("warning    ", "yellow"), words)
+    if story.metrics is None:
+        screen.line()
+        screen.line(
+            f"Not finished, {len(story.records)} steps so far. Go on with: "
+            f"prunewright resume {story.directory.path}"
+        )
+    else:
+        print_metrics(screen, story.metrics, str(story.directory.path), str(story.directory.model))
+
+
+def _row(record: StepRecord) -> list[str]:
+    value = record.candidate_perplexity
+    predicted = record.predicted_change
+    what = layers_words(record.applied) if record.applied else one_line(record.reason, 80)
+    return [
+        str(record.step + 1),
+        record.verdict.replace("_", " "),
+        what,
+        f"{record.sparsity:.4f}",
+        "" if value is None else f"{value:.3f}",
+        change_words(record),
+        "" if predicted is None else f"{predicted:+.2%}",
+    ]
+
+
+def print_step(screen: Screen, record: StepRecord) -> None:
+    """One step whole: what was chosen, why, and what it came to."""
+    expected = record.decision.expected_ppl_change
+    predicted = record.predicted_change
+    rows = [
+        ("step", str(record.step + 1)),
+        ("agent", record.agent),
+        ("verdict", record.verdict.replace("_", " ")),
+        ("reason", record.reason),
+        ("sparsity", f"{record.sparsity_before:.4f} -> {record.sparsity:.4f}"),
+        ("perplexity", _perplexities(record)),
+        ("predicted", "" if predicted is None else f"{predicted:+.2%} by the profile"),
+        ("expected", "" if expected is None else f"{expected:+.2%} by the agent"),
+        ("revision", record.revision),
+        ("tokens", str(record.llm_tokens) if record.llm_tokens else ""),
+    ]
+    screen.pairs((name, value) for name, value in rows if value)
+    for name, words in (("refused", record.invalid_answers), ("note", record.notes)):
+        screen.pairs((name, line) for line in words)
+    screen.line()
+    screen.line(("Reasoning", "bold"))
+    screen.line(record.decision.reasoning or "(none given)")
+    screen.line()
+    screen.table(
+        ["layer", "chosen", "applied"],
+        [
+            [item.name, f"{item.delta:+.4f}", f"{record.applied.get(item.name, 0.0):+.4f}"]
+            for item in record.decision.layers
+        ],
+    )
+
+
+def _perplexities(record: StepRecord) -> str:
+    value = record.candidate_perplexity
+    after = "not measured" if value is None else f"{value:.3f} ({change_words(record)})"
+    return f"{record.perplexity_before:.3f} -> {after}"
+
+
+def print_layers(screen: Screen, story: Story) -> None:
+    """Each layer's sparsity in per cent: blocks down, projections across."""
+    found = layer_sparsities(story)
+    if not found:
+        screen.line("No step has been taken yet.")
+        return
+    cells: dict[str, dict[str, float]] = {}
+    for name, sparsity in found.items():
+        block, _, projection = short_name(name).partition(".")
+        cells.setdefault(block, {})[projection] = sparsity
+    columns = list(dict.fromkeys(p for row in cells.values() for p in row))
+    screen.line("Sparsity of each layer, per cent:")
+    screen.table(
+        ["block", *(clean(column) for column in columns)],
+        [
+            [block, *(f"{100 * row[c]:.1f}" if c in row else "" for c in columns)]
+            for block, row in cells.items()
+        ],
+    )
