@@ -4,9 +4,11 @@ import gzip
 import hashlib
 import json
 import random
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
+from itertools import permutations
 from pathlib import Path
 from typing import Literal
 
@@ -22,8 +24,8 @@ ROLES: tuple[Role, ...] = ("calibration", "guard", "test")
 
 EMBEDDED = "embedded"
 _SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-# A role reads the first of these splits that a hub data set has.
-_HUB_SPLITS: dict[Role, tuple[str, ...]] = {
+# A role reads the first of these splits that a data set has.
+_SPLITS: dict[Role, tuple[str, ...]] = {
     "calibration": ("train", "validation", "test"),
     "guard": ("validation", "train", "test"),
     "test": ("test", "validation", "train"),
@@ -82,6 +84,7 @@ def load_windows(options: TextOptions, tokenizer: PreTrainedTokenizerBase, seed:
                 )
             pools[label] = pool
         drawn[role] = []
+    whole = {label: set(map(tuple, pool)) for label, pool in pools.items()}
     # The test text keeps its order and its beginning; the others draw from what is left.
     for role in ("test", "calibration", "guard"):
         pool, count = pools[sources[role]], wanted[role]
@@ -91,12 +94,13 @@ def load_windows(options: TextOptions, tokenizer: PreTrainedTokenizerBase, seed:
                 f"for the {role} text, {count} are asked for: lower texts.windows.{role} or "
                 "texts.windows.length, or give more text"
             )
-        if role == "test":
-            drawn[role], pools[sources[role]] = pool[:count], pool[count:]
-        else:
+        if role != "test":
             random.Random(f"{seed}/{role}").shuffle(pool)
-            drawn[role], pools[sources[role]] = pool[:count], pool[count:]
-    _refuse_shared(drawn, sources)
+        drawn[role] = pool[:count]
+        # A text that repeats itself must not give one role what another has.
+        taken = set(map(tuple, drawn[role]))
+        pools[sources[role]] = [w for w in pool[count:] if tuple(w) not in taken]
+    _refuse_shared(drawn, whole, sources)
     tensors = {role: torch.tensor(drawn[role], dtype=torch.int64) for role in drawn}
     return Windows(
         calibration=tensors["calibration"],
@@ -130,13 +134,14 @@ def pack(
     """Join documents with blank lines, tokenize once, cut into windows; the tail is dropped.
 
     A tokenizer that begins a text with a token of its own (Llama's BOS) gets it at the start
-    of every window, inside ``length``: such models expect it.
+    of every window, inside ``length``: such models expect it. One at the end is left out.
     """
     text = "\n\n".join(documents)
-    start: list[int] = list(tokenizer("").input_ids)
-    end = getattr(tokenizer, "eos_token_id", None)
-    if start and start[-1] == end and len(start) > 1:
-        start = start[:-1]
+    probe: list[int] = tokenizer("a", add_special_tokens=False).input_ids
+    dressed: list[int] = tokenizer("a").input_ids
+    start = next(
+        (dressed[:i] for i in range(len(dressed)) if dressed[i : i + len(probe)] == probe), []
+    )
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     body = length - len(start)
     return [start + ids[i : i + body] for i in range(0, len(ids) - body + 1, body)]
@@ -153,39 +158,50 @@ def _source(options: TextOptions, role: Role) -> str:
     return options.calibration if role == "calibration" else options.test
 
 
-def _refuse_shared(drawn: dict[str, list[list[int]]], sources: dict[str, str]) -> None:
-    seen: dict[tuple[int, ...], str] = {}
-    for role, windows in drawn.items():
-        for window in windows:
-            other = seen.setdefault(tuple(window), role)
-            if other != role:
-                raise InputError(
-                    f"the {role} text ({sources[role]}) holds a window that the {other} text "
-                    f"({sources[other]}) holds too: name the same source for both, so that they "
-                    "are kept apart, or give different texts"
-                )
+def _refuse_shared(
+    drawn: dict[str, list[list[int]]],
+    whole: dict[str, set[tuple[int, ...]]],
+    sources: dict[str, str],
+) -> None:
+    """Refuse a window that another role's source holds anywhere, drawn from there or not."""
+    for role, other in permutations(drawn, 2):
+        if sources[role] != sources[other] and not whole[sources[other]].isdisjoint(
+            map(tuple, drawn[role])
+        ):
+            raise InputError(
+                f"the {role} text ({sources[role]}) holds a window that the {other} text "
+                f"({sources[other]}) holds too: name the same source for both, so that they "
+                "are kept apart, or give different texts"
+            )
 
 
 def _open(source: str, role: Role) -> tuple[str, Iterator[str]]:
     """A label that is equal for equal texts, and the documents."""
     if source == EMBEDDED:
         return f"embedded[{role}]", _limited(_embedded_documents(role))
-    path = Path(source).expanduser()
-    if path.name.endswith(_SUFFIXES) or path.exists():
+    try:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return _data_set(str(path.resolve()), None, role)
+        exists = path.exists()
+    except (OSError, RuntimeError) as error:  # too long for a path; no such user's home
+        raise InputError(f"the {role} text {source} cannot be read: {error}") from error
+    if exists:
         if not path.is_file():
-            raise InputError(f"the {role} text {source} is not a file")
+            raise InputError(f"the {role} text {source} is neither a file nor a directory")
         return str(path.resolve()), _limited(_file_documents(path))
-    if source.startswith((".", "/", "~")):
+    if source.startswith((".", "/", "~")) or path.name.endswith(_SUFFIXES):
         raise InputError(f"the {role} text {source} does not exist")
-    return _hub_documents(source, role)
+    name, _, config = source.partition(":")
+    return _data_set(name, config or None, role)
 
 
 def _limited(documents: Iterable[str]) -> Iterator[str]:
-    size = 0
+    left = _POOL_CHARACTERS
     for document in documents:
-        yield document
-        size += len(document)
-        if size > _POOL_CHARACTERS:
+        yield document[:left]
+        left -= len(document)
+        if left <= 0:
             return
 
 
@@ -209,9 +225,7 @@ def _file_documents(path: Path) -> Iterator[str]:
                     f"{path} has no column 'text', only {', '.join(file.schema_arrow.names)}"
                 )
             for batch in file.iter_batches(columns=["text"]):
-                yield from (
-                    str(value) for value in batch.column(0).to_pylist() if value is not None
-                )
+                yield from (_text(value, path) for value in batch.column(0).to_pylist())
         elif path.name.endswith((".jsonl", ".jsonl.gz")):
             opener = gzip.open if path.name.endswith(".gz") else open
             with opener(path, "rt", encoding="utf-8") as lines:
@@ -221,31 +235,57 @@ def _file_documents(path: Path) -> Iterator[str]:
                         raise InputError(f"{path}, line {number}: no field 'text' that is a string")
                     yield row["text"]
         else:
-            yield path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        # ArrowInvalid, JSONDecodeError and UnicodeDecodeError are ValueErrors.
+            with path.open(encoding="utf-8") as file:
+                yield file.read(_POOL_CHARACTERS)
+    except (OSError, ValueError, EOFError, zlib.error, NotImplementedError) as error:
+        # ArrowInvalid, JSONDecodeError and UnicodeDecodeError are ValueErrors; a gzip file that
+        # is cut ends in EOFError; what a Parquet reader does not know is NotImplementedError.
         raise InputError(f"cannot read the text {path}: {error}") from error
 
 
-def _hub_documents(source: str, role: Role) -> tuple[str, Iterator[str]]:
+def _data_set(name: str, config: str | None, role: Role) -> tuple[str, Iterator[str]]:
+    """A data set of the hub, or a directory laid out as one (train.jsonl, test.parquet ...)."""
     import datasets
 
-    name, _, config = source.partition(":")
+    source = f"{name}:{config}" if config else name
+    wanted = _SPLITS[role]
     try:
-        splits = datasets.get_dataset_split_names(name, config or None)
-        split = next((s for s in _HUB_SPLITS[role] if s in splits), None)
+        splits = datasets.get_dataset_split_names(name, config)
+        split = next((s for s in wanted if s in splits), None)
         if split is None:
             raise InputError(
-                f"the data set {source} has none of the splits {', '.join(_HUB_SPLITS[role])}, "
+                f"the data set {source} has none of the splits {', '.join(wanted)}, "
                 f"only {', '.join(splits)}"
             )
-        data = datasets.load_dataset(name, config or None, split=split, streaming=True)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        data = datasets.load_dataset(name, config, split=split, streaming=True)
+    except InputError:
+        raise
+    except Exception as error:  # foreign input once more, and datasets raises many kinds
         raise InputError(
-            f"the {role} text {source} is neither a local file nor could be loaded as a hub data "
-            f"set: {str(error).splitlines()[0]}"
+            f"the {role} text {source} is neither a local file nor could be loaded as a data "
+            f"set: {_first_line(error)}"
         ) from error
     features = list(data.features or {})
     if features and "text" not in features:
         raise InputError(f"the data set {source} has no field 'text', only {', '.join(features)}")
-    return f"{source}[{split}]", _limited(str(row["text"]) for row in data)
+
+    def documents() -> Iterator[str]:
+        try:
+            yield from (_text(row["text"], source) for row in data)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"cannot read the data set {source}: {_first_line(error)}") from error
+
+    return f"{source}[{split}]", _limited(documents())
+
+
+def _text(value: object, source: object) -> str:
+    """A row's text; a row without one is empty."""
+    if value is not None and not isinstance(value, str):
+        raise InputError(f"the field 'text' of {source} holds {type(value).__name__}, not strings")
+    return value or ""
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
