@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from prunewright.tools.layers import find_blocks
+
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the parts done and the parts in all."""
 
@@ -16,7 +18,10 @@ TOKENS_AT_ONCE = 256
 
 def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """The last hidden state [batch, length, width]: the blocks and the final norm, no head."""
-    states: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    base = model.base_model
+    if base is model:  # a family that does not name its body: it is what holds the blocks
+        base = model.get_submodule(find_blocks(model)[0].partition(".")[0])
+    states: Tensor = base(input_ids=ids, use_cache=False).last_hidden_state
     return states
 
 
@@ -50,7 +55,9 @@ class Head:
         ids = ids % self._model.config.vocab_size
         whole = self._model(input_ids=ids, use_cache=False).logits.float()
         parts = self(hidden_states(self._model, ids))
-        tolerance = 0.02 * float(whole.abs().max()) + 1e-4  # half precision differs by shape
+        # Half precision differs by shape.
+        relative = 1e-4 if self._model.dtype == torch.float32 else 0.02
+        tolerance = relative * float(whole.abs().max()) + 1e-6
         return bool((whole - parts).abs().max() <= tolerance)
 
 
@@ -97,7 +104,7 @@ def window_losses(
     """
     losses = []
     for index, window in enumerate(windows):
-        losses.append(float(token_losses(model, head, window).double().mean()))
+        losses.append(float(token_losses(model, head, window).cpu().double().mean()))
         if progress is not None:
             progress("perplexity", index + 1, len(windows))
     return losses
@@ -116,10 +123,13 @@ def change_with_error(before: list[float], after: list[float]) -> tuple[float, f
     """Relative perplexity change and its standard error, paired over the windows.
 
     The error is that of the mean of the windows' loss differences, carried to the relative
-    change by its derivative.
+    change by its derivative. Both are inf where the change overflows.
     """
     differences = [b - a for a, b in zip(before, after, strict=True)]
     n = len(differences)
     mean = sum(differences) / n
     spread = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n) if n > 1 else 0.0
-    return math.expm1(mean), math.exp(mean) * spread
+    try:
+        return math.expm1(mean), math.exp(mean) * spread
+    except OverflowError:
+        return math.inf, math.inf
