@@ -68,10 +68,11 @@ class RevisionStore:
             return {}
         path = self._manifest(revision)
         content = read_json(path)
-        layers = content.get("layers") if isinstance(content, dict) else None
-        if not isinstance(layers, dict) or sha256_bytes(canonical_json(layers)) != revision:
+        found = content.get("layers") if isinstance(content, dict) else None
+        layers = {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else None
+        if layers is None or sha256_bytes(canonical_json(layers)) != revision:
             raise StoreError(f"{path} is damaged: its content does not match its name")
-        return {str(k): str(v) for k, v in layers.items()}
+        return layers
 
     def mask(self, digest: str, shape: tuple[int, ...]) -> Tensor:
         """A mask by digest, as bool of the given shape.

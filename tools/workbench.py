@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from prunewright.state import InputError, PruneRequest, parse_pattern
+from prunewright.state import InputError, PruneRequest, StoreError, parse_pattern
 from prunewright.state.profile import ModelProfile
 from prunewright.tools.criteria import CRITERIA, LayerStatistics, prune_mask
 from prunewright.tools.models import LoadedModel, load_model
@@ -52,9 +52,15 @@ class Workbench:
         """Bring the live weights to a revision, touching only the layers that differ.
 
         Raises:
-            StoreError: a manifest or mask is missing or damaged; the weights stay as they were.
+            StoreError: a manifest or mask is missing or damaged, or of another model; the weights
+                stay as they were.
         """
         target = self.store.manifest(revision)
+        if unknown := set(target) - set(self.loaded.layers):
+            raise StoreError(
+                f"revision {revision} belongs to another model: it prunes {min(unknown)}, which "
+                f"{self.request.model} does not have"
+            )
         names = [n for n in self.loaded.layers if target.get(n) != self._at.get(n)]
         masks = {
             name: self.store.mask(target[name], self.loaded.layers[name].shape)
@@ -64,7 +70,9 @@ class Workbench:
         for name in names:
             layer = self.loaded.layers[name]
             weight = self.loaded.weight(layer)
-            weight.copy_(self.loaded.dense(layer))
+            dense = self.loaded.dense(layer)
+            self._at[name] = ""  # no revision's: an interrupt from here on is mended by the next
+            weight.copy_(dense)
             if name in masks:
                 weight.masked_fill_(masks[name].to(weight.device), 0)
                 self._at[name] = target[name]
