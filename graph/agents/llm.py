@@ -120,8 +120,9 @@ class LLMAgent:
         self.tokens = 0
         self.notes: list[str] = []
         self._asking = asking
-        # The parsed half of the result is left aside: LangChain mends cut JSON silently.
-        self._model = model.with_structured_output(Decision, method="json_schema", include_raw=True)
+        self._model = _without_parser(
+            model.with_structured_output(answer_schema(), method="json_schema", include_raw=True)
+        )
 
     def decide(self, observation: Observation) -> Decision:
         """Ask once, with the answers of this step that were refused and why.
@@ -160,7 +161,7 @@ class LLMAgent:
             raise AgentError(
                 f"the agent {self.name} gave no answer{tries}: {_words(error)}"
             ) from None
-        raw = result["raw"] if isinstance(result, dict) else None
+        raw = result["raw"] if isinstance(result, dict) else result
         if not isinstance(raw, AIMessage):
             raise AgentError(f"the agent {self.name} returned no chat message")
         return raw
@@ -168,6 +169,25 @@ class LLMAgent:
     def _note_failure(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         self.notes.append(f"try {state.attempt_number} failed: {_words(error)}")
+
+
+def answer_schema() -> dict[str, Any]:
+    """The JSON schema that a provider is sent: a decision without its bounds on lengths.
+
+    Gemini refuses a schema with long lists ("too many states for serving"), and not every
+    provider follows references. `read_answer` holds every answer to the whole schema.
+    """
+    schema = Decision.model_json_schema()
+    entry = schema.pop("$defs")["LayerDelta"]
+    properties = schema["properties"]
+    properties["layers"] = {"type": "array", "items": entry}
+    change = properties["expected_ppl_change"]
+    number = next(form for form in change["anyOf"] if form["type"] == "number")
+    properties["expected_ppl_change"] = number | {"description": change["description"]}
+    for field in (*properties.values(), *entry["properties"].values()):
+        field.pop("title", None)
+        field.pop("maxLength", None)
+    return schema | {"required": list(properties)}
 
 
 def read_answer(text: str) -> Decision:
@@ -284,6 +304,15 @@ def redact(text: str) -> str:
                 if len(form) >= 8:
                     text = text.replace(form, "[redacted]")
     return text
+
+
+def _without_parser(structured: Any) -> Any:
+    """The chat model bound to a schema, without LangChain's parser behind it.
+
+    That parser mends cut JSON silently, and on a long answer that is no JSON it needs minutes.
+    """
+    steps = getattr(getattr(structured, "first", None), "steps__", {})
+    return steps.get("raw", structured)
 
 
 def _check_options(name: str, model: BaseChatModel, options: dict[str, Any]) -> None:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import pytest
+from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
 
 from prunewright.graph.agents import InvalidAnswerError, Observation, make_agent
-from prunewright.graph.agents.llm import LLMAgent, redact
+from prunewright.graph.agents.llm import LLMAgent, answer_schema, read_answer, redact
 from prunewright.graph.nodes import ask
 from prunewright.state import AgentError, DecisionReport, InputError, PruneContext
 from prunewright.state.config import AskingOptions
@@ -72,12 +73,50 @@ def test_what_the_server_gets(gemini: "FakeGemini", asked: Ask) -> None:
     assert received.generation["temperature"] == 0.5
     assert received.generation["responseMimeType"] == "application/json"
     schema = received.generation["responseJsonSchema"]
-    assert set(schema["properties"]) == {"reasoning", "layers", "expected_ppl_change"}
-    assert "maxLength" in json.dumps(schema)
+    assert schema == answer_schema()
     assert gemini.key not in json.dumps(received.body)
     assert [role for role, _ in received.turns] == ["user"]
     assert [row["name"] for row in received.table] == [f"{i}.mlp.down_proj" for i in range(4)]
     assert received.budget == 0.05
+
+
+def test_the_schema_that_is_sent() -> None:
+    """Flat, closed, and without the length bounds that Gemini refuses to serve."""
+    schema = answer_schema()
+    text = json.dumps(schema)
+    assert all(word not in text for word in ("maxItems", "maxLength", "$ref", "$defs", "anyOf"))
+    assert schema["required"] == ["reasoning", "layers", "expected_ppl_change"]
+    assert schema["additionalProperties"] is False
+    entry = schema["properties"]["layers"]["items"]
+    assert entry["required"] == ["name", "delta"]
+    assert entry["additionalProperties"] is False
+    assert entry["properties"]["delta"]["minimum"] == -1
+    assert entry["properties"]["delta"]["maximum"] == 1
+    assert all("description" in value for value in entry["properties"].values())
+    assert schema["properties"]["expected_ppl_change"]["type"] == "number"
+    assert schema["title"] == "Decision"
+    # What it asks for is what is read.
+    answer = {"reasoning": "r", "layers": [{"name": "n", "delta": 0.1}], "expected_ppl_change": 0}
+    assert read_answer(json.dumps(answer)).layers[0].delta == 0.1
+
+
+def test_no_parser_of_langchain_touches_an_answer(
+    gemini: "FakeGemini", asked: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It mends cut answers, and needs minutes for a long one that is no JSON."""
+
+    calls = []
+
+    def called(*_: object, **__: object) -> None:
+        calls.append("LangChain parsed an answer")
+
+    monkeypatch.setattr(JsonOutputParser, "parse_result", called)
+    monkeypatch.setattr(PydanticOutputParser, "parse_result", called)
+    gemini.script = [gemini.text("I think " * 20_000), gemini.decision(*GOOD)]
+    report = asked()
+    assert deltas(report) == FULL
+    assert "JSON" in report.invalid_answers[0]
+    assert calls == []
 
 
 def test_without_options_of_its_own_the_temperature_is_the_default(
