@@ -112,8 +112,8 @@ def resume(
         if directory.metrics_file.exists():
             return RunResult(directory.path, load_metrics(directory))
         return _prune_once(directory, config, thread, on_event)
-    if directory.started and not directory.database.exists():
-        raise StoreError(f"{directory.database} is missing: the run cannot go on without it")
+    if directory.started:
+        _check_database(directory, thread)
     return _drive(directory, config, thread, on_event)
 
 
@@ -173,6 +173,30 @@ def _new_thread() -> str:
     return f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
 
 
+def _check_database(directory: RunDirectory, thread: str) -> None:
+    """Look at the checkpoints read-only: opening a damaged database for writing would alter it.
+
+    Raises:
+        StoreError: missing, damaged, or without the run's checkpoints.
+    """
+    database = directory.database
+    if not database.exists():
+        raise StoreError(f"{database} is missing: the run cannot go on without it")
+    uri = f"{database.resolve().as_uri()}?mode=ro"
+    try:
+        with closing(sqlite3.connect(uri, uri=True)) as connection:
+            (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+            if verdict != "ok":
+                raise StoreError(f"{database} is damaged: {verdict}")
+            found = connection.execute(
+                "SELECT 1 FROM checkpoints WHERE thread_id = ? LIMIT 1", (thread,)
+            ).fetchone()
+    except sqlite3.Error as error:
+        raise StoreError(f"{database} is damaged: {error}") from error
+    if found is None:
+        raise StoreError(f"{database} is damaged: it no longer holds the run's checkpoints")
+
+
 def _drive(
     directory: RunDirectory, config: PruneConfig, thread: str, on_event: OnEvent | None
 ) -> RunResult:
@@ -200,10 +224,6 @@ def _drive(
             # and the checkpoint after it.
             if state.values.get("status", "running") != "running":
                 return RunResult(directory.path, load_metrics(directory))
-            if directory.started and not started:
-                raise StoreError(
-                    f"{directory.database} is damaged: it no longer holds the run's checkpoints"
-                )
             check_agent(config.context)
             if directory.config() != config:
                 write_atomic(directory.config_file, config.to_yaml().encode())

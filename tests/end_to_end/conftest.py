@@ -136,3 +136,23 @@ def assert_same_run(one: Path, other: Path) -> None:
         yaml.safe_load((path / "config.yaml").read_text()) for path in (one, other)
     )
     assert request_a == request_b
+
+
+@pytest.fixture(scope="session")
+def make_model(
+    pico_models: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """A function that saves a random pico Llama of a shape, with its tokenizer."""
+
+    def make(**shape: Any) -> Path:
+        source, directory = pico_models(), tmp_path_factory.mktemp("shape")
+        config = transformers.AutoConfig.from_pretrained(source)
+        for key, value in (shape | {"head_dim": None}).items():
+            setattr(config, key, value)
+        config.head_dim = config.hidden_size // config.num_attention_heads
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+        transformers.AutoTokenizer.from_pretrained(source).save_pretrained(directory)
+        return directory
+
+    return make

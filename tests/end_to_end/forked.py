@@ -79,7 +79,6 @@ def fill_disk(point: dict[str, Any]) -> None:
     """No file may grow beyond some bytes while the call lasts, or from then on."""
 
     def act(call: Callable[[], Any]) -> Any:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (point["bytes"], hard))
         try:
@@ -88,6 +87,7 @@ def fill_disk(point: dict[str, Any]) -> None:
             if not point["for_good"]:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     intercept(point, act)
 
 

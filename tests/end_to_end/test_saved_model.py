@@ -1,0 +1,194 @@
+"""What a finished run leaves behind, read with nothing of ours."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file
+
+from prunewright.graph import resume, run
+from prunewright.state import PrunewrightError, load_config
+from prunewright.state.config import validate_config
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def metrics(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((path / "metrics.json").read_text())
+    return content
+
+
+def test_plain_transformers_loads_it_with_exactly_the_zeros_reported(reference: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(reference / "model")
+    weights = {
+        name: p
+        for name, p in model.named_parameters()
+        if name.split(".")[-2] in PROJECTIONS and name.startswith("model.layers.")
+    }
+    assert len(weights) == 14
+    zeros = sum(int((p == 0).sum()) for p in weights.values())
+    assert zeros / sum(p.numel() for p in weights.values()) == metrics(reference)["sparsity"]
+    assert zeros > 0
+
+
+def test_kept_weights_and_all_else_are_the_dense_ones(
+    reference: Path, reference_config: dict[str, Any]
+) -> None:
+    dense = load_file(Path(reference_config["model"]) / "model.safetensors")
+    saved = load_file(reference / "model" / "model.safetensors")
+    assert saved.keys() == dense.keys()
+    for name, weight in saved.items():
+        if name.split(".")[-2] in PROJECTIONS:
+            kept = weight != 0
+            assert torch.equal(weight[kept], dense[name][kept])
+        else:
+            assert torch.equal(weight, dense[name])
+
+
+def test_its_perplexity_is_the_reported_one(
+    reference: Path, reference_config: dict[str, Any]
+) -> None:
+    """The test windows are the first of the test text; losses by transformers' own forward."""
+    import random
+    from importlib import resources
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(reference / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(reference / "model")
+    folder = resources.files("prunewright.tools") / "data" / "corpus" / "test"
+    pieces = sorted((p for p in folder.iterdir() if p.name.endswith(".txt")), key=lambda p: p.name)
+    random.Random("test").shuffle(pieces)
+    text = "\n\n".join(p.read_text(encoding="utf-8").strip() for p in pieces)
+    ids = tokenizer(text).input_ids
+    losses = []
+    for index in range(3):
+        window = torch.tensor([ids[48 * index : 48 * (index + 1)]])
+        with torch.no_grad():
+            losses.append(float(model(input_ids=window, labels=window).loss))
+    reported = metrics(reference)["perplexity"]["test"]["final"]
+    assert math.exp(sum(losses) / 3) == pytest.approx(reported, rel=1e-4)
+    dense = transformers.AutoModelForCausalLM.from_pretrained(reference_config["model"])
+    with torch.no_grad():
+        before = [
+            float(dense(input_ids=w, labels=w).loss)
+            for w in (torch.tensor([ids[48 * i : 48 * (i + 1)]]) for i in range(3))
+        ]
+    assert math.exp(sum(before) / 3) == pytest.approx(
+        metrics(reference)["perplexity"]["test"]["dense"], rel=1e-4
+    )
+
+
+def test_the_config_is_written_whole_and_reads_back(
+    reference: Path, reference_config: dict[str, Any]
+) -> None:
+    assert load_config(reference / "config.yaml") == validate_config(reference_config)
+    assert load_config(reference / "config.yaml").seed == 0
+
+
+def test_the_manifest_says_what_the_run_stood_on(
+    reference: Path, reference_config: dict[str, Any]
+) -> None:
+    manifest = json.loads((reference / "manifest.json").read_text())
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["versions"]["transformers"] == transformers.__version__
+    assert manifest["model"]["name"] == reference_config["model"]
+    weights = load_file(Path(reference_config["model"]) / "model.safetensors")
+    assert manifest["model"]["prunable_weights"] == sum(
+        w.numel() for name, w in weights.items() if name.split(".")[-2] in PROJECTIONS
+    )
+    assert manifest["model"]["prunable_layers"] == 14
+    assert len({text["sha256"] for text in manifest["texts"].values()}) == 3
+    assert manifest["seed"] == 0
+    assert manifest["dtype"] == "float32"
+    assert manifest["device"] == "cpu"
+    assert manifest["request"]["target"] == 0.3
+
+
+def test_the_card_has_the_numbers(reference: Path) -> None:
+    card = (reference / "model" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    values = metrics(reference)
+    assert "pruning" in front["tags"]
+    assert f"{values['sparsity']:.2%}" in card
+    for text in ("guard", "test"):
+        for which in ("dense", "final"):
+            assert f"{values['perplexity'][text][which]:.3f}" in card
+    assert values["revision"] in card
+    assert f"{values['steps']} steps, {values['rollbacks']} rolled back" in card
+
+
+def test_metrics_agree_with_the_trace(reference: Path) -> None:
+    values = metrics(reference)
+    lines = (reference / "trace.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines]
+    assert values["steps"] == len(steps)
+    assert values["decisions"] == len(steps)
+    assert values["rollbacks"] == sum(s["verdict"] == "rolled_back" for s in steps)
+    assert values["revision"] == steps[-1]["revision"]
+    assert values["sparsity"] == steps[-1]["sparsity"]
+    assert values["perplexity"]["guard"]["dense"] == steps[0]["perplexity_before"]
+    assert values["perplexity"]["guard"]["final"] == steps[-1]["candidate_perplexity"]
+    nodes = {"profile", "agent_decide", "apply_prune", "evaluate_ppl", "rollback"}
+    assert nodes <= set(values["seconds"])
+    parts = sum(v for k, v in values["seconds"].items() if k != "total")
+    assert values["seconds"]["total"] == pytest.approx(parts)
+    # Guard windows: the dense model and one candidate a step, 3 windows of 48 tokens each.
+    assert values["tokens"]["guard"] == (1 + len(steps)) * 3 * 48
+    assert values["tokens"]["test"] == 2 * 3 * 48
+    assert values["peak_memory_bytes"] > 50_000_000
+
+
+def perturb(name: str, index: int, value: float | None) -> Any:
+    original = transformers.PreTrainedModel.save_pretrained
+
+    def save(self: Any, directory: Any, **options: Any) -> None:
+        weight = self.get_parameter(name).data
+        flat = weight.view(-1)
+        kept = flat[index].clone()
+        flat[index] = kept * 3 + 2 if value is None else value
+        try:
+            original(self, directory, **options)
+        finally:
+            flat[index] = kept
+
+    return save
+
+
+def first_zero(run_directory: Path, name: str) -> int:
+    weight = load_file(run_directory / "model" / "model.safetensors")[name].view(-1)
+    return int((weight == 0).nonzero()[0])
+
+
+@pytest.mark.parametrize("what", ["a pruned weight", "a kept weight", "an embedding"])
+def test_a_model_that_saves_wrongly_is_caught_and_the_run_can_be_finished(
+    what: str,
+    reference: Path,
+    reference_config: dict[str, Any],
+    config: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = "model.layers.0.mlp.down_proj.weight"
+    pruned = first_zero(reference, layer)
+    assert config["model"] == reference_config["model"]
+    spoilt = {
+        "a pruned weight": perturb(layer, pruned, 1e-3),
+        "a kept weight": perturb("model.layers.1.self_attn.o_proj.weight", 5, 60.0),
+        "an embedding": perturb("model.norm.weight", 3, 40.0),
+    }[what]
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PreTrainedModel, "save_pretrained", spoilt)
+        with pytest.raises(PrunewrightError, match="reloads with other"):
+            run(reference_config, out=out)
+    assert not (out / "model").exists()
+    assert not (out / "metrics.json").exists()
+    assert [p.name for p in out.iterdir() if "saving" in p.name] == []
+    assert resume(out).metrics.revision == metrics(reference)["revision"]
+    assert (out / "model" / "model.safetensors").read_bytes() == (
+        reference / "model" / "model.safetensors"
+    ).read_bytes()
