@@ -174,8 +174,8 @@ class LLMAgent:
 def answer_schema() -> dict[str, Any]:
     """The JSON schema that a provider is sent: a decision without its bounds on lengths.
 
-    Gemini refuses a schema with long lists ("too many states for serving"), and not every
-    provider follows references. `read_answer` holds every answer to the whole schema.
+    Gemini is known to refuse schemas with long lists ("too many states for serving"), and not
+    every provider follows references. `read_answer` holds every answer to the whole schema.
     """
     schema = Decision.model_json_schema()
     entry = schema.pop("$defs")["LayerDelta"]

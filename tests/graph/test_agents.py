@@ -454,6 +454,17 @@ def test_greedy_equalises_the_marginal_cost(
     assert taken == pytest.approx({"0": 0.15, "1": 0.12})
 
 
+def test_greedy_takes_no_cheap_slice_behind_a_dear_one(
+    make_layer: MakeLayer, make_observation: MakeObservation
+) -> None:
+    layers = [
+        make_layer(0, loss_cost=(0.50, 0.51, 0.52)),
+        make_layer(1, loss_cost=(0.10, 0.20, 0.30)),
+    ]
+    decision = GreedyAgent().decide(make_observation(layers, max_step=0.05))
+    assert [(item.name[13], item.delta) for item in decision.layers] == [("1", pytest.approx(0.1))]
+
+
 def test_greedy_weighs_cost_by_the_weights_that_it_buys(
     make_layer: MakeLayer, make_observation: MakeObservation
 ) -> None:
@@ -481,11 +492,11 @@ def test_greedy_keeps_to_the_bounds_of_a_layer(
 def test_zscore_takes_the_lowest_sums_first(
     make_layer: MakeLayer, make_observation: MakeObservation
 ) -> None:
-    sums = {0: (1.0, 1.0), 1: (-2.0, 0.5), 2: (-0.5, -1.5), 3: (3.0, -2.9), 4: (0.0, 0.0)}
+    sums = {0: (1.0, 1.0), 1: (-2.0, 3.5), 2: (-0.5, -1.5), 3: (3.0, -3.9), 4: (0.0, 0.0)}
     layers = [make_layer(i, z_s=s, z_g=g, z_c=-9.0 * i) for i, (s, g) in sums.items()]
     observation = make_observation(layers, max_step=0.07)
     taken = {item.name[13]: item.delta for item in ZScoreAgent().decide(observation).layers}
-    assert taken == pytest.approx({"2": 0.15, "1": 0.15, "4": 0.05})
+    assert taken == pytest.approx({"2": 0.15, "3": 0.15, "4": 0.05})
 
 
 def test_random_depends_on_seed_and_step_only(
