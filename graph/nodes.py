@@ -21,6 +21,7 @@ from prunewright.graph.routing import guard_reason, termination
 from prunewright.graph.stopping import call_stoppable, check_stop
 from prunewright.state import (
     AgentError,
+    AppliedDecision,
     Decision,
     DecisionReport,
     InputError,
@@ -119,8 +120,11 @@ def agent_decide(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpda
     observation = observe(state, request, context, run)
     name, agent = make_agent(context)
     report = call_stoppable(lambda: ask(name, agent, observation, repairs=context.asking.repairs))
+    assert state["profile"] is not None
     return {
         "decision": report.model_dump(mode="json"),
+        # Its table was for whoever watches the decision.
+        "profile": {"path": state["profile"]["path"]},
         "tokens": {"llm": report.tokens} if report.tokens else {},
     }
 
@@ -129,37 +133,35 @@ def agent_decide(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpda
 def apply_prune(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     """Turn the deltas into masks and store the candidate revision; never over the target."""
     request, run = _request(state), _run(runtime)
-    report = DecisionReport.model_validate(state["decision"])
-    if not report.decision.layers:
-        return {"candidate": None, "candidate_sparsity": None, "applied": {}, "notes": []}
-    with workbench(request, run.path) as bench:
-        run.check(request, bench)
-        before = dict(bench.tokens)
-        bench.sync(state["revision"])
-        zeros = bench.zeros()
-        counts, notes = land(
-            {item.name: item.delta for item in report.decision.layers},
-            zeros,
-            {name: layer.numel for name, layer in bench.loaded.layers.items()},
-            request.target,
-            request.max_layer_sparsity,
-        )
-        counts = {name: count for name, count in counts.items() if count > zeros[name]}
-        if not counts:
-            return {"candidate": None, "candidate_sparsity": None, "applied": {}, "notes": notes}
-        candidate = bench.prune(
-            state["revision"], state["gradient_revision"], counts, _progress(runtime)
-        )
-        earlier = bench.sparsities()
-        bench.sync(candidate)
-        now = bench.sparsities()
-        return {
-            "candidate": candidate,
-            "candidate_sparsity": bench.sparsity(),
-            "applied": {name: now[name] - earlier[name] for name in counts},
-            "notes": notes,
-            "tokens": _spent(bench, before),
-        }
+    outcome = AppliedDecision(report=DecisionReport.model_validate(state["decision"]))
+    update: PruneUpdate = {"decision": None, "candidate": None, "candidate_sparsity": None}
+    deltas = {item.name: item.delta for item in outcome.report.decision.layers}
+    if deltas:
+        with workbench(request, run.path) as bench:
+            run.check(request, bench)
+            before = dict(bench.tokens)
+            bench.sync(state["revision"])
+            zeros = bench.zeros()
+            sizes = {name: layer.numel for name, layer in bench.loaded.layers.items()}
+            counts, notes = land(deltas, zeros, sizes, request.target, request.max_layer_sparsity)
+            counts = {name: count for name, count in counts.items() if count > zeros[name]}
+            applied = {}
+            if counts:
+                earlier = bench.sparsities()
+                candidate = bench.prune(
+                    state["revision"], state["gradient_revision"], counts, _progress(runtime)
+                )
+                bench.sync(candidate)
+                now = bench.sparsities()
+                applied = {name: now[name] - earlier[name] for name in counts}
+                update["candidate"] = candidate
+                update["candidate_sparsity"] = bench.sparsity()
+            update["tokens"] = _spent(bench, before)
+        outcome = outcome.model_copy(update={"applied": applied, "notes": notes})
+    update["applied"] = run.write_step_file(
+        state["step"], "applied", outcome.model_dump(mode="json")
+    )
+    return update
 
 
 @timed
@@ -203,7 +205,7 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     When it ends, the results are written before the end is recorded.
     """
     request, context, run = _request(state), _context(runtime), _run(runtime)
-    record = _record(state)
+    record = _record(state, run.read_applied(state["applied"]))
     summary: StepSummary = {
         "step": record.step,
         "record": run.write_step_file(record.step, "record", record.model_dump(mode="json")),
@@ -242,8 +244,7 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
         "candidate_sparsity": None,
         "candidate_perplexity": None,
         "candidate_losses": [],
-        "applied": {},
-        "notes": [],
+        "applied": "",
         "rollback_reason": "",
     }
     runtime.stream_writer({"step": record.model_dump(mode="json")})
@@ -359,7 +360,8 @@ def land(
         zeros: zeros of every layer now.
         numel: weights of every layer.
         target: sparsity that is never exceeded.
-        ceiling: sparsity that no layer exceeds.
+        ceiling: sparsity that no layer exceeds, to the next whole weight: agents count in
+            fractions, and a fraction that could never be taken would be offered for ever.
 
     Returns:
         Counts of the layers named in ``deltas``, and a note where they were scaled.
@@ -372,19 +374,17 @@ def land(
         scale = max(0.0, left / wanted)
         notes.append(f"deltas scaled by {scale:.4f} to land on the target")
     shares = {name: scale * delta * numel[name] for name, delta in deltas.items()}
-    gains = {name: math.floor(share + 1e-6) for name, share in shares.items()}
+    room = {n: max(0, math.ceil(ceiling * numel[n] - 1e-6) - zeros[n]) for n in shares}
+    gains = {n: min(room[n], math.floor(share + 1e-6)) for n, share in shares.items()}
     lost = max(0, math.floor(sum(shares.values()) + 1e-3) - sum(gains.values()))
-    for name in sorted(shares, key=lambda name: (gains[name] - shares[name], name))[:lost]:
+    open_ = [n for n in shares if gains[n] < room[n]]
+    for name in sorted(open_, key=lambda n: (gains[n] - shares[n], n))[:lost]:
         gains[name] += 1
-    counts = {
-        name: min(max(zeros[name], math.floor(ceiling * numel[name] + 1e-6)), zeros[name] + gain)
-        for name, gain in gains.items()
-    }
-    return counts, notes
+    return {name: zeros[name] + gain for name, gain in gains.items()}, notes
 
 
-def _record(state: PruneState) -> StepRecord:
-    report = DecisionReport.model_validate(state["decision"])
+def _record(state: PruneState, outcome: AppliedDecision) -> StepRecord:
+    report = outcome.report
     candidate, reason = state["candidate"], state["rollback_reason"]
     accepted = candidate is not None and not reason
     if candidate is None:
@@ -402,9 +402,9 @@ def _record(state: PruneState) -> StepRecord:
         verdict="accepted" if accepted else "empty" if candidate is None else "rolled_back",
         reason=reason,
         decision=report.decision,
-        applied=state["applied"],
+        applied=outcome.applied,
         invalid_answers=report.invalid_answers,
-        notes=[*report.notes, *state["notes"]],
+        notes=[*report.notes, *outcome.notes],
         profile=state["profile"]["path"],
         revision=candidate if accepted and candidate else state["revision"],
         candidate=candidate,

@@ -10,7 +10,7 @@ from prunewright.state.config import (
 )
 from prunewright.state.decision import Decision, LayerDelta, check_decision
 from prunewright.state.errors import AgentError, InputError, PrunewrightError, StoreError
-from prunewright.state.history import DecisionReport, StepRecord, StepSummary
+from prunewright.state.history import AppliedDecision, DecisionReport, StepRecord, StepSummary
 from prunewright.state.profile import COST_DELTAS, LayerProfile, ModelProfile
 from prunewright.state.schema import STATUS_WORDS, PruneInput, PruneState, PruneUpdate
 
@@ -18,6 +18,7 @@ __all__ = [
     "COST_DELTAS",
     "STATUS_WORDS",
     "AgentError",
+    "AppliedDecision",
     "Decision",
     "DecisionReport",
     "InputError",

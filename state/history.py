@@ -25,6 +25,17 @@ class DecisionReport(BaseModel):
     tokens: int = 0
 
 
+class AppliedDecision(BaseModel):
+    """A decision and what came of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    report: DecisionReport
+    applied: dict[str, float] = {}
+    """Sparsity really added to each layer, after the landing on the target."""
+    notes: list[str] = []
+
+
 class StepRecord(BaseModel):
     """One step, whole: a line of trace.jsonl."""
 

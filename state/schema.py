@@ -46,14 +46,15 @@ class PruneState(TypedDict):
     gradient_revision: str
     """The revision at which gradients were last taken."""
     profile: dict[str, Any] | None
-    """``path`` of the full profile in the run directory, and a compact ``table``."""
+    """``path`` of the full profile in the run directory; a compact ``table`` until the decision."""
     decision: dict[str, Any] | None
+    """The agent's, until it is applied."""
     candidate: str | None
     candidate_sparsity: float | None
     candidate_perplexity: float | None
     candidate_losses: list[float]
-    applied: dict[str, float]
-    notes: list[str]
+    applied: str
+    """Path of the step's `AppliedDecision` in the run directory: too large for every checkpoint."""
     rollback_reason: str
     rollbacks: int
     stalls: int
@@ -84,8 +85,7 @@ class PruneUpdate(TypedDict, total=False):
     candidate_sparsity: float | None
     candidate_perplexity: float | None
     candidate_losses: list[float]
-    applied: dict[str, float]
-    notes: list[str]
+    applied: str
     rollback_reason: str
     rollbacks: int
     stalls: int

@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from prunewright.state import (
+    AppliedDecision,
     InputError,
     ModelProfile,
     PruneConfig,
@@ -45,7 +46,7 @@ _PACKAGES = (
 )
 
 
-_Stored = TypeVar("_Stored", ModelProfile, StepRecord)
+_Stored = TypeVar("_Stored", ModelProfile, StepRecord, AppliedDecision)
 
 
 class RunDirectory:
@@ -196,6 +197,14 @@ class RunDirectory:
             StoreError: missing or damaged.
         """
         return self._read(name, ModelProfile)
+
+    def read_applied(self, name: str) -> AppliedDecision:
+        """An applied decision that `write_step_file` stored.
+
+        Raises:
+            StoreError: missing or damaged.
+        """
+        return self._read(name, AppliedDecision)
 
     def read_records(self, history: list[StepSummary]) -> list[StepRecord]:
         """The full records of a history.

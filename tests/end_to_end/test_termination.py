@@ -38,7 +38,8 @@ def test_the_target_is_met_and_never_passed(
         assert record["sparsity_before"] == previous
         assert record["sparsity"] - previous <= step + 1e-6
         previous = record["sparsity"]
-        assert max(record["applied"].values()) <= 0.9 + 1e-6
+        # In whole weights, of which the smallest layer has 512.
+        assert max(record["applied"].values()) < 0.9 + 1 / 512
     assert previous == metrics.sparsity
 
 
@@ -63,7 +64,9 @@ def test_no_layer_passes_its_ceiling(config: dict[str, Any], tmp_path: Path) -> 
     weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
     layers = {n: w for n, w in weights.items() if "_proj" in n}
     assert len(layers) == 14
-    assert max(float((w == 0).float().mean()) for w in layers.values()) <= 0.33
+    zeros = {n: int((w == 0).sum()) for n, w in layers.items()}
+    assert all(zeros[n] < 0.33 * w.numel() + 1 for n, w in layers.items())  # in whole weights
+    assert any(zeros[n] > 0.32 * w.numel() for n, w in layers.items())
 
 
 @pytest.mark.parametrize(
