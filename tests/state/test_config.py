@@ -1,0 +1,245 @@
+"""The configuration: one file, two halves, errors a user can act on."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prunewright.state import (
+    InputError,
+    PruneConfig,
+    PruneContext,
+    PruneRequest,
+    load_config,
+    parse_pattern,
+    validate_config,
+)
+
+
+def test_every_key_belongs_to_exactly_one_half() -> None:
+    request, context = set(PruneRequest.model_fields), set(PruneContext.model_fields)
+    assert request & context == set()
+    assert request | context == set(PruneConfig.model_fields)
+
+
+def test_the_halves_hold_the_values_of_the_whole() -> None:
+    config = validate_config({"target": 0.3, "agent": "greedy", "guard": {"max_increase": 0.5}})
+    assert config.request.model_dump() | config.context.model_dump() == config.model_dump()
+
+
+def test_the_defaults_are_those_of_the_design() -> None:
+    config = load_config()
+    assert config.model == "embedded"
+    assert config.agent == "google_genai:gemini-3-flash-preview"
+    assert config.agent_options == {"temperature": 0.5}
+    assert (config.target, config.max_steps, config.max_delta) == (0.45, 40, 0.15)
+    assert (config.max_layer_sparsity, config.criterion) == (0.9, "wanda")
+    assert (config.guard.max_increase, config.profile.gradient_every) == (0.15, 3)
+    windows = config.texts.windows
+    assert (windows.calibration, windows.gradient, windows.guard) == (16, 8, 8)
+    assert (windows.test, windows.length, config.seed) == (20, 1024, 0)
+    assert config.feedback
+    assert config.max_stalls == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"tarqet": 0.3}, "unknown key tarqet; did you mean target?"),
+        ({"guard": {"max_increas": 0.3}}, "unknown key guard.max_increas; did you mean max_incr"),
+        ({"texts": {"windows": {"gard": 3}}}, "unknown key texts.windows.gard; did you mean guard"),
+        ({"zzz": 1}, "unknown key zzz; known: "),
+        ({"guard": {"zzz": 1}}, "unknown key guard.zzz; known: max_increase, max_total_increase"),
+        ({"target": "much"}, "target:"),
+        ({"target": 0}, "target:"),
+        ({"target": 0.96}, "target:"),
+        ({"target": float("nan")}, "target:"),
+        ({"guard": {"max_increase": -1}}, "guard.max_increase:"),
+        ({"guard": 3}, "guard:"),
+        ({"criterion": "wandaa"}, "criterion:"),
+        ({"target": 0.8, "max_layer_sparsity": 0.7}, "above max_layer_sparsity 0.7"),
+        ({"texts": {"windows": {"calibration": 2, "gradient": 3}}}, "gradient windows (3)"),
+        ({"pattern": 124}, "in quotes"),
+        ({"pattern": "4:2"}, "less than 2"),
+        ({"pattern": "2-4"}, '"2:4"'),
+        ({"seed": -1}, "seed:"),
+        ({"max_steps": 0}, "max_steps:"),
+    ],
+)
+def test_what_is_wrong_is_named(data: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        validate_config(data)
+    assert words in str(caught.value)
+    assert "pydantic" not in str(caught.value)
+
+
+def test_all_errors_are_told_at_once() -> None:
+    with pytest.raises(InputError) as caught:
+        validate_config({"target": 3, "seed": -1, "modle": "x"})
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_yaml_reads_an_unquoted_pattern_as_a_number_and_the_user_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("pattern: 2:4\n")
+    assert yaml.safe_load(file.read_text()) == {"pattern": 124}
+    with pytest.raises(InputError, match="in quotes"):
+        load_config(file)
+    file.write_text('pattern: "2:4"\n')
+    assert load_config(file).pattern == "2:4"
+    assert load_config(overrides=["pattern=2:4"]).pattern == "2:4"
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("target=0.3", ("target",), 0.3),
+        ("max_steps=7", ("max_steps",), 7),
+        ("feedback=false", ("feedback",), False),
+        ("model=./some=dir", ("model",), "./some=dir"),
+        ("texts.windows.length=64", ("texts", "windows", "length"), 64),
+        ("guard.max_total_increase=null", ("guard", "max_total_increase"), None),
+        ("guard.max_total_increase=2", ("guard", "max_total_increase"), 2.0),
+        ("texts.guard=own.txt", ("texts", "guard"), "own.txt"),
+        ("agent_options={temperature: 0, stop: [a, b]}", ("agent_options", "stop"), ["a", "b"]),
+        ("agent_options.temperature=0.1", ("agent_options", "temperature"), "0.1"),
+        ("seed=9223372036854775807", ("seed",), 2**63 - 1),
+    ],
+)
+def test_set(override: str, path: tuple[str, ...], value: object) -> None:
+    found: Any = load_config(overrides=[override]).model_dump()
+    for part in path:
+        found = found[part]
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("target", "key=value"),
+        ("=3", "key=value"),
+        ("target=", "target:"),
+        ("target.low=3", "target:"),
+        ("gaurd.max_increase=3", "did you mean guard?"),
+        ("agent_options=[", "not valid YAML"),
+    ],
+)
+def test_set_refuses(override: str, words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_config(overrides=[override])
+    assert words in str(caught.value)
+
+
+def test_set_below_a_value_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("target: 0.3\n")
+    with pytest.raises(InputError, match="target holds a value"):
+        load_config(file, ["target.low=3"])
+
+
+def test_precedence_file_then_set_then_values(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("target: 0.2\nseed: 1\nmax_steps: 5\nguard: {max_increase: 0.4}\n")
+    config = load_config(
+        file, ["seed=2", "max_steps=6", "guard.max_total_increase=3"], max_steps=7, agent=None
+    )
+    assert (config.target, config.seed, config.max_steps) == (0.2, 2, 7)
+    assert config.guard.model_dump() == {"max_increase": 0.4, "max_total_increase": 3.0}
+    assert config.agent == load_config().agent
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "just words", "target: [", "a: b: c", "\x00"])
+def test_files_that_are_no_mapping(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(content)
+    with pytest.raises(InputError, match=r"c\.yaml"):
+        load_config(file)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="No such file"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(InputError, match="cannot read"):
+        load_config(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"model: caf\xe9\n")
+    with pytest.raises(InputError, match=r"latin\.yaml"):
+        load_config(tmp_path / "latin.yaml")
+    (tmp_path / "empty.yaml").write_text("")
+    assert load_config(tmp_path / "empty.yaml") == load_config()
+
+
+@pytest.mark.parametrize(
+    "key", ["api_key", "google_api_key", "apikey", "KEY", "secret", "password", "access_token"]
+)
+def test_secrets_do_not_enter_a_config(key: str) -> None:
+    with pytest.raises(InputError) as caught:
+        validate_config({"agent_options": {key: "hunter2hunter2"}})
+    assert key in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["max_tokens", "temperature", "base_url", "top_k", "keyboard"])
+def test_options_that_only_look_alike_are_fine(key: str) -> None:
+    assert validate_config({"agent_options": {key: 1}}).agent_options == {key: 1}
+
+
+def test_a_config_cannot_be_altered() -> None:
+    config = load_config()
+    with pytest.raises(Exception, match="frozen"):
+        config.target = 0.2  # type: ignore[misc]
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=30)
+
+
+@given(
+    target=st.floats(0.01, 0.9),
+    model=TEXT,
+    seed=st.integers(0, 2**63 - 1),
+    options=st.dictionaries(
+        st.sampled_from(["temperature", "top_p", "note"]), st.one_of(st.integers(), TEXT)
+    ),
+    guard=st.one_of(st.none(), TEXT),
+    total=st.one_of(st.none(), st.floats(1e-6, 1e6)),
+    pattern=st.sampled_from(["unstructured", "2:4", "1:2", "12:34"]),
+)
+def test_yaml_round_trip(
+    target: float,
+    model: str,
+    seed: int,
+    options: dict[str, Any],
+    guard: str | None,
+    total: float | None,
+    pattern: str,
+) -> None:
+    config = validate_config(
+        {
+            "target": target,
+            "model": model,
+            "seed": seed,
+            "agent_options": options,
+            "texts": {"guard": guard},
+            "guard": {"max_total_increase": total},
+            "pattern": pattern,
+        }
+    )
+    assert validate_config(yaml.safe_load(config.to_yaml())) == config
+
+
+@given(keep=st.integers(0, 20), group=st.integers(0, 20))
+def test_patterns(keep: int, group: int) -> None:
+    if 0 < keep < group:
+        assert parse_pattern(f"{keep}:{group}") == (keep, group)
+    else:
+        with pytest.raises(ValueError, match="keep at least 1"):
+            parse_pattern(f"{keep}:{group}")
+
+
+@pytest.mark.parametrize("pattern", ["", "2", "2:", ":4", "2:4:8", "two:four", " 2:4", "-1:4"])
+def test_no_patterns(pattern: str) -> None:
+    with pytest.raises(ValueError, match="neither"):
+        parse_pattern(pattern)

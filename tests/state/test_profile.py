@@ -1,0 +1,67 @@
+"""The profile's own arithmetic."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prunewright.state import COST_DELTAS, LayerProfile, ModelProfile
+
+
+def layer(
+    name: str = "model.layers.7.mlp.down_proj",
+    costs: tuple[float, float, float] = (0.01, 0.03, 0.08),
+) -> LayerProfile:
+    return LayerProfile(
+        name=name,
+        block=7,
+        projection="mlp.down_proj",
+        parameters=1000,
+        sparsity=0.25,
+        s=1.0,
+        g=1.0,
+        loss_cost=costs,
+        z_s=-0.5,
+        z_g=1.234,
+        z_c=0.0,
+    )
+
+
+@given(
+    costs=st.tuples(*[st.floats(0, 1)] * 3).map(lambda c: tuple(sorted(c))),
+    delta=st.floats(0, COST_DELTAS[-1]),
+)
+def test_costs_are_linear_between_the_deltas(
+    costs: tuple[float, float, float], delta: float
+) -> None:
+    expected = np.interp(delta, [0.0, *COST_DELTAS], [0.0, *costs])
+    assert layer(costs=costs).cost_of(delta) == pytest.approx(float(expected), abs=1e-12)
+
+
+def test_beyond_the_last_delta_its_slope_goes_on() -> None:
+    assert layer().cost_of(0.25) == pytest.approx(0.08 + (0.08 - 0.03) / 0.05 * 0.10)
+
+
+def test_a_models_predicted_change_is_that_of_the_summed_losses() -> None:
+    layers = [layer("a"), layer("b", (0.02, 0.05, 0.1)), layer("c")]
+    profile = ModelProfile(revision="r", gradient_revision="r", layers=layers)
+    assert profile.predicted_change({"a": 0.05, "b": 0.1}) == pytest.approx(math.exp(0.06) - 1)
+    assert profile.predicted_change({}) == 0
+
+
+def test_a_prediction_stays_finite() -> None:
+    costs = (1e3, 1e4, 1e5)
+    profile = ModelProfile(revision="r", gradient_revision="r", layers=[layer("a", costs)])
+    assert math.isfinite(profile.predicted_change({"a": 0.15}))
+
+
+def test_the_table_is_compact() -> None:
+    profile = ModelProfile(revision="r", gradient_revision="r", layers=[layer()])
+    assert profile.table() == {"7.mlp.down_proj": "0.250 -0.50 1.23 0.00"}
+
+
+def test_it_survives_json() -> None:
+    profile = ModelProfile(revision="r", gradient_revision="r", layers=[layer()], notes=["n"])
+    assert ModelProfile.model_validate_json(profile.model_dump_json()) == profile
