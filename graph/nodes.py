@@ -375,11 +375,12 @@ def land(
         notes.append(f"deltas scaled by {scale:.4f} to land on the target")
     shares = {name: scale * delta * numel[name] for name, delta in deltas.items()}
     room = {n: max(0, math.ceil(ceiling * numel[n] - 1e-6) - zeros[n]) for n in shares}
-    gains = {n: min(room[n], math.floor(share + 1e-6)) for n, share in shares.items()}
+    gains = {n: math.floor(share + 1e-6) for n, share in shares.items()}
     lost = max(0, math.floor(sum(shares.values()) + 1e-3) - sum(gains.values()))
-    open_ = [n for n in shares if gains[n] < room[n]]
+    open_ = [n for n in shares if gains[n] < min(room[n], shares[n])]
     for name in sorted(open_, key=lambda n: (gains[n] - shares[n], n))[:lost]:
         gains[name] += 1
+    gains = {n: min(gain, room[n]) for n, gain in gains.items()}
     return {name: zeros[name] + gain for name, gain in gains.items()}, notes
 
 
