@@ -113,7 +113,10 @@ def save_model(run: RunDirectory, bench: Workbench, outcome: Outcome, metrics: M
                 f"cannot save the model into {run.path}: {error}. The run is kept: free some "
                 f"space, then: prunewright resume {run.path}"
             ) from error
-        write_atomic(scratch / "README.md", model_card(bench.request, metrics).encode())
+        card = scratch / "README.md"
+        write_atomic(card, model_card(bench.request, metrics).encode())
+        for file in scratch.glob("*.safetensors"):
+            file.chmod(card.stat().st_mode)  # safetensors writes for the owner alone
         _verify(scratch, bench, outcome)
         if run.model.exists():
             shutil.rmtree(run.model)

@@ -192,3 +192,10 @@ def test_a_model_that_saves_wrongly_is_caught_and_the_run_can_be_finished(
     assert (out / "model" / "model.safetensors").read_bytes() == (
         reference / "model" / "model.safetensors"
     ).read_bytes()
+
+
+def test_whoever_may_read_the_run_may_read_the_weights(reference: Path) -> None:
+    weights = sorted((reference / "model").glob("*.safetensors"))
+    assert weights
+    for file in weights:
+        assert file.stat().st_mode == (reference / "metrics.json").stat().st_mode
