@@ -194,6 +194,7 @@ def run_command(
     from prunewright.graph import runner
     from prunewright.graph.agents import resolve_agent
 
+    _quiet_transformers(session.debug)
     resolved = resolve_agent(settled.agent)
     session.run = _directory(settled, out)
     screen = session.screen
@@ -223,6 +224,7 @@ def resume_command(
     from prunewright.tools.baseline import BASELINE
     from prunewright.tools.rundir import RunDirectory
 
+    _quiet_transformers(session.debug)
     directory = RunDirectory(run_directory)
     before = directory.config()
     session.run = run_directory
@@ -275,6 +277,7 @@ def baseline_command(
     )
     from prunewright.graph import runner
 
+    _quiet_transformers(session.debug)
     session.run = _directory(settled, out)
     screen = session.screen
     _print_head(screen, settled, session.run, "none: uniform, one shot")
@@ -353,6 +356,7 @@ def evaluate_command(
     bounds = load_config(None, None, dtype=dtype, device=device)
     from prunewright.tools.evaluation import evaluate
 
+    _quiet_transformers(session.debug)
     screen = session.screen
     with Live(screen) as live:
         found = evaluate(
@@ -400,6 +404,7 @@ def plan_command(
     settled = load_config(config, overrides, model=model, target=target)
     from prunewright.tools.plan import make_plan
 
+    _quiet_transformers(session.debug)
     plan = make_plan(settled.request, out or Path(settled.out or "runs"))
     session.emit(plan.model_dump(mode="json"))
     _print_plan(session.screen, settled, plan)
@@ -535,11 +540,19 @@ def _quiet(debug: bool) -> None:
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning" if debug else "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     logging.captureWarnings(True)
     logging.getLogger().setLevel(logging.WARNING if debug else logging.ERROR)
     logging.getLogger("prunewright").setLevel(logging.WARNING)
+
+
+def _quiet_transformers(debug: bool) -> None:
+    """The same for transformers, which does not read the environment for it."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    if not debug:
+        transformers_logging.set_verbosity_error()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 
 from prunewright.graph.agents import check_agent
 from prunewright.graph.builder import build_graph
-from prunewright.graph.stopping import check_stop, stop_on_signals
+from prunewright.graph.stopping import check_stop, iterate_stoppable, stop_on_signals
 from prunewright.state import (
     InputError,
     PruneConfig,
@@ -230,15 +231,18 @@ def _drive(
             # JSON, as Studio sends it: the state holds plain values only.
             request: Any = config.request.model_dump(mode="json")
             start: PruneInput | None = None if started else {"request": request}
-            for mode, event in graph.stream(
+            stream = partial(
+                graph.stream,
                 start,
                 options,
                 context=context,
                 stream_mode=["updates", "custom"],
                 durability="sync",
-            ):
-                if on_event is not None:
-                    on_event(str(mode), cast(dict[str, Any], event))
+            )
+            with closing(iterate_stoppable(stream)) as events:
+                for mode, event in events:
+                    if on_event is not None:
+                        on_event(str(mode), cast(dict[str, Any], event))
     except sqlite3.Error as error:
         raise StoreError(
             f"{directory.database}: {error}. Nothing recorded so far is lost: free some space "

@@ -1,14 +1,16 @@
 """Stopping a run between two windows or layers, so that a signal loses nothing.
 
 LangGraph runs nodes in threads of its own, which a KeyboardInterrupt in the main thread does
-not reach, and waits for them. So the first signal only sets an event that the work looks at;
-the second goes to whoever handled signals before.
+not reach, and waits for them on a lock, where a signal that comes a moment too early is not
+noticed. So the graph is driven from another thread, the first signal only sets an event that
+the work looks at, and the second goes to whoever handled signals before.
 """
 
 import logging
+import queue
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from types import FrameType
@@ -18,6 +20,9 @@ from prunewright.state import PrunewrightError
 
 _log = logging.getLogger("prunewright")
 _Value = TypeVar("_Value")
+
+POLL = 0.1
+"""Seconds between two looks of a waiting thread at whether it shall stop."""
 
 
 class StoppedError(PrunewrightError):
@@ -90,14 +95,10 @@ def stop_on_signals() -> Iterator[None]:
         _current.reset(token)
 
 
-def call_stoppable(function: Callable[[], _Value], every: float = 0.1) -> _Value:
+def call_stoppable(function: Callable[[], _Value]) -> _Value:
     """Call something that cannot look at the event itself, such as a request to an LLM.
 
     It runs in a daemon thread, which is left behind if the run is stopped meanwhile.
-
-    Args:
-        function: what to call.
-        every: seconds between two looks at the event.
 
     Raises:
         StoppedError: the run was asked to stop.
@@ -113,11 +114,60 @@ def call_stoppable(function: Callable[[], _Value], every: float = 0.1) -> _Value
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=copy_context().run, args=(work,), daemon=True)
-    thread.start()
+    thread = _start(work)
     while thread.is_alive():
         check_stop()
-        thread.join(every)
+        thread.join(POLL)
     if errors:
         raise errors[0]
     return results[0]
+
+
+def iterate_stoppable(
+    function: Callable[[], Iterable[_Value]],
+) -> Generator[_Value, None, None]:
+    """Yield what an iterable gives that another thread goes through.
+
+    The caller's thread never waits long, so that it notices signals. If the caller gives up,
+    the work is asked to stop and waited for.
+
+    Args:
+        function: makes the iterable; called in the other thread.
+    """
+    items: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            for item in function():
+                items.put(("item", item))
+        except BaseException as error:
+            items.put(("error", error))
+        else:
+            items.put(("end", None))
+
+    thread = _start(work)
+    try:
+        while True:
+            try:
+                kind, value = items.get(timeout=POLL)
+            except queue.Empty:
+                continue
+            if kind == "error":
+                raise value
+            if kind == "end":
+                return
+            yield value
+    except GeneratorExit:
+        if (stop := _current.get()) is not None:
+            stop.set()
+        raise
+    finally:
+        while thread.is_alive():
+            thread.join(POLL)
+
+
+def _start(work: Callable[[], None]) -> threading.Thread:
+    """A daemon thread that sees this thread's context variables."""
+    thread = threading.Thread(target=copy_context().run, args=(work,), daemon=True)
+    thread.start()
+    return thread

@@ -185,11 +185,12 @@ def matmul_rate(
 
     Args:
         shape: outputs and inputs, cut to 4096 each.
-        tokens: rows of the other factor.
+        tokens: rows of the other factor, likewise.
         dtype: of both.
         device: where.
     """
     outputs, inputs = (min(size, _TIMING_WIDTH) for size in shape)
+    tokens = min(tokens, _TIMING_WIDTH)
     weight = torch.ones(outputs, inputs, dtype=dtype, device=device)
     rows = torch.ones(tokens, inputs, dtype=dtype, device=device)
     # Reading one number waits for a device that computes on its own.
