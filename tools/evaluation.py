@@ -5,7 +5,6 @@ import math
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from prunewright.state import InputError
 from prunewright.tools.models import LoadedModel, load_model
 from prunewright.tools.perplexity import Head, Progress, perplexity, window_losses
 from prunewright.tools.texts import load_test_windows
@@ -89,12 +88,7 @@ def evaluate(
         keep_dense=False,
     )
     try:
-        limit = getattr(loaded.model.config, "max_position_embeddings", None)
-        if isinstance(limit, int) and length > limit:
-            raise InputError(
-                f"windows of {length} tokens are longer than the {limit} that {model} was made "
-                f"for: give --length {limit} or less"
-            )
+        loaded.check_length(length)
         drawn = {s: load_test_windows(s, loaded.tokenizer, windows, length) for s in texts}
         head = Head(loaded.model)
         scores = [

@@ -81,6 +81,19 @@ class LoadedModel:
             raise StoreError(f"{path} has changed since the model was loaded")
         return tensor.to(device=self.device, dtype=self.dtype)
 
+    def check_length(self, length: int) -> None:
+        """Refuse windows longer than the positions that the model has.
+
+        Raises:
+            InputError: they are.
+        """
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(limit, int) and length > limit:
+            raise InputError(
+                f"windows of {length} tokens are longer than the {limit} that the model "
+                f"{self.name} was made for: lower texts.windows.length (evaluate: --length)"
+            )
+
     def close(self) -> None:
         """Drop the weights so that their memory can be reused."""
         nn.Module.to(self.model, "meta")

@@ -40,6 +40,7 @@ class Workbench:
             device=request.device,
             trust_remote_code=request.trust_remote_code,
         )
+        self.loaded.check_length(request.texts.windows.length)
         self.windows: Windows = load_windows(request.texts, self.loaded.tokenizer, request.seed)
         self.head = Head(self.loaded.model)
         self.store = RevisionStore(Path())

@@ -199,7 +199,7 @@ def test_an_end_before_the_target_is_exit_code_3(config_file: Path, tmp_path: Pa
         (["--target", "0.96"], "target: Input should be less than or equal to 0.95"),
         (["--model", "/no/such/model"], "the model /no/such/model"),
         (["--model", "no-such-org/no-such-model"], "nor could be fetched from the hub"),
-        (["--set", "texts.windows.length=200000"], "too short for one window of 200000 tokens"),
+        (["--set", "texts.windows.length=257"], "longer than the 256 that the model"),
         (["--set", "texts.test=/no/such.txt"], "/no/such.txt"),
         (["--agent", "google_genai:gemini-3-flash-preview"], "GOOGLE_API_KEY or GEMINI_API_KEY"),
         (["--agent", "gredy"], "did you mean greedy?"),
@@ -215,6 +215,16 @@ def test_bad_input_is_exit_code_2_and_leaves_nothing(
     assert result.exit_code == 2, result.output
     assert message in flat(result.stderr)
     assert "Traceback" not in result.stderr
+    assert not out.exists()
+
+
+def test_a_text_too_short_for_a_window(config_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Not much.")
+    out = tmp_path / "run"
+    text = f"texts.test={tmp_path / 'short.txt'}"
+    result = invoke("run", "-c", config_file, "-o", out, "--set", text)
+    assert result.exit_code == 2
+    assert "the test text, is too short for one window of 48 tokens" in flat(result.stderr)
     assert not out.exists()
 
 
@@ -454,7 +464,7 @@ def test_evaluate_agrees_with_the_run(config_file: Path, tmp_path: Path) -> None
     ("options", "message"),
     [
         (["--windows", "100000"], "100000 are asked for"),
-        (["--length", "4096"], "give --length 256 or less"),
+        (["--length", "4096"], "longer than the 256 that the model"),
         (["--text", "/no/such.txt"], "/no/such.txt"),
         (["--dtype", "int8"], "dtype"),
     ],
