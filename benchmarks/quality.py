@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--target", type=float, default=0.45)
     parser.add_argument("--step", type=float, default=0.05)
+    parser.add_argument("--max-increase", type=float, default=0.15, help="of the guard")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -140,10 +141,11 @@ def main() -> None:
                     "target": options.target,
                     "step": options.step,
                     "seed": seed,
+                    "guard": {"max_increase": options.max_increase},
                     "texts": {
                         "calibration": options.calibration,
                         "test": next(iter(tests.values()))[0],
-                        "windows": {"length": options.length, "test": 1},
+                        "windows": {"length": options.length, "guard": 4, "test": 1},
                     },
                 }
                 metrics = prune(method, settings, directory)

@@ -290,6 +290,7 @@ def observe(
         history=tuple(run.read_records(state["history"])) if context.feedback else (),
         feedback=state["feedback"] if context.feedback else "",
         seed=request.seed,
+        stalls=state["stalls"],
     )
 
 

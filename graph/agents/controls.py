@@ -29,7 +29,7 @@ class GreedyAgent:
                 slices.append((price, start, layer.name, end - start, layer.parameters))
                 start, cost = end, total
         slices.sort()
-        budget = observation.budget * observation.prunable
+        budget = _budget(observation)
         deltas: dict[str, float] = {}
         for _, _, name, width, parameters in slices:
             taken = min(width, budget / parameters)
@@ -69,7 +69,7 @@ class UniformAgent:
 
     def decide(self, observation: Observation) -> Decision:
         """The deltas that bring the layers to the highest level that the budget allows."""
-        layers, budget = observation.profile.layers, observation.budget * observation.prunable
+        layers, budget = observation.profile.layers, _budget(observation)
         low, high = 0.0, observation.max_layer_sparsity
         # Layers above the level stay, so what the level costs is found by halving.
         for _ in range(60):
@@ -87,11 +87,19 @@ class UniformAgent:
         return _decision(deltas, f"Every layer to a sparsity of {low:.4f}.")
 
 
+def _budget(observation: Observation) -> float:
+    """Weights that the step may prune; half as many after each step in a row rolled back.
+
+    A control does not learn, and the same step again would be rolled back again.
+    """
+    return observation.budget * observation.prunable * 0.5**observation.stalls
+
+
 def _fill(observation: Observation, order: list[str]) -> dict[str, float]:
     """Whole ``max_delta`` of each layer in order, the last one in part, within the budget."""
     room = observation.room()
     parameters = {p.name: p.parameters for p in observation.profile.layers}
-    budget = observation.budget * observation.prunable
+    budget = _budget(observation)
     deltas: dict[str, float] = {}
     for name in order:
         delta = min(observation.max_delta, room[name], budget / parameters[name])

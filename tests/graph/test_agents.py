@@ -584,3 +584,16 @@ def test_no_secret_gets_into_a_config(options: dict[str, Any]) -> None:
 def test_options_that_only_look_like_secrets() -> None:
     options = {"max_tokens": 10, "token_limit": 3, "stop": ["key"], "base_url": "http://h:1/a@b"}
     assert PruneContext(agent_options=options).agent_options == options
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_control_halves_its_step_after_each_rollback(
+    control: type[Agent], make_layer: MakeLayer, make_observation: MakeObservation
+) -> None:
+    layers = [make_layer(i, parameters=10_000) for i in range(8)]
+
+    def gain(stalls: int) -> float:
+        observation = make_observation(layers, max_step=0.04, stalls=stalls)
+        return sum(item.delta for item in control().decide(observation).layers) / len(layers)
+
+    assert [gain(n) for n in range(4)] == pytest.approx([0.04, 0.02, 0.01, 0.005], rel=1e-6)
