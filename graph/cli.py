@@ -386,6 +386,23 @@ def evaluate_command(
         )
 
 
+@app.command("gc")
+def gc_command(
+    ctx: typer.Context,
+    run_directory: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR", help="Directory of the run.", show_default=False)
+    ],
+    _json: _JsonOption = False,
+) -> None:
+    """Delete the masks that no checkpoint of a run refers to, such as those of a killed step."""
+    session: Session = ctx.obj
+    from prunewright.graph.runner import collect_garbage
+
+    files, size = collect_garbage(run_directory)
+    session.emit({"files": files, "bytes": size})
+    session.screen.line(f"{files} files deleted, {size:,} bytes")
+
+
 @app.command("plan")
 def plan_command(
     ctx: typer.Context,

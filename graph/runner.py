@@ -29,6 +29,9 @@ from prunewright.tools.baseline import BASELINE, prune_once
 from prunewright.tools.rundir import RunDirectory
 from prunewright.tools.storage import read_json, write_atomic
 
+_REVISIONS = ("revision", "gradient_revision", "candidate")
+"""The keys of the state that name a revision."""
+
 OnEvent = Callable[[str, dict[str, Any]], None]
 """Called with ``update`` (a node's name and update) or ``custom`` (progress, step, metrics)."""
 
@@ -142,6 +145,35 @@ def baseline(
         return _prune_once(directory, settled, thread, on_event)
 
 
+def collect_garbage(run_directory: str | Path) -> tuple[int, int]:
+    """Delete the revisions of a run that no checkpoint of any of its threads refers to.
+
+    Returns:
+        Files and bytes deleted.
+
+    Raises:
+        InputError: no run there, or another process works on it.
+        StoreError: a file of the run is missing or damaged; nothing is deleted.
+    """
+    directory = RunDirectory(run_directory)
+    directory.config()
+    keep: set[str] = set()
+    with directory.locked():
+        if directory.database.exists():
+            uri = f"{directory.database.resolve().as_uri()}?mode=ro"
+            try:
+                with closing(sqlite3.connect(uri, uri=True, check_same_thread=False)) as database:
+                    saver = SqliteSaver(database)
+                    saver.is_setup = True  # nothing is written
+                    for found in saver.list(None):
+                        values = list(found.checkpoint["channel_values"].items())
+                        values += [(name, value) for _, name, value in found.pending_writes or ()]
+                        keep |= {value for name, value in values if name in _REVISIONS and value}
+            except sqlite3.Error as error:
+                raise StoreError(f"{directory.database} is damaged: {error}") from error
+        return directory.collect_garbage(keep)
+
+
 @contextmanager
 def _abandoned_if_refused(directory: RunDirectory) -> Iterator[None]:
     """A run that is refused before anything was computed leaves no directory behind."""
@@ -160,7 +192,7 @@ def _prune_once(
         if on_event is not None:
             on_event("custom", {"progress": {"label": label, "done": done, "total": total}})
 
-    with stop_on_signals():
+    with stop_on_signals(), directory.locked():
         return RunResult(directory.path, prune_once(directory, config, thread, progress))
 
 
@@ -212,6 +244,7 @@ def _drive(
     try:
         with (
             stop_on_signals(),
+            directory.locked(),
             closing(sqlite3.connect(directory.database, check_same_thread=False)) as connection,
         ):
             saver = SqliteSaver(connection)

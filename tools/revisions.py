@@ -89,6 +89,21 @@ class RevisionStore:
             raise StoreError(f"{path} is damaged: its content does not match its name")
         return unpack_mask(data, shape, path)
 
+    def collect(self, keep: set[str]) -> tuple[int, int]:
+        """Delete every file that none of the given revisions needs.
+
+        Raises:
+            StoreError: a revision to keep is missing or damaged; nothing is deleted.
+        """
+        needed = {self._manifest(revision) for revision in keep if revision != DENSE}
+        for revision in keep:
+            needed |= {self._mask(digest) for digest in self.manifest(revision).values()}
+        unused = [p for p in self.directory.glob("*/*") if p not in needed]
+        size = sum(path.stat().st_size for path in unused)
+        for path in unused:
+            path.unlink()
+        return len(unused), size
+
     def _mask(self, digest: str) -> Path:
         return self.directory / "masks" / _hex(digest)
 

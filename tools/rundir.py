@@ -1,13 +1,17 @@
 """A run's directory: what it was given, each step, the trace, the results."""
 
 import importlib.metadata
+import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from prunewright.state import (
@@ -22,6 +26,7 @@ from prunewright.state import (
     StoreError,
     validate_config,
 )
+from prunewright.tools.revisions import RevisionStore
 from prunewright.tools.storage import (
     canonical_json,
     read_json,
@@ -60,6 +65,8 @@ class RunDirectory:
         self.trace_file = self.path / "trace.jsonl"
         self.metrics_file = self.path / "metrics.json"
         self.model = self.path / "model"
+        self.lock_file = self.path / ".lock"
+        self.holder_file = self.path / ".lock-holder"
 
     def create(self, config: PruneConfig) -> None:
         """Begin a run in an empty or absent directory.
@@ -96,10 +103,52 @@ class RunDirectory:
         """Take back `create` if nothing was computed since, so that a second try finds it free."""
         if self.manifest_file.exists() or self.started:
             return
-        for path in (self.config_file, *self.path.glob(f"{self.database.name}*")):
+        for path in (
+            self.config_file,
+            self.lock_file,
+            self.holder_file,
+            *self.path.glob(f"{self.database.name}*"),
+        ):
             path.unlink(missing_ok=True)
         if self.path.is_dir() and not any(self.path.iterdir()):
             self.path.rmdir()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other process out of the directory; the lock dies with its process.
+
+        Raises:
+            InputError: another process works here.
+            StoreError: the directory cannot be written.
+        """
+        lock = FileLock(self.lock_file, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            holder = self.holder_file.read_text() if self.holder_file.exists() else "unknown"
+            raise InputError(
+                f"another process (id {holder}) is working in {self.path}: wait for it or stop it"
+            ) from None
+        except OSError as error:
+            raise StoreError(f"cannot lock {self.path}: {error.strerror}") from error
+        try:
+            write_atomic(self.holder_file, str(os.getpid()).encode())
+            yield
+        finally:
+            lock.release()
+
+    def collect_garbage(self, keep: set[str]) -> tuple[int, int]:
+        """Delete revisions not in ``keep`` nor in the trace, and what a killed process left.
+
+        Args:
+            keep: names of revisions that checkpoints refer to.
+
+        Returns:
+            Files and bytes deleted.
+        """
+        for record in self.read_trace():
+            keep = keep | {record.revision} | ({record.candidate} if record.candidate else set())
+        return RevisionStore(self.path / "revisions").collect(keep)
 
     @property
     def started(self) -> bool:
