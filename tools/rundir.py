@@ -135,6 +135,7 @@ class RunDirectory:
             write_atomic(self.holder_file, str(os.getpid()).encode())
             yield
         finally:
+            self.holder_file.unlink(missing_ok=True)
             lock.release()
 
     def collect_garbage(self, keep: set[str]) -> tuple[int, int]:

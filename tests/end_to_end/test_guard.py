@@ -123,9 +123,10 @@ def test_the_total_rise_is_bounded(config: dict[str, Any], tmp_path: Path) -> No
     assert metrics.status == "stalled"
     guard = metrics.perplexity.guard
     assert guard.final <= guard.dense * (1 + bound)
-    bad = [r for r in records(tmp_path / "run") if r.verdict == "rolled_back"]
-    assert len(bad) == 3
-    for record in bad:
+    steps = records(tmp_path / "run")
+    # Greedy halves its step after each rollback; three in a row end the run.
+    assert [record.verdict for record in steps[-3:]] == ["rolled_back"] * 3
+    for record in (r for r in steps if r.verdict == "rolled_back"):
         assert record.candidate_perplexity is not None
         assert record.candidate_perplexity > guard.dense * (1 + bound)
         assert "over the dense model" in record.reason

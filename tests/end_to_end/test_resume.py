@@ -51,6 +51,7 @@ def contents(path: Path) -> dict[str, str]:
     return {
         str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest()
         for p in sorted(path.rglob("*"))
+        if not p.name.startswith(".lock")  # who works there, not what lies there
         if p.is_file() and not p.name.startswith("state.sqlite")
     }
 
