@@ -1,0 +1,79 @@
+"""Which exponent makes the predicted cost of a crowded layer right: chosen on the guard text.
+
+One-shot pruning at the allocation that equalises ``marginal cost / (1 - sparsity)^exponent`` over
+the layers, and its guard perplexity; beside it the uniform allocation.
+
+    python benchmarks/crowding.py --calibration web.jsonl.gz --criterion wanda
+"""
+
+import argparse
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+from prunewright.state import load_config
+from prunewright.tools.criteria import LayerStatistics
+from prunewright.tools.perplexity import perplexity
+from prunewright.tools.profiling import predict_losses
+from prunewright.tools.revisions import DENSE
+from prunewright.tools.workbench import Workbench, workbench
+
+WIDTH = 0.05
+LEVELS = [WIDTH * n for n in range(18)]
+
+
+def allocate(
+    bench: Workbench, costs: dict[str, list[float]], target: float, exponent: float
+) -> dict[str, int]:
+    """Zeros of each layer when the cheapest slices are taken until the target is reached."""
+    layers = bench.loaded.layers
+    slices = []
+    for name, layer in layers.items():
+        price = 0.0
+        for n, level in enumerate(LEVELS[:-1]):
+            marginal = (costs[name][n + 1] - costs[name][n]) / (WIDTH * layer.numel)
+            price = max(price, marginal / (1 - level) ** exponent)
+            slices.append((price, n, name))
+    left = target * bench.loaded.prunable
+    zeros: dict[str, float] = defaultdict(float)
+    for _, _, name in sorted(slices):
+        taken = min(WIDTH * layers[name].numel, left)
+        zeros[name] += taken
+        left -= taken
+    return {name: int(zeros[name]) for name in layers}
+
+
+def main() -> None:
+    """Print the guard perplexity of each exponent."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--calibration", required=True, help="text of calibration and guard")
+    parser.add_argument("--criterion", default="wanda")
+    parser.add_argument("--target", type=float, default=0.45)
+    parser.add_argument("--exponents", nargs="+", type=float, default=[0.0, 0.5, 1.0, 2.0])
+    options = parser.parse_args()
+    overrides = [f"texts.calibration={options.calibration}", "texts.windows.guard=4"]
+    config = load_config(None, overrides, criterion=options.criterion)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        workbench(config.request, Path(scratch)) as bench,
+    ):
+        activations, gradients = bench.activations(DENSE), bench.gradients(DENSE)
+        costs = {}
+        for name, layer in bench.loaded.layers.items():
+            statistics = LayerStatistics(
+                activations.input_square[name], gradients.gradient_square[name]
+            )
+            dense = layer.matrix(bench.loaded.dense(layer))
+            costs[name] = predict_losses(dense, statistics, config.criterion, LEVELS)
+        uniform = {n: int(options.target * ly.numel) for n, ly in bench.loaded.layers.items()}
+        plans = {"uniform": uniform} | {
+            f"exponent {e:g}": allocate(bench, costs, options.target, e) for e in options.exponents
+        }
+        for label, counts in plans.items():
+            revision = bench.prune(DENSE, DENSE, counts)
+            value = perplexity(bench.guard_losses(revision))
+            print(f"{label}: {value:.3f} at sparsity {bench.sparsity():.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
