@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -347,15 +345,6 @@ def _read(path: Path, key: str) -> Tensor:
     with safe_open(path, framework="pt") as file:
         tensor: Tensor = file.get_tensor(key)
     return tensor
-
-
-def iterate_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor of a model directory, one at a time."""
-    with ExitStack() as stack:
-        for path in _weight_files(directory):
-            file = stack.enter_context(safe_open(path, framework="pt"))
-            for key in file.keys():  # noqa: SIM118  # not a mapping
-                yield key, file.get_tensor(key)
 
 
 def cache_directory() -> Path:

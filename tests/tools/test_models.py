@@ -17,7 +17,6 @@ from prunewright.state import InputError, StoreError
 from prunewright.tools import models
 from prunewright.tools.models import (
     LoadedModel,
-    iterate_weights,
     load_model,
     model_skeleton,
     resolve_device,
@@ -240,8 +239,9 @@ def test_shards_are_read_like_one_file(load: Load, tmp_path: Path) -> None:
     assert_dense(sharded)
     for name, layer in loaded.layers.items():
         assert torch.equal(sharded.dense(sharded.layers[name]), loaded.dense(layer))
-    assert {k: v.shape for k, v in iterate_weights(tmp_path)} == {
-        k: v.shape for k, v in iterate_weights(loaded.directory)
+    shards = [load_file(path) for path in tmp_path.glob("*.safetensors")]
+    assert {k: v.shape for shard in shards for k, v in shard.items()} == {
+        k: v.shape for k, v in weights(loaded.directory).items()
     }
 
 
