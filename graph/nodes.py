@@ -8,25 +8,20 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 from langgraph.runtime import Runtime
 from pydantic import ValidationError
 
-from prunewright.graph.agents import InvalidAnswerError, Observation, Refusal, make_agent
-from prunewright.graph.agents.base import Agent
+from prunewright.graph.agents import make_agent
+from prunewright.graph.asking import ask, observe
 from prunewright.graph.feedback import compile_feedback
 from prunewright.graph.routing import guard_reason, termination
 from prunewright.graph.stopping import call_stoppable, check_stop
 from prunewright.state import (
-    AgentError,
     AppliedDecision,
-    Decision,
     DecisionReport,
     InputError,
-    LayerDelta,
-    ModelProfile,
     PruneContext,
     PruneRequest,
     PruneState,
@@ -34,7 +29,6 @@ from prunewright.state import (
     PrunewrightError,
     StepRecord,
     StepSummary,
-    check_decision,
     parse_pattern,
 )
 from prunewright.state.config import describe_validation_error
@@ -144,7 +138,7 @@ def apply_prune(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdat
             zeros = bench.zeros()
             sizes = {name: layer.numel for name, layer in bench.loaded.layers.items()}
             counts, notes = land(deltas, zeros, sizes, request.target, request.max_layer_sparsity)
-            counts = {name: count for name, count in counts.items() if count > zeros[name]}
+            counts = {name: count for name, count in counts.items() if count != zeros[name]}
             applied = {}
             if counts:
                 earlier = bench.sparsities()
@@ -269,80 +263,6 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     return update
 
 
-def observe(
-    state: PruneState, request: PruneRequest, context: PruneContext, run: RunDirectory
-) -> Observation:
-    """What the agent sees at this point of a run."""
-    assert state["profile"] is not None
-    return Observation(
-        step=state["step"],
-        steps_left=max(1, context.max_steps - state["step"]),
-        target=request.target,
-        sparsity=state["sparsity"],
-        max_step=request.step,
-        max_delta=request.max_delta,
-        max_layer_sparsity=request.max_layer_sparsity,
-        max_increase=context.guard.max_increase,
-        criterion=request.criterion,
-        dense_perplexity=state["dense_perplexity"],
-        perplexity=state["perplexity"],
-        profile=run.read_profile(state["profile"]["path"]),
-        history=tuple(run.read_records(state["history"])) if context.feedback else (),
-        feedback=state["feedback"] if context.feedback else "",
-        seed=request.seed,
-        stalls=state["stalls"],
-    )
-
-
-def ask(name: str, agent: Agent, observation: Observation, *, repairs: int) -> DecisionReport:
-    """One checked decision of an agent, with full layer names; empty after the last refusal."""
-    refusals: list[Refusal] = []
-    notes: list[str] = []
-    spent = int(getattr(agent, "tokens", 0))
-    parameters = {p.name: p.parameters for p in observation.profile.layers}
-    for _ in range(repairs + 1):
-        try:
-            answer = agent.decide(replace(observation, refusals=tuple(refusals)))
-            if not isinstance(answer, Decision):  # of a class of the user's
-                raise AgentError(f"{name} returned a {type(answer).__name__}, not a Decision")
-            decision = full_names(answer, observation.profile)
-            problems = check_decision(
-                decision,
-                observation.room(),
-                parameters,
-                max_delta=observation.max_delta,
-                max_step=observation.budget,
-            )
-            text = answer.model_dump_json()
-        except InvalidAnswerError as error:
-            problems, text = [str(error)], error.answer
-        notes += getattr(agent, "notes", [])
-        if not problems:
-            break
-        refusals.append(Refusal(text, tuple(problems)))
-    else:
-        decision = Decision(reasoning="No valid answer: nothing is pruned.", layers=[])
-    deltas = {item.name: item.delta for item in decision.layers}
-    return DecisionReport(
-        agent=name,
-        decision=decision,
-        predicted_change=observation.profile.predicted_change(deltas) if deltas else None,
-        invalid_answers=["; ".join(refusal.problems) for refusal in refusals],
-        notes=notes,
-        tokens=int(getattr(agent, "tokens", 0)) - spent,
-    )
-
-
-def full_names(decision: Decision, profile: ModelProfile) -> Decision:
-    """The decision with short layer names (``7.mlp.down_proj``) replaced by full ones."""
-    full = {p.short_name: p.name for p in profile.layers}
-    layers = [
-        LayerDelta(name=full.get(item.name, item.name), delta=item.delta)
-        for item in decision.layers
-    ]
-    return decision.model_copy(update={"layers": layers})
-
-
 def land(
     deltas: dict[str, float],
     zeros: dict[str, int],
@@ -350,14 +270,14 @@ def land(
     target: float,
     ceiling: float = 1.0,
 ) -> tuple[dict[str, int], list[str]]:
-    """Zeros that each layer shall have; scaled down where the sum would pass the target.
+    """Zeros that each layer shall have; what is added is scaled so as not to pass the target.
 
-    Counts are whole weights: each delta is rounded down, and what the step as a whole loses by
-    that goes, one weight each, to the layers that lost most. So the last step lands on the
-    target however small the layers are.
+    Counts are whole weights: each delta is rounded towards 0, and what the pruned layers as a
+    whole lose by that goes, one weight each, to those that lost most. So the last step lands on
+    the target however small the layers are.
 
     Args:
-        deltas: sparsity to add by layer.
+        deltas: sparsity to add by layer; negative gives back.
         zeros: zeros of every layer now.
         numel: weights of every layer.
         target: sparsity that is never exceeded.
@@ -367,14 +287,19 @@ def land(
     Returns:
         Counts of the layers named in ``deltas``, and a note where they were scaled.
     """
-    left = math.floor(target * sum(numel.values())) - sum(zeros.values())
-    wanted = sum(delta * numel[name] for name, delta in deltas.items())
+    back = {
+        n: min(math.floor(-delta * numel[n] + 1e-6), zeros[n])
+        for n, delta in deltas.items()
+        if delta < 0
+    }
+    left = math.floor(target * sum(numel.values())) - sum(zeros.values()) + sum(back.values())
+    shares = {name: delta * numel[name] for name, delta in deltas.items() if delta >= 0}
+    wanted = sum(shares.values())
     notes = []
-    scale = 1.0
     if wanted > left:
         scale = max(0.0, left / wanted)
+        shares = {name: scale * share for name, share in shares.items()}
         notes.append(f"deltas scaled by {scale:.4f} to land on the target")
-    shares = {name: scale * delta * numel[name] for name, delta in deltas.items()}
     room = {n: max(0, math.ceil(ceiling * numel[n] - 1e-6) - zeros[n]) for n in shares}
     gains = {n: math.floor(share + 1e-6) for n, share in shares.items()}
     lost = max(0, math.floor(sum(shares.values()) + 1e-3) - sum(gains.values()))
@@ -382,7 +307,8 @@ def land(
     for name in sorted(open_, key=lambda n: (gains[n] - shares[n], n))[:lost]:
         gains[name] += 1
     gains = {n: min(gain, room[n]) for n, gain in gains.items()}
-    return {name: zeros[name] + gain for name, gain in gains.items()}, notes
+    changes = gains | {name: -count for name, count in back.items()}
+    return {name: zeros[name] + change for name, change in changes.items()}, notes
 
 
 def _record(state: PruneState, outcome: AppliedDecision) -> StepRecord:

@@ -8,7 +8,7 @@ from prunewright.state.config import (
     parse_pattern,
     validate_config,
 )
-from prunewright.state.decision import Decision, LayerDelta, check_decision
+from prunewright.state.decision import Decision, GroupDelta, LayerDelta, check_decision
 from prunewright.state.errors import AgentError, InputError, PrunewrightError, StoreError
 from prunewright.state.history import AppliedDecision, DecisionReport, StepRecord, StepSummary
 from prunewright.state.profile import COST_DELTAS, LayerProfile, ModelProfile
@@ -21,6 +21,7 @@ __all__ = [
     "AppliedDecision",
     "Decision",
     "DecisionReport",
+    "GroupDelta",
     "InputError",
     "LayerDelta",
     "LayerProfile",

@@ -13,6 +13,7 @@ from prunewright.state.errors import InputError
 DEFAULT_AGENT = "google_genai:gemini-3-flash-preview"
 
 CriterionName = Literal["magnitude", "wanda", "fisher"]
+Signal = Literal["z_s", "z_g", "z_c"]
 
 
 class Options(BaseModel):
@@ -70,6 +71,12 @@ class GuardOptions(Options):
     max_total_increase: float | None = Field(
         None, gt=0, description="largest perplexity rise over the dense model; null: no bound"
     )
+    max_price: float | None = Field(
+        None,
+        gt=1,
+        description="largest rise of the loss as a multiple of what was predicted for the step "
+        "after correction by the steps before; null: no bound",
+    )
 
 
 class AskingOptions(Options):
@@ -82,6 +89,10 @@ class AskingOptions(Options):
     )
     repairs: int = Field(
         2, ge=0, le=5, description="times a refused answer is sent back with what was wrong"
+    )
+    max_calls: int | None = Field(None, ge=1, description="calls in the whole run; null: no bound")
+    max_tokens: int | None = Field(
+        None, ge=1, description="tokens exchanged in the whole run; null: no bound"
     )
 
 
@@ -157,6 +168,16 @@ class PruneContext(Options):
     )
     asking: AskingOptions = AskingOptions()
     feedback: bool = Field(True, description="show the agent what its earlier steps did")
+    signals: tuple[Signal, ...] = Field(
+        ("z_s", "z_g", "z_c"),
+        description="what an LLM is shown of each layer; z_c stands for all of the predicted cost",
+    )
+    probes: int = Field(
+        0, ge=0, le=32, description="trials that an LLM may have measured in one step"
+    )
+    prompts: str | None = Field(
+        None, description="folder with a system.md or step.md of your own; null: the project's"
+    )
     guard: GuardOptions = GuardOptions()
     max_steps: int = Field(40, ge=1, le=10_000)
     max_stalls: int = Field(

@@ -1,35 +1,63 @@
-"""What an agent answers: which layers to prune further, and by how much."""
+"""What an agent answers: which layers to prune further, or give back, and by how much."""
 
 import math
+from collections.abc import Mapping
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 MAX_REASONING = 4_000
 MAX_LAYERS = 4_096
+MAX_GROUPS = 512
 MAX_NAME = 256
 MAX_CHANGE = 1_000.0
+MAX_LESSONS = 8
+MAX_LESSON = 300
+
+Lesson = Annotated[str, Field(max_length=MAX_LESSON)]
 
 
 class LayerDelta(BaseModel):
-    """The sparsity that a step adds to one layer."""
+    """The sparsity that a step adds to one layer, or gives back if it is negative."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(max_length=MAX_NAME, description="the layer's name exactly as in the table")
     delta: float = Field(
-        ge=-1, le=1, allow_inf_nan=False, description="sparsity to add to this layer in this step"
+        ge=-1,
+        le=1,
+        allow_inf_nan=False,
+        description="sparsity to add to this layer in this step; negative gives weights back",
+    )
+
+
+class GroupDelta(BaseModel):
+    """The same delta for one projection over a range of blocks."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
+
+    projection: str = Field(
+        max_length=MAX_NAME, description="the layers' name without the block, mlp.up_proj"
+    )
+    first: int = Field(alias="from", ge=0, description="first block, included")
+    last: int = Field(alias="to", ge=0, description="last block, included")
+    delta: float = Field(
+        ge=-1, le=1, allow_inf_nan=False, description="as for one layer, the same for each"
     )
 
 
 class Decision(BaseModel):
     """One step's choice: the reasons, the layers with their deltas, the change expected."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
 
     reasoning: str = Field(
         max_length=MAX_REASONING, description="why these layers and amounts, in a few sentences"
     )
     layers: list[LayerDelta] = Field(max_length=MAX_LAYERS)
+    groups: list[GroupDelta] = Field(
+        [], max_length=MAX_GROUPS, description="several layers at once: a projection, from to"
+    )
     expected_ppl_change: float | None = Field(
         None,
         ge=-1,
@@ -37,12 +65,21 @@ class Decision(BaseModel):
         allow_inf_nan=False,
         description="relative perplexity change expected of this step, 0.02 for two per cent",
     )
+    rebalance: bool = Field(
+        False, description="true for a step that is meant to gain no sparsity as a whole"
+    )
+    lessons: list[Lesson] | None = Field(
+        None,
+        max_length=MAX_LESSONS,
+        description="what to remember in later steps; replaces the lessons so far",
+    )
 
 
 def check_decision(
     decision: Decision,
-    room: dict[str, float],
-    parameters: dict[str, int],
+    room: Mapping[str, float],
+    sparsity: Mapping[str, float],
+    parameters: Mapping[str, int],
     *,
     max_delta: float,
     max_step: float,
@@ -50,10 +87,11 @@ def check_decision(
     """What is wrong with a decision, in words the agent can act on; empty if nothing is.
 
     Args:
-        decision: schema-valid decision with full layer names.
+        decision: schema-valid decision with full layer names, its groups expanded.
         room: sparsity that each layer can still take, in [0, 1].
+        sparsity: sparsity that each layer has, and so can give back.
         parameters: weights of each layer.
-        max_delta: bound of one layer's delta.
+        max_delta: bound of one layer's delta, either way.
         max_step: sparsity that the step may add to the whole model.
     """
     tolerance = 1e-6
@@ -71,15 +109,24 @@ def check_decision(
             continue
         seen.add(name)
         gain += delta * parameters[name] / total
-        if not 0 < delta <= max_delta + tolerance:
-            problems.append(f"{name}: delta {delta:g} is not in (0, {max_delta:g}]")
+        if delta == 0:
+            problems.append(f"{name}: delta is 0: leave the layer out")
+        elif abs(delta) > max_delta + tolerance:
+            problems.append(f"{name}: delta {delta:g} is not within {max_delta:g} of 0")
         elif delta > room[name] + tolerance:
             problems.append(f"{name}: delta {delta:g} exceeds the room left, {room[name]:.3f}")
+        elif -delta > sparsity[name] + tolerance:
+            problems.append(f"{name}: delta {delta:g} gives back more than {sparsity[name]:.3f}")
     if gain > max_step + tolerance:
         problems.append(
             f"the step adds {gain:.4f} to the model's sparsity, above the limit of {max_step:.4f}: "
             "choose fewer layers, or multiply every delta by "
             f"{math.floor(1000 * max_step / gain) / 1000:.3f}"
+        )
+    if seen and gain <= 0 and not decision.rebalance:
+        problems.append(
+            f"the step as a whole gains no sparsity ({gain:+.4f}): prune more than you give back, "
+            "or say rebalance: true"
         )
     if len(problems) > 12:
         problems = [*problems[:12], f"and {len(problems) - 12} more"]

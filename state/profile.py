@@ -7,7 +7,7 @@ from itertools import pairwise
 from pydantic import BaseModel, ConfigDict
 
 COST_DELTAS = (0.05, 0.10, 0.15)
-"""The deltas for which a profile predicts the loss increase."""
+"""The deltas, up and down, for which a profile predicts the change of the loss."""
 
 
 class LayerProfile(BaseModel):
@@ -16,6 +16,7 @@ class LayerProfile(BaseModel):
     ``s``: 10th percentile of |W| * ||X_j||_2 over non-zero weights. ``g``: mean |dL/dW| over
     them. ``loss_cost``: predicted rise of the mean token loss, in nats, for taking the next
     `COST_DELTAS` from this layer with the criterion in use, less where the layer has less left.
+    ``regrow_gain``: predicted fall of it for giving the last `COST_DELTAS` back.
     ``z_s``, ``z_g``, ``z_c``: z-scores over all layers; negative is safer to prune.
     """
 
@@ -29,16 +30,23 @@ class LayerProfile(BaseModel):
     s: float
     g: float
     loss_cost: tuple[float, float, float]
+    regrow_gain: tuple[float, float, float] = (0.0, 0.0, 0.0)
     z_s: float
     z_g: float
     z_c: float
 
     def cost_of(self, delta: float) -> float:
-        """Predicted rise of the mean token loss, nats, for pruning ``delta`` further.
+        """Predicted change of the mean token loss, nats, for pruning ``delta`` further.
 
-        Linear between the `COST_DELTAS`, and beyond the last with its slope.
+        A negative delta gives weights back and lowers it. Linear between the `COST_DELTAS`, and
+        beyond the last with its slope.
         """
-        points = [(0.0, 0.0), *zip(COST_DELTAS, self.loss_cost, strict=True)]
+        if delta < 0:
+            return -self._between(-delta, self.regrow_gain)
+        return self._between(delta, self.loss_cost)
+
+    def _between(self, delta: float, values: tuple[float, float, float]) -> float:
+        points = [(0.0, 0.0), *zip(COST_DELTAS, values, strict=True)]
         for (x0, y0), (x1, y1) in pairwise(points):
             if delta <= x1 or x1 == COST_DELTAS[-1]:
                 return y0 + (y1 - y0) * (delta - x0) / (x1 - x0)

@@ -232,21 +232,23 @@ def build_profile(
         )
         live = layer.matrix(loaded.weight(layer))
         dense = layer.matrix(loaded.dense(layer))
-        levels = [min(sparsities[name] + d, 1.0) for d in (0.0, *COST_DELTAS)]
-        losses = predict_losses(dense, statistics, criterion, levels)
+        steps = (0.0, *COST_DELTAS, *(-d for d in COST_DELTAS))
+        levels = [min(max(sparsities[name] + d, 0.0), 1.0) for d in steps]
+        now, *losses = predict_losses(dense, statistics, criterion, levels)
         rows.append(
             (
                 layer,
                 salience_percentile(live, statistics.input_square),
                 gradients.mean_absolute[name],
-                tuple(max(loss - losses[0], 0.0) for loss in losses[1:]),
+                [max(loss - now, 0.0) for loss in losses[: len(COST_DELTAS)]],
+                [max(now - loss, 0.0) for loss in losses[len(COST_DELTAS) :]],
                 sparsities[name],
             )
         )
     # The marginal price, per weight removed, of the middle delta.
     marginal = [
         cost[1] / max(layer.numel * (min(sparsity + COST_DELTAS[1], 1.0) - sparsity), 1.0)
-        for layer, _, _, cost, sparsity in rows
+        for layer, _, _, cost, _, sparsity in rows
     ]
     z_s = z_scores([row[1] for row in rows])
     z_g = z_scores([row[2] for row in rows])
@@ -264,11 +266,12 @@ def build_profile(
                 s=s,
                 g=g,
                 loss_cost=(cost[0], cost[1], cost[2]),
+                regrow_gain=(gain[0], gain[1], gain[2]),
                 z_s=z_s[i],
                 z_g=z_g[i],
                 z_c=z_c[i],
             )
-            for i, (layer, s, g, cost, sparsity) in enumerate(rows)
+            for i, (layer, s, g, cost, gain, sparsity) in enumerate(rows)
         ],
         notes=activations.notes,
     )

@@ -46,6 +46,9 @@ class RevisionStore:
         """
         layers = dict(parent)
         for name, mask in masks.items():
+            if not mask.any():  # a dense layer has no mask, so that equal models have equal names
+                layers.pop(name, None)
+                continue
             data = pack_mask(mask)
             digest = sha256_bytes(data)
             path = self._mask(digest)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from prunewright.state import Decision, ModelProfile, PrunewrightError, StepRecord
+from prunewright.state.config import Signal
 from prunewright.state.decision import MAX_NAME
 
 
@@ -42,6 +43,7 @@ class Observation:
         dense_perplexity: guard perplexity of the dense model.
         perplexity: guard perplexity of the accepted revision.
         profile: every layer's signals.
+        signals: which z-scores an LLM is shown; z_c stands for all of the predicted cost.
         history: the earlier steps; empty without feedback.
         feedback: what they came to, in words; empty without feedback.
         seed: the run's.
@@ -61,6 +63,7 @@ class Observation:
     dense_perplexity: float
     perplexity: float
     profile: ModelProfile
+    signals: tuple[Signal, ...] = ("z_s", "z_g", "z_c")
     history: tuple[StepRecord, ...] = ()
     feedback: str = ""
     seed: int = 0
@@ -81,6 +84,12 @@ class Observation:
     def prunable(self) -> int:
         """Number of prunable weights of the model."""
         return sum(p.parameters for p in self.profile.layers)
+
+    @property
+    def lessons(self) -> list[str]:
+        """What the agent last said it learnt."""
+        stated = (r.decision.lessons for r in reversed(self.history))
+        return next((lessons for lessons in stated if lessons is not None), [])
 
     def room(self) -> dict[str, float]:
         """Sparsity that each layer can still take, whatever a step's bound."""

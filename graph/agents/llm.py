@@ -1,22 +1,18 @@
-"""The agent that asks a chat model: prompt, bounded retries, strict reading of the answer."""
+"""The agent that asks a chat model, with bounded retries."""
 
 import difflib
 import importlib.util
 import json
-import math
 import os
 import re
 from collections.abc import Iterator
-from importlib import resources
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import StrictUndefined
-from jinja2.sandbox import SandboxedEnvironment
 from langchain.chat_models import init_chat_model
 from langchain_core.exceptions import ModelError
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, BaseMessage
 from pydantic import ValidationError
 from tenacity import (
     RetryCallState,
@@ -26,14 +22,11 @@ from tenacity import (
     wait_exponential_jitter,
 )
 
-from prunewright.graph.agents.base import InvalidAnswerError, Observation, quote_name
-from prunewright.state import COST_DELTAS, AgentError, Decision, InputError, LayerProfile
+from prunewright.graph.agents.base import InvalidAnswerError, Observation
+from prunewright.graph.agents.prompt import prompt
+from prunewright.graph.agents.reading import MAX_ANSWER, answer_schema, read_answer
+from prunewright.state import AgentError, Decision, InputError
 from prunewright.state.config import AskingOptions
-
-MAX_ANSWER = 200_000
-"""Characters of an answer beyond which it is refused unread."""
-MAX_ROWS = 256
-"""Layers shown in one prompt."""
 
 _FINISHED = {"STOP", "END_TURN", "STOP_SEQUENCE", "COMPLETE", "COMPLETED"}
 # The variables in which a provider's client looks for its key.
@@ -169,129 +162,6 @@ class LLMAgent:
     def _note_failure(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         self.notes.append(f"try {state.attempt_number} failed: {_words(error)}")
-
-
-def answer_schema() -> dict[str, Any]:
-    """The JSON schema that a provider is sent: a decision without its bounds on lengths.
-
-    Gemini is known to refuse schemas with long lists ("too many states for serving"), and not
-    every provider follows references. `read_answer` holds every answer to the whole schema.
-    """
-    schema = Decision.model_json_schema()
-    entry = schema.pop("$defs")["LayerDelta"]
-    properties = schema["properties"]
-    properties["layers"] = {"type": "array", "items": entry}
-    change = properties["expected_ppl_change"]
-    number = next(form for form in change["anyOf"] if form["type"] == "number")
-    properties["expected_ppl_change"] = number | {"description": change["description"]}
-    for field in (*properties.values(), *entry["properties"].values()):
-        field.pop("title", None)
-        field.pop("maxLength", None)
-    return schema | {"required": list(properties)}
-
-
-def read_answer(text: str) -> Decision:
-    """A decision from an answer's text; no repair of any kind.
-
-    Raises:
-        InvalidAnswerError: with what is wrong.
-    """
-    if not text.strip():
-        raise InvalidAnswerError("the answer is empty")
-    if len(text) > MAX_ANSWER:
-        raise InvalidAnswerError(
-            f"the answer has {len(text)} characters, more than {MAX_ANSWER}", text[:2000]
-        )
-    try:
-        # Lone surrogates are legal JSON escapes that no file can hold.
-        decision = Decision.model_validate_json(text.encode("utf-8", "replace"), strict=True)
-        decision.model_dump_json()
-        return decision
-    except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'answer'}: {e['msg']}"
-            for e in error.errors(include_url=False, include_input=False, include_context=False)[:8]
-        )
-        raise InvalidAnswerError(problems[:2000], text) from None
-    except (ValueError, RecursionError) as error:
-        raise InvalidAnswerError(f"not valid JSON: {str(error)[:200]}", text) from None
-
-
-def prompt(observation: Observation) -> list[BaseMessage]:
-    """The messages of one step: rules, state and table, then refused answers and why."""
-    environment = SandboxedEnvironment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    folder = resources.files("prunewright.graph.agents") / "prompts"
-
-    def render(name: str, **values: Any) -> str:
-        text = (folder / name).read_text(encoding="utf-8")
-        return environment.from_string(text).render(**values).strip()
-
-    system = render(
-        "system.md",
-        criterion=observation.criterion,
-        max_increase=observation.max_increase,
-        max_delta=observation.max_delta,
-        max_layer_sparsity=observation.max_layer_sparsity,
-    )
-    step = render(
-        "step.md",
-        o=observation,
-        budget=floor_digits(observation.budget),
-        rows=table_rows(observation),
-        deltas=" / ".join(f"{d:g}" for d in COST_DELTAS),
-    )
-    messages: list[BaseMessage] = [SystemMessage(system), HumanMessage(step)]
-    for refusal in observation.refusals:
-        if refusal.answer:
-            messages.append(AIMessage(refusal.answer[:20_000]))
-        problems = "\n".join(f"- {problem}" for problem in refusal.problems)
-        messages.append(
-            HumanMessage(
-                f"That answer was refused and nothing was pruned:\n{problems}\n"
-                "Answer again with a whole, corrected JSON object."
-            )
-        )
-    return messages
-
-
-def table_rows(observation: Observation) -> list[str]:
-    """One line a layer with room left; beyond `MAX_ROWS` those with the lowest cost."""
-    room = observation.room()
-    layers = [p for p in observation.profile.layers if room[p.name] > 1e-6]
-    if len(layers) > MAX_ROWS:
-        cheapest = sorted(layers, key=lambda p: p.loss_cost[0] / p.parameters)[:MAX_ROWS]
-        kept = {p.name for p in cheapest}
-        layers = [p for p in layers if p.name in kept]
-    return [_row(p, observation.prunable) for p in layers]
-
-
-def _row(layer: LayerProfile, prunable: int) -> str:
-    # Per cent of perplexity for one per cent of the model's sparsity.
-    costs = "/".join(
-        f"{cost / (delta * layer.parameters / prunable):.2g}"
-        for cost, delta in zip(layer.loss_cost, COST_DELTAS, strict=True)
-    )
-    return " | ".join(
-        [
-            quote_name(layer.short_name),
-            f"{100 * layer.parameters / prunable:.4g}",
-            f"{layer.sparsity:.3f}",
-            f"{layer.z_s:.2f}",
-            f"{layer.z_g:.2f}",
-            f"{layer.z_c:.2f}",
-            costs,
-        ]
-    )
-
-
-def floor_digits(value: float, digits: int = 4) -> str:
-    """A bound as it may be shown: rounded down, so that who keeps to it is not refused."""
-    if value <= 0:
-        return "0"
-    scale = 10.0 ** (digits - 1 - math.floor(math.log10(value)))
-    return f"{math.floor(value * scale + 1e-6) / scale:.{digits}g}"
 
 
 def redact(text: str) -> str:

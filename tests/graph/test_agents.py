@@ -27,7 +27,7 @@ from prunewright.graph.agents.controls import (
     ZScoreAgent,
 )
 from prunewright.graph.agents.llm import LLMAgent
-from prunewright.graph.nodes import ask
+from prunewright.graph.asking import ask
 from prunewright.state import (
     COST_DELTAS,
     AgentError,
@@ -354,6 +354,7 @@ def test_every_control_keeps_the_rules(kind: type[Agent], observation: Observati
     problems = check_decision(
         decision,
         observation.room(),
+        {p.name: p.sparsity for p in observation.profile.layers},
         {p.name: p.parameters for p in observation.profile.layers},
         max_delta=observation.max_delta,
         max_step=observation.budget,

@@ -12,8 +12,9 @@ import pytest
 from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
 
 from prunewright.graph.agents import InvalidAnswerError, Observation, make_agent
-from prunewright.graph.agents.llm import LLMAgent, answer_schema, read_answer, redact
-from prunewright.graph.nodes import ask
+from prunewright.graph.agents.llm import LLMAgent, redact
+from prunewright.graph.agents.reading import answer_schema, read_answer
+from prunewright.graph.asking import ask
 from prunewright.state import AgentError, DecisionReport, InputError, PruneContext
 from prunewright.state.config import AskingOptions
 from prunewright.state.decision import MAX_REASONING, Decision
@@ -85,7 +86,9 @@ def test_the_schema_that_is_sent() -> None:
     schema = answer_schema()
     text = json.dumps(schema)
     assert all(word not in text for word in ("maxItems", "maxLength", "$ref", "$defs", "anyOf"))
-    assert schema["required"] == ["reasoning", "layers", "expected_ppl_change"]
+    assert schema["required"] == [
+        *("reasoning", "layers", "groups", "expected_ppl_change", "rebalance", "lessons")
+    ]
     assert schema["additionalProperties"] is False
     entry = schema["properties"]["layers"]["items"]
     assert entry["required"] == ["name", "delta"]
@@ -159,9 +162,9 @@ BROKEN: dict[str, tuple[str, str]] = {
 }
 
 REFUSED: dict[str, tuple[list[tuple[str, float]], str]] = {
-    "a delta above the bound": ([("0.mlp.down_proj", 0.16)], "delta 0.16 is not in (0, 0.15]"),
-    "a delta of zero": ([("0.mlp.down_proj", 0.0)], "delta 0 is not in (0, 0.15]"),
-    "a negative delta": ([("0.mlp.down_proj", -0.1)], "delta -0.1 is not in (0, 0.15]"),
+    "a delta above the bound": ([("0.mlp.down_proj", 0.16)], "delta 0.16 is not within 0.15 of 0"),
+    "a delta of zero": ([("0.mlp.down_proj", 0.0)], "delta is 0"),
+    "nothing gained": ([("0.mlp.down_proj", -0.1)], "the step as a whole gains no sparsity"),
     "an unknown layer": ([("9.mlp.down_proj", 0.1)], "unknown layer '9.mlp.down_proj'"),
     "a range of layers": ([("0-3.mlp.down_proj", 0.1)], "unknown layer '0-3.mlp.down_proj'"),
     "a layer twice": (

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prunewright.graph.agents import InvalidAnswerError, Observation
-from prunewright.graph.nodes import ask, full_names, land
+from prunewright.graph.asking import ask, expand
+from prunewright.graph.nodes import land
 from prunewright.state import Decision, LayerDelta, LayerProfile, ModelProfile
 
 
@@ -152,5 +153,5 @@ def test_full_names_leave_unknown_ones_alone() -> None:
             LayerDelta(name="nothing", delta=0.1),
         ],
     )
-    names = [x.name for x in full_names(both, observation().profile).layers]
+    names = [x.name for x in expand(both, observation().profile)[0].layers]
     assert names == ["model.layers.1.mlp.up_proj", "nothing"]

@@ -11,15 +11,9 @@ from hypothesis import strategies as st
 
 from prunewright.graph.agents import InvalidAnswerError, Observation, Refusal
 from prunewright.graph.agents.base import quote_name
-from prunewright.graph.agents.llm import (
-    MAX_ANSWER,
-    MAX_ROWS,
-    floor_digits,
-    prompt,
-    read_answer,
-    table_rows,
-)
-from prunewright.graph.nodes import full_names
+from prunewright.graph.agents.prompt import MAX_ROWS, floor_digits, prompt, table_rows
+from prunewright.graph.agents.reading import MAX_ANSWER, read_answer
+from prunewright.graph.asking import expand
 from prunewright.state import COST_DELTAS, Decision, LayerDelta
 from prunewright.state.decision import MAX_LAYERS, MAX_NAME, MAX_REASONING
 
@@ -204,7 +198,7 @@ def test_names_are_data_in_the_prompt(
     assert name not in system
     # What was shown is what may be answered.
     answered = Decision(reasoning="", layers=[LayerDelta(name=shown, delta=0.1)])
-    assert full_names(answered, observation.profile).layers[0].name == f"m.{name}"
+    assert expand(answered, observation.profile)[0].layers[0].name == f"m.{name}"
 
 
 def test_plain_names_are_shown_plain() -> None:

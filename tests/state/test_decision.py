@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from prunewright.state import Decision, LayerDelta, check_decision
 
 ROOM = {"a": 0.9, "b": 0.05, "c": 0.0}
+SPARSITY = {"a": 0.0, "b": 0.85, "c": 0.9}
 PARAMETERS = {"a": 100, "b": 300, "c": 600}
 
 
@@ -15,7 +16,9 @@ def check(*layers: tuple[str, float], max_delta: float = 0.15, max_step: float =
     decision = Decision(
         reasoning="", layers=[LayerDelta(name=name, delta=delta) for name, delta in layers]
     )
-    return check_decision(decision, ROOM, PARAMETERS, max_delta=max_delta, max_step=max_step)
+    return check_decision(
+        decision, ROOM, SPARSITY, PARAMETERS, max_delta=max_delta, max_step=max_step
+    )
 
 
 @pytest.mark.parametrize(
@@ -27,6 +30,8 @@ def check(*layers: tuple[str, float], max_delta: float = 0.15, max_step: float =
         [("b", 0.05)],
         [("a", 0.15), ("b", 0.05)],
         [("a", 0.15 + 1e-7)],
+        [("a", 0.15), ("b", -0.04)],
+        [("b", 0.05), ("c", -0.02)],
     ],
 )
 def test_within_the_rules(layers: list[tuple[str, float]]) -> None:
@@ -37,9 +42,9 @@ def test_within_the_rules(layers: list[tuple[str, float]]) -> None:
     ("layers", "problem"),
     [
         ([("d", 0.1)], "unknown layer 'd': use a name from the table"),
-        ([("a", 0.0)], "a: delta 0 is not in (0, 0.15]"),
-        ([("a", -0.05)], "a: delta -0.05 is not in (0, 0.15]"),
-        ([("a", 0.2)], "a: delta 0.2 is not in (0, 0.15]"),
+        ([("a", 0.0), ("b", 0.01)], "a: delta is 0: leave the layer out"),
+        ([("a", -0.01), ("b", 0.05)], "a: delta -0.01 gives back more than 0.000"),
+        ([("a", 0.2)], "a: delta 0.2 is not within 0.15 of 0"),
         ([("b", 0.06)], "b: delta 0.06 exceeds the room left, 0.050"),
         ([("c", 0.01)], "c: delta 0.01 exceeds the room left, 0.000"),
         ([("a", 0.05), ("a", 0.05)], "layer a is named twice"),
@@ -54,6 +59,21 @@ def test_the_step_as_a_whole() -> None:
     assert check(("a", 0.15), ("b", 0.05), max_step=0.02) == [
         "the step adds 0.0300 to the model's sparsity, above the limit of 0.0200: "
         "choose fewer layers, or multiply every delta by 0.666"
+    ]
+
+
+def test_a_step_that_gains_nothing_must_say_so() -> None:
+    layers = [LayerDelta(name="a", delta=0.06), LayerDelta(name="b", delta=-0.02)]
+    kept = {"max_delta": 0.15, "max_step": 0.03}
+    (problem,) = check_decision(
+        Decision(reasoning="", layers=layers), ROOM, SPARSITY, PARAMETERS, **kept
+    )
+    assert problem.startswith("the step as a whole gains no sparsity (+0.0000)")
+    rebalancing = Decision(reasoning="", layers=layers, rebalance=True)
+    assert check_decision(rebalancing, ROOM, SPARSITY, PARAMETERS, **kept) == []
+    far = Decision(reasoning="", layers=[LayerDelta(name="b", delta=-0.16)], rebalance=True)
+    assert check_decision(far, ROOM, SPARSITY, PARAMETERS, **kept) == [
+        "b: delta -0.16 is not within 0.15 of 0"
     ]
 
 
@@ -91,9 +111,13 @@ def test_nothing_wrong_means_within_every_bound(
     sound = (
         len(set(names)) == len(names)
         and all(
-            name in ROOM and 0 < delta <= min(max_delta, ROOM[name]) + 1e-6
+            name in ROOM
+            and delta != 0
+            and abs(delta) <= max_delta + 1e-6
+            and -SPARSITY[name] - 1e-6 <= delta <= ROOM[name] + 1e-6
             for name, delta in layers
         )
+        and (not layers or gain > 0)
         and gain <= max_step + 1e-6
     )
     assert (problems == []) == sound

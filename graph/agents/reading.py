@@ -1,0 +1,68 @@
+"""Reading an answer: the schema that a provider is sent, and the strict way back."""
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from prunewright.graph.agents.base import InvalidAnswerError
+from prunewright.state import Decision
+
+MAX_ANSWER = 200_000
+"""Characters of an answer beyond which it is refused unread."""
+
+
+def answer_schema() -> dict[str, Any]:
+    """The JSON schema that a provider is sent: a decision without its bounds on lengths.
+
+    Gemini is known to refuse schemas with long lists ("too many states for serving"), and not
+    every provider follows references. `read_answer` holds every answer to the whole schema.
+    """
+    schema = Decision.model_json_schema()
+    definitions = schema.pop("$defs")
+
+    def plain(node: Any) -> Any:
+        if isinstance(node, list):
+            return [plain(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            return plain(definitions[node["$ref"].rpartition("/")[2]])
+        node = dict(node)
+        for form in node.pop("anyOf", []):  # a value or null: a value is asked for
+            if form.get("type") != "null":
+                node = form | node
+        dropped = ("title", "default", "maxLength", "maxItems")
+        kept = {key: plain(value) for key, value in node.items() if key not in dropped}
+        if "properties" in kept:
+            kept["required"] = list(kept["properties"])
+        return kept
+
+    closed: dict[str, Any] = plain(schema)
+    return closed | {"title": schema["title"]}
+
+
+def read_answer(text: str) -> Decision:
+    """A decision from an answer's text; no repair of any kind.
+
+    Raises:
+        InvalidAnswerError: with what is wrong.
+    """
+    if not text.strip():
+        raise InvalidAnswerError("the answer is empty")
+    if len(text) > MAX_ANSWER:
+        raise InvalidAnswerError(
+            f"the answer has {len(text)} characters, more than {MAX_ANSWER}", text[:2000]
+        )
+    try:
+        # Lone surrogates are legal JSON escapes that no file can hold.
+        decision = Decision.model_validate_json(text.encode("utf-8", "replace"), strict=True)
+        decision.model_dump_json()
+        return decision
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'answer'}: {e['msg']}"
+            for e in error.errors(include_url=False, include_input=False, include_context=False)[:8]
+        )
+        raise InvalidAnswerError(problems[:2000], text) from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidAnswerError(f"not valid JSON: {str(error)[:200]}", text) from None

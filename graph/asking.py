@@ -1,0 +1,120 @@
+"""One checked decision: what the agent sees, what it answers, what is wrong with that."""
+
+from dataclasses import replace
+
+from prunewright.graph.agents import InvalidAnswerError, Observation, Refusal
+from prunewright.graph.agents.base import Agent, quote_name
+from prunewright.state import (
+    AgentError,
+    Decision,
+    DecisionReport,
+    LayerDelta,
+    ModelProfile,
+    PruneContext,
+    PruneRequest,
+    PruneState,
+    check_decision,
+)
+from prunewright.tools.rundir import RunDirectory
+
+
+def observe(
+    state: PruneState, request: PruneRequest, context: PruneContext, run: RunDirectory
+) -> Observation:
+    """What the agent sees at this point of a run."""
+    assert state["profile"] is not None
+    return Observation(
+        step=state["step"],
+        steps_left=max(1, context.max_steps - state["step"]),
+        target=request.target,
+        sparsity=state["sparsity"],
+        max_step=request.step,
+        max_delta=request.max_delta,
+        max_layer_sparsity=request.max_layer_sparsity,
+        max_increase=context.guard.max_increase,
+        criterion=request.criterion,
+        dense_perplexity=state["dense_perplexity"],
+        perplexity=state["perplexity"],
+        profile=run.read_profile(state["profile"]["path"]),
+        signals=context.signals,
+        history=tuple(run.read_records(state["history"])) if context.feedback else (),
+        feedback=state["feedback"] if context.feedback else "",
+        seed=request.seed,
+        stalls=state["stalls"],
+    )
+
+
+def ask(name: str, agent: Agent, observation: Observation, *, repairs: int) -> DecisionReport:
+    """One checked decision of an agent, with full layer names; empty after the last refusal."""
+    refusals: list[Refusal] = []
+    notes: list[str] = []
+    spent = int(getattr(agent, "tokens", 0))
+    parameters = {p.name: p.parameters for p in observation.profile.layers}
+    sparsity = {p.name: p.sparsity for p in observation.profile.layers}
+    for _ in range(repairs + 1):
+        try:
+            answer = agent.decide(replace(observation, refusals=tuple(refusals)))
+            if not isinstance(answer, Decision):  # of a class of the user's
+                raise AgentError(f"{name} returned a {type(answer).__name__}, not a Decision")
+            decision, problems = expand(answer, observation.profile)
+            problems += check_decision(
+                decision,
+                observation.room(),
+                sparsity,
+                parameters,
+                max_delta=observation.max_delta,
+                max_step=observation.budget,
+            )
+            text = answer.model_dump_json()
+        except InvalidAnswerError as error:
+            problems, text = [str(error)], error.answer
+        notes += getattr(agent, "notes", [])
+        if not problems:
+            break
+        refusals.append(Refusal(text, tuple(problems)))
+    else:
+        decision = Decision(reasoning="No valid answer: nothing is pruned.", layers=[])
+    deltas = {item.name: item.delta for item in decision.layers}
+    return DecisionReport(
+        agent=name,
+        decision=decision,
+        predicted_change=observation.profile.predicted_change(deltas) if deltas else None,
+        invalid_answers=["; ".join(refusal.problems) for refusal in refusals],
+        notes=notes,
+        tokens=int(getattr(agent, "tokens", 0)) - spent,
+    )
+
+
+def expand(decision: Decision, profile: ModelProfile) -> tuple[Decision, list[str]]:
+    """The decision layer by layer with full names, and what is wrong with its groups.
+
+    A group is taken by its block numbers, both included: the first and the last must hold the
+    projection; blocks between them that do not (hybrid models) have nothing to give.
+    """
+    full = {p.short_name: p.name for p in profile.layers}
+    blocks: dict[str, dict[int, str]] = {}
+    for layer in profile.layers:
+        blocks.setdefault(layer.projection, {})[layer.block] = layer.name
+    layers = [
+        LayerDelta(name=full.get(item.name, item.name), delta=item.delta)
+        for item in decision.layers
+    ]
+    problems = []
+    for group in decision.groups:
+        words = f"group {group.projection[:80]!r} from {group.first} to {group.last}"
+        held = blocks.get(group.projection)
+        if held is None:
+            problems.append(
+                f"{words}: no such projection; known: {', '.join(map(quote_name, blocks))}"
+            )
+        elif group.first > group.last:
+            problems.append(f"{words}: from must not be above to")
+        elif missing := {group.first, group.last} - set(held):
+            problems.append(f"{words}: block {min(missing)} does not hold it")
+        else:
+            layers += [
+                LayerDelta(name=name, delta=group.delta)
+                for block, name in sorted(held.items())
+                if group.first <= block <= group.last
+            ]
+    return decision.model_copy(update={"layers": layers, "groups": []}), problems
