@@ -2,10 +2,13 @@
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,16 +71,28 @@ class LoadedModel:
         Raises:
             StoreError: the file is gone or has changed since the model was loaded.
         """
-        path = self._files[layer.parameter]
-        try:
-            tensor = _read(path, layer.parameter)
-        except (OSError, SafetensorError) as error:
-            raise StoreError(
-                f"cannot read the dense weights of {layer.name} from {path}: {error}"
-            ) from error
-        if tuple(tensor.shape) != layer.shape:
-            raise StoreError(f"{path} has changed since the model was loaded")
-        return tensor.to(device=self.device, dtype=self.dtype)
+        return next(self.dense_layers([layer]))
+
+    def dense_layers(self, layers: Iterable[Layer]) -> Iterator[Tensor]:
+        """As `dense` for each of some layers in turn, but a file is opened once for a run of them.
+
+        Raises:
+            StoreError: as `dense`.
+        """
+        for path, group in itertools.groupby(layers, lambda layer: self._files[layer.parameter]):
+            with ExitStack() as stack:
+                file: Any = None
+                for layer in group:
+                    try:
+                        file = file or stack.enter_context(safe_open(path, framework="pt"))
+                        tensor: Tensor = file.get_tensor(layer.parameter)
+                    except (OSError, SafetensorError) as error:
+                        raise StoreError(
+                            f"cannot read the dense weights of {layer.name} from {path}: {error}"
+                        ) from error
+                    if tuple(tensor.shape) != layer.shape:
+                        raise StoreError(f"{path} has changed since the model was loaded")
+                    yield tensor.to(device=self.device, dtype=self.dtype)
 
     def check_length(self, length: int) -> None:
         """Refuse windows longer than the positions that the model has.

@@ -77,8 +77,8 @@ class RevisionStore:
             raise StoreError(f"{path} is damaged: its content does not match its name")
         return layers
 
-    def mask(self, digest: str, shape: tuple[int, ...]) -> Tensor:
-        """A mask by digest, as bool of the given shape.
+    def bits(self, digest: str, shape: tuple[int, ...]) -> Tensor:
+        """A mask by digest as it is stored, eight weights a byte, for a layer of a shape.
 
         Raises:
             StoreError: missing, or its content does not match its name or the shape.
@@ -90,7 +90,13 @@ class RevisionStore:
             raise StoreError(f"cannot read the mask {path}: {error.strerror}") from error
         if sha256_bytes(data) != digest:
             raise StoreError(f"{path} is damaged: its content does not match its name")
-        return unpack_mask(data, shape, path)
+        try:
+            bits = load_tensors(data)["mask"]
+        except (SafetensorError, KeyError) as error:
+            raise StoreError(f"{path} is damaged: {error}") from error
+        if bits.dtype != torch.uint8 or bits.shape != ((torch.Size(shape).numel() + 7) // 8,):
+            raise StoreError(f"{path} is not the mask of a layer of shape {list(shape)}")
+        return bits
 
     def collect(self, keep: set[str]) -> tuple[int, int]:
         """Delete every file that none of the given revisions needs.
@@ -127,18 +133,6 @@ def pack_mask(mask: Tensor) -> bytes:
     return save_tensors({"mask": torch.from_numpy(bits)})
 
 
-def unpack_mask(data: bytes, shape: tuple[int, ...], path: Path) -> Tensor:
-    """The inverse of `pack_mask`.
-
-    Raises:
-        StoreError: not such a file, or not of this many weights.
-    """
-    numel = int(torch.Size(shape).numel())
-    try:
-        bits = load_tensors(data)["mask"]
-    except (SafetensorError, KeyError) as error:
-        raise StoreError(f"{path} is damaged: {error}") from error
-    if bits.dtype != torch.uint8 or bits.numel() != (numel + 7) // 8:
-        raise StoreError(f"{path} is not the mask of a layer of shape {list(shape)}")
-    flat = np.unpackbits(bits.numpy(), count=numel).view(bool)
-    return torch.from_numpy(flat).reshape(shape)
+def unpack_kept(bits: Tensor, numel: int) -> Tensor:
+    """Packed bits as one byte a weight: 0 where it is pruned, 1 where it is kept."""
+    return torch.from_numpy(np.unpackbits(~bits.numpy(), count=numel))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from prunewright.state import InputError, PruneRequest, StoreError, parse_pattern
 from prunewright.state.profile import ModelProfile
@@ -21,7 +22,7 @@ from prunewright.tools.profiling import (
     measure_activations,
     measure_gradients,
 )
-from prunewright.tools.revisions import Manifest, RevisionStore
+from prunewright.tools.revisions import Manifest, RevisionStore, unpack_kept
 from prunewright.tools.texts import Windows, load_windows
 
 
@@ -46,6 +47,10 @@ class Workbench:
         self.store = RevisionStore(Path())
         self._at: Manifest = {}
         self._zeros = {name: _zeros(self.loaded, name) for name in self.loaded.layers}
+        self._counted: dict[tuple[str, str | None], int] = {
+            (name, None): zeros for name, zeros in self._zeros.items()
+        }
+        """Zeros of a layer by the mask that it had: a rollback need not count them again."""
         self.tokens = {"calibration": 0, "gradient": 0, "guard": 0, "test": 0}
         """Tokens run through the model so far, by use."""
         self._activations: tuple[str, Activations] | None = None
@@ -65,23 +70,28 @@ class Workbench:
                 f"{self.request.model} does not have"
             )
         names = [n for n in self.loaded.layers if target.get(n) != self._at.get(n)]
-        masks = {
-            name: self.store.mask(target[name], self.loaded.layers[name].shape)
-            for name in names
+        layers = [self.loaded.layers[name] for name in names]
+        # All of them read and checked before any weight changes.
+        bits = {
+            name: self.store.bits(target[name], layer.shape)
+            for name, layer in zip(names, layers, strict=True)
             if name in target
         }
-        for name in names:
-            layer = self.loaded.layers[name]
+        largest = max((layer.numel for layer in layers), default=0)
+        scratch = torch.empty(largest, dtype=_INTEGERS[self.loaded.dtype.itemsize])
+        for name, layer, dense in zip(names, layers, self.loaded.dense_layers(layers), strict=True):
             weight = self.loaded.weight(layer)
-            dense = self.loaded.dense(layer)
             self._at[name] = ""  # no revision's: an interrupt from here on is mended by the next
-            weight.copy_(dense)
-            if name in masks:
-                weight.masked_fill_(masks[name].to(weight.device), 0)
+            if name in bits:
+                _write_masked(weight, dense, bits[name], scratch)
                 self._at[name] = target[name]
             else:
+                weight.copy_(dense)
                 self._at.pop(name, None)
-            self._zeros[name] = _zeros(self.loaded, name)
+            key = (name, target.get(name))
+            if key not in self._counted:
+                self._counted[key] = _zeros(self.loaded, name)
+            self._zeros[name] = self._counted[key]
 
     def sparsities(self) -> dict[str, float]:
         """Fraction of exact zeros of each layer's live weights."""
@@ -202,6 +212,27 @@ class Workbench:
                 progress("masks", index + 1, len(names))
         about = {"parent": revision, "criterion": request.criterion, "pattern": request.pattern}
         return self.store.put(self.store.manifest(revision), masks, about)
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By size, the integers that weights are seen as while they are written."""
+
+
+def _write_masked(weight: Tensor, dense: Tensor, bits: Tensor, scratch: Tensor) -> None:
+    """Set a layer to its dense values, bit for bit, and to +0.0 where a bit of the mask is set.
+
+    As a product of integers: that is many times as fast as `torch.where` and `masked_fill_` on
+    a processor, and a product of floats would leave -0.0.
+
+    Args:
+        weight: what is written.
+        dense: of its shape and dtype.
+        bits: the packed mask.
+        scratch: integers as wide as the weights, used again for each layer since fresh memory
+            costs more time than the product.
+    """
+    kept = scratch[: weight.numel()].copy_(unpack_kept(bits, weight.numel())).view(weight.shape)
+    torch.mul(dense.view(kept.dtype), kept.to(weight.device), out=weight.view(kept.dtype))
 
 
 def _zeros(loaded: LoadedModel, name: str) -> int:

@@ -1,17 +1,20 @@
 """The live model goes to any revision and back, bit for bit."""
 
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prunewright.state import InputError, PruneRequest, StoreError, validate_config
 from prunewright.tools import workbench as module
 from prunewright.tools.criteria import CRITERIA
+from prunewright.tools.layers import Layer
 from prunewright.tools.perplexity import Head, window_losses
 from prunewright.tools.profiling import measure_activations, measure_gradients
 from prunewright.tools.revisions import DENSE, RevisionStore
@@ -139,10 +142,13 @@ def test_only_layers_that_differ_are_touched(
     bench.sync(DENSE)
 
     read: list[str] = []
-    original = bench.loaded.dense
-    monkeypatch.setattr(
-        bench.loaded, "dense", lambda layer: (read.append(layer.name), original(layer))[1]
-    )
+    original = bench.loaded.dense_layers
+
+    def noted(layers: list[Layer]) -> Iterator[Tensor]:
+        read.extend(layer.name for layer in layers)
+        return original(layers)
+
+    monkeypatch.setattr(bench.loaded, "dense_layers", noted)
     pointers = {n: bench.loaded.weight(ly).data_ptr() for n, ly in bench.loaded.layers.items()}
     for revision, touched in (
         (one, [GATE]),
@@ -173,6 +179,41 @@ def test_the_way_to_a_revision_does_not_matter(bench_of: Bench) -> None:
     fresh = bench_of()
     fresh.sync(second)
     assert_same(weights(fresh), seen[second])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_any_sequence_of_masks_leaves_the_dense_bits_and_positive_zeros(
+    dtype: str, bench_of: Bench, pico_models: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(pico_models(), directory)
+    file = directory / "model.safetensors"
+    stored = {key: tensor.clone() for key, tensor in load_file(file).items()}
+    for key, values in ((f"{GATE}.weight", [0.0, -0.0, 1e-7]), (f"{DOWN}.weight", [-0.0])):
+        stored[key].view(-1)[: 9 * len(values)] = torch.tensor(values).repeat(9)
+    save_file(stored, file, {"format": "pt"})
+    bench = bench_of(model=str(directory), dtype=dtype)
+    generator = torch.Generator().manual_seed(3)
+    revisions: dict[str, dict[str, Tensor]] = {DENSE: {}}
+    for density in (0.2, 0.7, 0.4, 1.0, 0.0):  # some have fewer zeros than the one before
+        for names in ([GATE], [GATE, DOWN], list(bench.loaded.layers)):
+            masks = {
+                n: torch.rand(bench.loaded.layers[n].shape, generator=generator) < density
+                for n in names
+            }
+            revisions[bench.store.put({}, masks)] = masks
+    order = random.Random(3).choices(list(revisions), k=40)
+    for revision in [*order, DENSE]:
+        bench.sync(revision)
+        zeros = {}
+        for name, layer in bench.loaded.layers.items():
+            expected = stored[layer.parameter].to(getattr(torch, dtype))
+            if name in revisions[revision]:
+                expected = torch.where(revisions[revision][name], 0.0, expected)
+            live = bench.loaded.weight(layer)
+            assert torch.equal(live.view(torch.uint8), expected.view(torch.uint8))
+            zeros[name] = int((expected == 0).sum())
+        assert bench.zeros() == zeros
 
 
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))
@@ -320,18 +361,19 @@ def test_an_interrupt_in_the_middle_is_mended_by_the_next_sync(
     second = bench.prune(first, DENSE, counts_at(bench, 0.6))
     bench.sync(first)
     expected = weights(bench)
-    fill = Tensor.masked_fill_
+    write = module._write_masked
     calls = 0
 
-    def interrupted(self: Tensor, *args: Any) -> Tensor:
+    def interrupted(weight: Tensor, *args: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == 5:
+            weight[0].fill_(7)  # half written
             raise KeyboardInterrupt
-        return fill(self, *args)
+        write(weight, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Tensor, "masked_fill_", interrupted)
+        patch.setattr(module, "_write_masked", interrupted)
         with pytest.raises(KeyboardInterrupt):
             bench.sync(second)
     bench.sync(first)
