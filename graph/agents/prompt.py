@@ -15,8 +15,13 @@ MAX_ROWS = 256
 """Layers shown in one prompt."""
 
 
-def prompt(observation: Observation) -> list[BaseMessage]:
-    """The messages of one step: rules, state and table, then refused answers and why."""
+def prompt(observation: Observation, rows: int = MAX_ROWS) -> list[BaseMessage]:
+    """The messages of one step: rules, state and table, then refused answers and why.
+
+    Args:
+        observation: what the agent may see.
+        rows: layers shown at most.
+    """
     environment = SandboxedEnvironment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -37,7 +42,7 @@ def prompt(observation: Observation) -> list[BaseMessage]:
         "step.md",
         o=observation,
         budget=floor_digits(observation.budget),
-        rows=table_rows(observation),
+        rows=table_rows(observation, rows),
         deltas=" / ".join(f"{d:g}" for d in COST_DELTAS),
     )
     messages: list[BaseMessage] = [SystemMessage(system), HumanMessage(step)]
@@ -54,15 +59,20 @@ def prompt(observation: Observation) -> list[BaseMessage]:
     return messages
 
 
-def table_rows(observation: Observation) -> list[str]:
-    """One line a layer with room left; beyond `MAX_ROWS` those with the lowest cost."""
+def table_rows(observation: Observation, rows: int = MAX_ROWS) -> list[str]:
+    """One line for each of the `shown_layers`."""
+    return [_row(p, observation.prunable) for p in shown_layers(observation, rows)]
+
+
+def shown_layers(observation: Observation, rows: int = MAX_ROWS) -> list[LayerProfile]:
+    """The layers with room left that the table holds; with more than ``rows``, the cheapest."""
     room = observation.room()
     layers = [p for p in observation.profile.layers if room[p.name] > 1e-6]
-    if len(layers) > MAX_ROWS:
-        cheapest = sorted(layers, key=lambda p: p.loss_cost[0] / p.parameters)[:MAX_ROWS]
+    if len(layers) > rows:
+        cheapest = sorted(layers, key=lambda p: p.loss_cost[0] / p.parameters)[:rows]
         kept = {p.name for p in cheapest}
         layers = [p for p in layers if p.name in kept]
-    return [_row(p, observation.prunable) for p in layers]
+    return layers
 
 
 def _row(layer: LayerProfile, prunable: int) -> str:
