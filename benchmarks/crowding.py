@@ -1,7 +1,7 @@
 """Which exponent makes the predicted cost of a crowded layer right: chosen on the guard text.
 
-One-shot pruning at the allocation that equalises ``marginal cost / (1 - sparsity)^exponent`` over
-the layers, and its guard perplexity; beside it the uniform allocation.
+One-shot pruning at the allocation that equalises the marginal `crowded_costs` over the layers, and
+its guard perplexity; beside it the uniform allocation.
 
     python benchmarks/crowding.py --calibration web.jsonl.gz --criterion wanda
 """
@@ -9,12 +9,13 @@ the layers, and its guard perplexity; beside it the uniform allocation.
 import argparse
 import tempfile
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 from prunewright.state import load_config
 from prunewright.tools.criteria import LayerStatistics
 from prunewright.tools.perplexity import perplexity
-from prunewright.tools.profiling import predict_losses
+from prunewright.tools.profiling import crowded_costs, predict_losses
 from prunewright.tools.revisions import DENSE
 from prunewright.tools.workbench import Workbench, workbench
 
@@ -23,16 +24,16 @@ LEVELS = [WIDTH * n for n in range(18)]
 
 
 def allocate(
-    bench: Workbench, costs: dict[str, list[float]], target: float, exponent: float
+    bench: Workbench, losses: dict[str, list[float]], target: float, exponent: float
 ) -> dict[str, int]:
     """Zeros of each layer when the cheapest slices are taken until the target is reached."""
     layers = bench.loaded.layers
     slices = []
     for name, layer in layers.items():
         price = 0.0
-        for n, level in enumerate(LEVELS[:-1]):
-            marginal = (costs[name][n + 1] - costs[name][n]) / (WIDTH * layer.numel)
-            price = max(price, marginal / (1 - level) ** exponent)
+        costs = [0.0, *crowded_costs(LEVELS, losses[name], 0.0, exponent)]
+        for n, (before, after) in enumerate(pairwise(costs)):
+            price = max(price, (after - before) / (WIDTH * layer.numel))
             slices.append((price, n, name))
     left = target * bench.loaded.prunable
     zeros: dict[str, float] = defaultdict(float)
@@ -58,16 +59,16 @@ def main() -> None:
         workbench(config.request, Path(scratch)) as bench,
     ):
         activations, gradients = bench.activations(DENSE), bench.gradients(DENSE)
-        costs = {}
+        losses = {}
         for name, layer in bench.loaded.layers.items():
             statistics = LayerStatistics(
                 activations.input_square[name], gradients.gradient_square[name]
             )
             dense = layer.matrix(bench.loaded.dense(layer))
-            costs[name] = predict_losses(dense, statistics, config.criterion, LEVELS)
+            losses[name] = predict_losses(dense, statistics, config.criterion, LEVELS)
         uniform = {n: int(options.target * ly.numel) for n, ly in bench.loaded.layers.items()}
         plans = {"uniform": uniform} | {
-            f"exponent {e:g}": allocate(bench, costs, options.target, e) for e in options.exponents
+            f"exponent {e:g}": allocate(bench, losses, options.target, e) for e in options.exponents
         }
         for label, counts in plans.items():
             revision = bench.prune(DENSE, DENSE, counts)

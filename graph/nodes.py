@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from prunewright.graph.agents import make_agent
 from prunewright.graph.asking import ask, observe
+from prunewright.graph.correction import predicted_costs
 from prunewright.graph.feedback import compile_feedback
 from prunewright.graph.routing import guard_reason, termination
 from prunewright.graph.stopping import call_stoppable, check_stop
@@ -151,7 +152,10 @@ def apply_prune(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdat
                 update["candidate"] = candidate
                 update["candidate_sparsity"] = bench.sparsity()
             update["tokens"] = _spent(bench, before)
-        outcome = outcome.model_copy(update={"applied": applied, "notes": notes})
+        assert state["profile"] is not None
+        costs = predicted_costs(applied, run.read_profile(state["profile"]["path"]))
+        changes = {"applied": applied, "predicted_costs": costs, "notes": notes}
+        outcome = outcome.model_copy(update=changes)
     update["applied"] = run.write_step_file(
         state["step"], "applied", outcome.model_dump(mode="json")
     )
@@ -331,6 +335,7 @@ def _record(state: PruneState, outcome: AppliedDecision) -> StepRecord:
         reason=reason,
         decision=report.decision,
         applied=outcome.applied,
+        predicted_costs=outcome.predicted_costs,
         invalid_answers=report.invalid_answers,
         notes=[*report.notes, *outcome.notes],
         profile=state["profile"]["path"],

@@ -33,6 +33,8 @@ class AppliedDecision(BaseModel):
     report: DecisionReport
     applied: dict[str, float] = {}
     """Sparsity really added to each layer, after the landing on the target."""
+    predicted_costs: dict[str, float] = {}
+    """Predicted rise of the mean token loss for it, nats, by ``projection@depth``."""
     notes: list[str] = []
 
 
@@ -49,6 +51,8 @@ class StepRecord(BaseModel):
     decision: Decision
     applied: dict[str, float]
     """Sparsity really added to each layer, after the landing on the target."""
+    predicted_costs: dict[str, float] = {}
+    """Predicted rise of the mean token loss for it, nats, by ``projection@depth``."""
     invalid_answers: list[str]
     notes: list[str]
     profile: str

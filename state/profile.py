@@ -15,7 +15,8 @@ class LayerProfile(BaseModel):
 
     ``s``: 10th percentile of |W| * ||X_j||_2 over non-zero weights. ``g``: mean |dL/dW| over
     them. ``loss_cost``: predicted rise of the mean token loss, in nats, for taking the next
-    `COST_DELTAS` from this layer with the criterion in use, less where the layer has less left.
+    `COST_DELTAS` from this layer with the criterion in use, less where the layer has less left,
+    and dearer where it is sparser than the model.
     ``regrow_gain``: predicted fall of it for giving the last `COST_DELTAS` back.
     ``z_s``, ``z_g``, ``z_c``: z-scores over all layers; negative is safer to prune.
     """

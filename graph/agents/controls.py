@@ -6,21 +6,13 @@ from prunewright.graph.agents.base import Observation
 from prunewright.state import COST_DELTAS, Decision, LayerDelta
 from prunewright.state.decision import MAX_CHANGE
 
-CROWDING = 2.0
-"""Exponent of ``1 / (1 - sparsity)`` by which a slice of a layer is dearer than predicted.
-
-The prediction adds up single weights and so is too low where many of a layer go together.
-Chosen on the guard text with benchmarks/crowding.py: SmolLM2-135M, Wanda masks, 45 %, C4:
-perplexity 53.1 for 0 and 51.2 for 2 (uniform 55.0).
-"""
-
 
 class GreedyAgent:
     """Spends each step's budget where the predicted loss cost a weight is lowest.
 
     Each layer offers slices of its next sparsity, at the marginal costs between the profile's
-    `COST_DELTAS`, made dearer by `CROWDING`; the cheapest slices are taken until the budget is
-    full, which equalises the marginal price over the layers.
+    `COST_DELTAS`; the cheapest slices are taken until the budget is full, which equalises the
+    marginal price over the layers.
     """
 
     def decide(self, observation: Observation) -> Decision:
@@ -33,9 +25,7 @@ class GreedyAgent:
             for end in [*ends, room] if room > 1e-6 else []:
                 total = layer.cost_of(end)
                 # A later slice never goes before an earlier one of its layer.
-                crowded = max(1.0 - layer.sparsity - start, 0.05) ** -CROWDING
-                marginal = (total - cost) / ((end - start) * layer.parameters)
-                price = max(price, marginal * crowded)
+                price = max(price, (total - cost) / ((end - start) * layer.parameters))
                 slices.append((price, start, layer.name, end - start, layer.parameters))
                 start, cost = end, total
         slices.sort()
