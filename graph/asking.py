@@ -40,6 +40,7 @@ def observe(
         history=tuple(run.read_records(state["history"])) if context.feedback else (),
         feedback=state["feedback"] if context.feedback else "",
         seed=request.seed,
+        thread=run.thread() or "",
         stalls=state["stalls"],
     )
 

@@ -14,7 +14,9 @@ from prunewright.graph.agents.controls import (
     UniformAgent,
     ZScoreAgent,
 )
+from prunewright.graph.agents.exchange import ExchangeAgent
 from prunewright.graph.agents.llm import LLMAgent, check_access
+from prunewright.graph.agents.replay import ReplayAgent
 from prunewright.state import InputError, PruneContext
 from prunewright.state.config import DEFAULT_AGENT
 
@@ -33,6 +35,10 @@ CONTROLS: dict[str, type[Agent]] = {
     "zscore": ZScoreAgent,
     "random": RandomAgent,
     "uniform": UniformAgent,
+}
+FILE_AGENTS = {
+    "replay": "the decisions of an earlier trace",
+    "exchange": "whoever answers the files in a directory",
 }
 
 
@@ -64,8 +70,14 @@ def resolve_agent(name: str) -> ResolvedAgent:
     if ":" not in name:
         raise InputError(
             f"unknown agent {name!r}{_hint(name)}; known: auto, {', '.join(CONTROLS)}, "
-            f"provider:model (such as {DEFAULT_AGENT}), import:package.module:Class"
+            f"provider:model (such as {DEFAULT_AGENT}), replay:FILE, exchange:DIR, "
+            "import:package.module:Class"
         )
+    kind, _, path = name.partition(":")
+    if kind in FILE_AGENTS:
+        if not path:
+            raise InputError(f"the agent {name!r} names no path after {kind}:")
+        return ResolvedAgent(name, FILE_AGENTS[kind])
     check_access(name)
     return ResolvedAgent(name, "an LLM")
 
@@ -73,7 +85,7 @@ def resolve_agent(name: str) -> ResolvedAgent:
 def check_agent(context: PruneContext) -> ResolvedAgent:
     """As `resolve_agent`, and that the agent takes its options: before anything costs time.
 
-    An LLM's client is built and dropped, which asks nobody; a class of the user's is not.
+    An agent is built and dropped, which asks nobody; a class of the user's is not.
 
     Raises:
         InputError: as `resolve_agent`, an unknown provider, or options that do not fit.
@@ -81,8 +93,8 @@ def check_agent(context: PruneContext) -> ResolvedAgent:
     resolved = resolve_agent(context.agent)
     if resolved.name.startswith("import:"):
         _options(resolved.name, _imported(resolved.name), context.agent_options)
-    elif resolved.name not in CONTROLS:
-        LLMAgent(resolved.name, context.agent_options, context.asking)
+    else:
+        make_agent(context)
     return resolved
 
 
@@ -98,6 +110,11 @@ def make_agent(context: PruneContext) -> tuple[str, Agent]:
     if name.startswith("import:"):
         found = _imported(name)
         return name, found(**_options(name, found, context.agent_options))
+    kind, _, path = name.partition(":")
+    if kind == "replay":
+        return name, ReplayAgent(path)
+    if kind == "exchange":
+        return name, ExchangeAgent(path, _own(context.agent_options))
     return name, LLMAgent(name, context.agent_options, context.asking)
 
 
@@ -120,10 +137,15 @@ def _options(name: str, found: type[Agent], options: dict[str, Any]) -> dict[str
     try:
         signature.bind(**options)
     except TypeError as error:
-        if options == PruneContext().agent_options:
+        if not _own(options):
             return {}
         raise InputError(f"agent {name} does not take these agent_options: {error}") from error
     return options
+
+
+def _own(options: dict[str, Any]) -> dict[str, Any]:
+    """The options but for the default ones, which are meant for chat models."""
+    return {} if options == PruneContext().agent_options else options
 
 
 def _imported(name: str) -> type[Agent]:

@@ -47,6 +47,7 @@ class Observation:
         history: the earlier steps; empty without feedback.
         feedback: what they came to, in words; empty without feedback.
         seed: the run's.
+        thread: the run's name, which no other run has.
         stalls: steps just before this one that were rolled back or chose nothing, in a row.
         refusals: answers of this very step that were refused.
     """
@@ -67,6 +68,7 @@ class Observation:
     history: tuple[StepRecord, ...] = ()
     feedback: str = ""
     seed: int = 0
+    thread: str = ""
     stalls: int = 0
     refusals: tuple[Refusal, ...] = field(default=())
 

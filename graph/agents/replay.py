@@ -1,0 +1,126 @@
+"""The decisions of an earlier trace, so that a run repeats without its LLM."""
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from prunewright.graph.agents.base import Observation
+from prunewright.state import AgentError, Decision, InputError, StepRecord
+
+MAX_LINE = 8 * 2**20
+"""Bytes of one line of a trace; a step of 4,096 layers takes less than three million."""
+MAX_TRACE = 256 * 2**20
+"""Bytes of a trace that are read."""
+TOLERANCE = 1e-4
+"""Difference of sparsity from the recorded one that is noted."""
+
+
+class ReplayAgent:
+    """Gives each step the decision that a trace holds for it, rolled back or empty ones too.
+
+    Attributes:
+        notes: where the run is no longer the one that the trace recorded.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Read the trace.
+
+        Args:
+            path: a trace.jsonl, or the directory of a run.
+
+        Raises:
+            InputError: no such file, or not a trace; the message names the line.
+        """
+        path = Path(path).expanduser()
+        self._path = path / "trace.jsonl" if path.is_dir() else path
+        self._records = _read(self._path)
+        self.notes: list[str] = []
+
+    def decide(self, observation: Observation) -> Decision:
+        """The recorded decision of the observation's step.
+
+        Raises:
+            InputError: the trace belongs to another model.
+            AgentError: the trace has no such step, or its decision breaks a bound of this run.
+        """
+        self._check_layers(observation)
+        step, count = observation.step, len(self._records)
+        if step >= count:
+            raise AgentError(
+                f"the trace has ended: {self._path} holds {count} steps and the run goes on. "
+                "Resume it with another agent (--set agent=...)"
+            )
+        if observation.refusals:
+            raise AgentError(
+                f"the decision of step {step + 1} of {self._path} does not fit this run, whose "
+                f"bounds or state are others: {'; '.join(observation.refusals[-1].problems)}. "
+                "Resume with another agent (--set agent=...), or replay under the configuration "
+                "that lies beside the trace"
+            )
+        record = self._records[step]
+        self.notes = self._differences(observation, record)
+        return record.decision
+
+    def _check_layers(self, observation: Observation) -> None:
+        known = {layer.name for layer in observation.profile.layers}
+        for record in self._records:
+            for item in record.decision.layers:
+                if item.name not in known:
+                    raise InputError(
+                        f"{self._path} belongs to another model: its step {record.step + 1} names "
+                        f"{item.name[:80]!r}, which this model does not have"
+                    )
+
+    def _differences(self, observation: Observation, record: StepRecord) -> list[str]:
+        before = record.sparsity_before
+        if not abs(observation.sparsity - before) <= TOLERANCE:
+            return [
+                f"replay: sparsity is {observation.sparsity:.4f} before this step and was "
+                f"{before:.4f} in the trace: an earlier step ended otherwise"
+            ]
+        masks = self._records[record.step - 1].revision if record.step else None
+        if masks is not None and observation.profile.revision != masks:
+            return [
+                "replay: the masks before this step are not the trace's: other texts, another "
+                "configuration or another machine"
+            ]
+        return []
+
+
+def _read(path: Path) -> list[StepRecord]:
+    if not path.is_file():
+        raise InputError(f"cannot replay {path}: no such file (give a trace.jsonl or a run)")
+    records: list[StepRecord] = []
+    try:
+        if path.stat().st_size > MAX_TRACE:
+            raise InputError(f"cannot replay {path}: it is larger than {MAX_TRACE:,} bytes")
+        with path.open("rb") as file:
+            while line := file.readline(MAX_LINE + 1):
+                where = f"cannot replay {path}, line {len(records) + 1}"
+                if len(line) > MAX_LINE:
+                    raise InputError(f"{where}: it is longer than {MAX_LINE:,} bytes")
+                records.append(_record(line, where))
+                if records[-1].step != len(records) - 1:
+                    raise InputError(
+                        f"{where}: it holds step {records[-1].step}, not {len(records) - 1}"
+                    )
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    if not records:
+        raise InputError(f"cannot replay {path}: it holds no step")
+    return records
+
+
+def _record(line: bytes, where: str) -> StepRecord:
+    try:
+        record = StepRecord.model_validate_json(line)
+        record.decision.model_dump_json()  # lone surrogates are legal JSON that no file can hold
+        return record
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'line'}: {e['msg']}"
+            for e in error.errors(include_url=False, include_input=False, include_context=False)[:4]
+        )
+        raise InputError(f"{where}: not a step of a trace: {problems[:500]}") from None
+    except ValueError as error:
+        raise InputError(f"{where}: not a step of a trace: {str(error)[:200]}") from None
