@@ -2,8 +2,16 @@
 
 import math
 
-from prunewright.state import Decision, LayerDelta, PruneConfig, StepRecord, parse_pattern
+from prunewright.state import (
+    Decision,
+    InputError,
+    LayerDelta,
+    PruneConfig,
+    StepRecord,
+    parse_pattern,
+)
 from prunewright.state.metrics import Metrics
+from prunewright.tools.layers import Layer
 from prunewright.tools.perplexity import Progress, change_with_error, perplexity
 from prunewright.tools.results import Outcome, finish
 from prunewright.tools.revisions import DENSE
@@ -34,6 +42,7 @@ def prune_once(
     """
     request = config.request
     with workbench(request, run.path) as bench:
+        _check_pattern(request.pattern, bench.loaded.layers)
         run.begin(thread, request, config.context, bench)
         before = bench.guard_losses(DENSE, progress)
         dense_sparsity = bench.sparsity()
@@ -85,3 +94,15 @@ def prune_once(
             guard_losses=losses,
         )
         return finish(run, bench, outcome, progress)
+
+
+def _check_pattern(pattern: str, layers: dict[str, Layer]) -> None:
+    """Refuse a pattern that a layer does not divide into, while nothing is computed yet."""
+    parsed = parse_pattern(pattern)
+    for layer in layers.values():
+        inputs = layer.shape[-2 if layer.transposed else -1]
+        if parsed is not None and inputs % parsed[1]:
+            raise InputError(
+                f"pattern {pattern} does not fit the model: the {inputs} inputs of {layer.name} "
+                f"do not divide into groups of {parsed[1]}"
+            )

@@ -1,13 +1,14 @@
 """`run` from any form of configuration, its events, and what it refuses before it begins."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from prunewright.graph import resume, run
+from prunewright.graph import baseline, resume, run
 from prunewright.graph.runner import load_metrics
 from prunewright.state import InputError, StoreError, load_config
 from prunewright.state.config import validate_config
@@ -79,6 +80,35 @@ def test_a_config_that_cannot_work_leaves_no_directory(
     with pytest.raises(InputError) as caught:
         run(pico_config | changes, out=tmp_path / "run")
     assert words in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "pattern", "words"),
+    [
+        ("LlamaConfig", "3:5", "the 32 inputs of model.layers.0.self_attn.q_proj do not divide"),
+        ("GPT2Config", "1:64", "the 32 inputs of transformer.h.0.attn.c_attn do not divide"),
+        # The first layers divide; the experts' last does not.
+        ("Qwen3MoeConfig", "16:32", "the 16 inputs of model.layers.0.mlp.experts.down_proj do"),
+    ],
+)
+def test_a_pattern_that_does_not_divide_leaves_no_directory(
+    family: str,
+    pattern: str,
+    words: str,
+    pico_config: dict[str, Any],
+    pico_models: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    told: list[str] = []
+    with pytest.raises(InputError) as caught:
+        baseline(
+            pico_config | {"model": str(pico_models(family)), "pattern": pattern},
+            out=tmp_path / "run",
+            on_event=lambda kind, _: told.append(kind),
+        )
+    assert words in str(caught.value)
+    assert told == []  # nothing was computed
     assert not (tmp_path / "run").exists()
 
 
