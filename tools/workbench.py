@@ -4,7 +4,7 @@ import ctypes
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from prunewright.tools.profiling import (
     measure_gradients,
 )
 from prunewright.tools.revisions import Manifest, RevisionStore, unpack_kept
-from prunewright.tools.texts import Windows, load_windows
+from prunewright.tools.texts import EMBEDDED, Windows, load_windows
 
 
 class Workbench:
@@ -43,6 +43,7 @@ class Workbench:
         )
         self.loaded.check_length(request.texts.windows.length)
         self.windows: Windows = load_windows(request.texts, self.loaded.tokenizer, request.seed)
+        self._stamps = _stamps(request, self.loaded.directory)
         self.head = Head(self.loaded.model)
         self.store = RevisionStore(Path())
         self._at: Manifest = {}
@@ -55,6 +56,11 @@ class Workbench:
         """Tokens run through the model so far, by use."""
         self._activations: tuple[str, Activations] | None = None
         self._gradients: tuple[str, Gradients] | None = None
+
+    @property
+    def stale(self) -> bool:
+        """Whether a file that the model or a local text was read from has changed since."""
+        return self._stamps != _stamps(self.request, self.loaded.directory)
 
     def sync(self, revision: str) -> None:
         """Bring the live weights to a revision, touching only the layers that differ.
@@ -240,6 +246,21 @@ def _zeros(loaded: LoadedModel, name: str) -> int:
     return weight.numel() - int(torch.count_nonzero(weight))
 
 
+def _stamps(request: PruneRequest, directory: Path) -> set[tuple[str, int, int]]:
+    """Path, size and time of change of the files of a model and of the local texts."""
+    paths = [path for kind in ("*.safetensors", "*.json") for path in directory.glob(kind)]
+    for source in {request.texts.calibration, request.texts.guard, request.texts.test}:
+        if source is not None and source != EMBEDDED:
+            path = Path(source).expanduser()
+            paths += path.rglob("*") if path.is_dir() else [path]
+    stamps = set()
+    for path in paths:
+        with suppress(OSError):  # a data set of the hub; a file that has just gone
+            found = path.stat()
+            stamps.add((str(path), found.st_size, found.st_mtime_ns))
+    return stamps
+
+
 _lock = threading.RLock()
 _current: Workbench | None = None
 
@@ -249,7 +270,8 @@ def workbench(request: PruneRequest, run_directory: Path) -> Iterator[Workbench]
     """The process's workbench for a request, held by the caller until the block ends.
 
     One model is live at a time: threads with the same request share it in turn, each syncing
-    it to its own revisions; another request replaces it.
+    it to its own revisions; another request replaces it, and so does a change of the files
+    that the model and the texts were read from.
 
     Args:
         request: what to load.
@@ -257,7 +279,7 @@ def workbench(request: PruneRequest, run_directory: Path) -> Iterator[Workbench]
     """
     global _current
     with _lock:
-        if _current is None or _current.request != request:
+        if _current is None or _current.request != request or _current.stale:
             if _current is not None:
                 _current.loaded.close()
                 _current = None

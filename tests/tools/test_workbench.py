@@ -422,3 +422,35 @@ def test_another_request_replaces_the_model(request_of: Request, tmp_path: Path)
         pytest.fail("not reached")
     with workbench(request_of(), tmp_path / "one") as again:
         assert len(again.guard_losses(DENSE)) == 3
+
+
+@pytest.mark.usefixtures("_no_workbench")
+def test_files_that_were_replaced_are_read_anew(
+    request_of: Request, pico_models: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(pico_models(), directory)
+    asked = request_of(model=str(directory))
+    store, file, text = tmp_path / "one", directory / "model.safetensors", tmp_path / "text.txt"
+    with workbench(asked, store) as bench:
+        first = bench
+    with workbench(asked, store) as bench:
+        assert bench is first
+
+    tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
+    tensors[f"{GATE}.weight"] += 1
+    save_file(tensors, tmp_path / "new", {"format": "pt"})
+    (tmp_path / "new").replace(file)
+    with workbench(asked, store) as bench:
+        second = bench
+        layer = bench.loaded.layers[GATE]
+        assert torch.equal(bench.loaded.weight(layer), tensors[layer.parameter])
+        assert bench.loaded.fingerprint != first.loaded.fingerprint
+        assert bench.windows.hashes == first.windows.hashes
+
+    words = text.read_text().split()
+    text.write_text(" ".join(reversed(words)))  # as long as before
+    with workbench(asked, store) as bench:
+        assert bench is not second
+        assert bench.windows.hashes.keys() == second.windows.hashes.keys()
+        assert not set(bench.windows.hashes.values()) & set(second.windows.hashes.values())
