@@ -17,7 +17,7 @@ from prunewright.graph.agents import make_agent
 from prunewright.graph.asking import ask, observe
 from prunewright.graph.correction import predicted_costs
 from prunewright.graph.feedback import compile_feedback
-from prunewright.graph.routing import guard_reason, termination
+from prunewright.graph.routing import guard_reason, step_price, termination
 from prunewright.graph.stopping import call_stoppable, check_stop
 from prunewright.state import (
     AppliedDecision,
@@ -176,11 +176,16 @@ def evaluate_ppl(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpda
         tokens = _spent(bench, before)
     value = perplexity(losses)
     finite = math.isfinite(value)
+    change = change_with_error(state["guard_losses"], losses) if finite else (math.inf, 0.0)
+    price = None
+    if context.guard.max_price is not None and math.isfinite(sum(change)):
+        predicted = sum(run.read_applied(state["applied"]).predicted_costs.values())
+        price = step_price(change, predicted, run.read_records(state["history"]))
     return {
         "candidate_perplexity": value if finite else None,
         "candidate_losses": losses if finite else [],
         "rollback_reason": guard_reason(
-            state["perplexity"], value, state["dense_perplexity"], context.guard
+            state["perplexity"], value, state["dense_perplexity"], context.guard, price
         ),
         "tokens": tokens,
     }
