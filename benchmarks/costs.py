@@ -1,11 +1,16 @@
 """What a run costs besides the model's own work: overhead, rollback, disk, memory.
 
 python benchmarks/costs.py --config configs/demo.yaml --out runs/costs
+
+Afterwards, in the same warm process, it times rollbacks (`Workbench.sync` back from a revision) and
+reloads of the model (`load_model`, tokenizer included), in turn, and prints the medians. On a
+machine that does something else as well, both are of little worth.
 """
 
 import argparse
 import functools
 import json
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -15,10 +20,16 @@ from typing import Any
 import torch
 
 from prunewright.graph import run
-from prunewright.state import load_config
+from prunewright.state import StepRecord, load_config
 from prunewright.tools import criteria, perplexity, profiling, results, workbench
 from prunewright.tools.models import load_model
+from prunewright.tools.revisions import DENSE, unpack_kept
 from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.workbench import Workbench
+
+FEW_LAYERS = 40
+"""As many as an LLM names in a typical step."""
+ROUNDS = 7
 
 SECONDS: dict[str, float] = defaultdict(float)
 _depth = 0
@@ -43,14 +54,79 @@ def timed(label: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def instrument() -> None:
-    """Time forward and backward passes and mask computation wherever they are called."""
+    """Time passes, masks and predicted costs (scored as masks are) wherever they are called."""
     for module in (perplexity, workbench, results):
         if hasattr(module, "window_losses"):
             module.window_losses = timed("forward", perplexity.window_losses)  # type: ignore[attr-defined]
     workbench.measure_activations = timed("forward", profiling.measure_activations)  # type: ignore[attr-defined]
     workbench.measure_gradients = timed("backward", profiling.measure_gradients)  # type: ignore[attr-defined]
     workbench.prune_mask = timed("masks", criteria.prune_mask)  # type: ignore[attr-defined]
-    profiling.predict_losses = timed("masks", profiling.predict_losses)
+    profiling.predict_losses = timed("predicted costs", profiling.predict_losses)
+
+
+def revision_bytes(store: Path, old: dict[str, str], new: dict[str, str], name: str) -> int:
+    """Size of the files that a step adds to the store."""
+    masks = set(new.values()) - set(old.values())
+    files = [*(store / "masks" / digest for digest in masks), store / "manifests" / f"{name}.json"]
+    return sum(file.stat().st_size for file in files)
+
+
+def step_bytes(bench: Workbench, records: list[StepRecord]) -> list[int]:
+    """What each step that made a candidate stored beyond one bit a weight of its layers."""
+    over, accepted = [], DENSE
+    for record in records:
+        if record.candidate:
+            old, new = bench.store.manifest(accepted), bench.store.manifest(record.candidate)
+            written = revision_bytes(bench.store.directory, old, new, record.candidate)
+            names = [name for name in new if new[name] != old.get(name)]
+            over.append(written - sum(bench.loaded.layers[name].numel for name in names) // 8)
+        accepted = record.revision
+    return over
+
+
+def fewer_layers(bench: Workbench, old: str, new: str) -> str:
+    """The revision that differs from ``old`` as ``new`` does, in some evenly spread layers only."""
+    before, after = bench.store.manifest(old), bench.store.manifest(new)
+    names = [name for name in after if after[name] != before.get(name)]
+    masks = {}
+    for name in names[:: max(1, len(names) // FEW_LAYERS)][:FEW_LAYERS]:
+        layer = bench.loaded.layers[name]
+        kept = unpack_kept(bench.store.bits(after[name], layer.shape), layer.numel)
+        masks[name] = kept.reshape(layer.shape) == 0
+    return bench.store.put(before, masks)
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def time_rollbacks(bench: Workbench, records: list[StepRecord]) -> dict[str, Any]:
+    """Medians of rollbacks of the last candidate, of a part of it, and of reloads."""
+    at = max(i for i, record in enumerate(records) if record.candidate)
+    old = records[at - 1].revision if at else DENSE
+    whole = records[at].candidate or ""
+    part = fewer_layers(bench, old, whole)
+    dtype = str(bench.loaded.dtype).removeprefix("torch.")
+    times: dict[str, list[float]] = {"whole": [], "part": [], "reload": []}
+    for _ in range(ROUNDS):
+        for label, candidate in (("whole", whole), ("part", part)):
+            bench.sync(candidate)
+            times[label].append(seconds_of(lambda: bench.sync(old)))
+        times["reload"].append(
+            seconds_of(lambda: load_model(str(bench.loaded.directory), dtype=dtype))
+        )
+    median = {label: statistics.median(values) for label, values in times.items()}
+    before = bench.store.manifest(old)
+    found: dict[str, Any] = {"reload_seconds": median["reload"]}
+    for label, candidate in (("whole", whole), ("part", part)):
+        after = bench.store.manifest(candidate)
+        layers = sum(after[name] != before.get(name) for name in after)
+        share = median[label] / median["reload"]
+        found[f"rollback_of_{layers}_layers"] = {"seconds": median[label], "of_reload": share}
+    return found
 
 
 def main() -> None:
@@ -67,41 +143,27 @@ def main() -> None:
     total = time.perf_counter() - began
     directory = RunDirectory(options.out)
     records = directory.read_trace()
-
+    steps = sum(file.stat().st_size for file in (options.out / "steps").iterdir())
     with workbench.workbench(config.request, options.out) as bench:
         model_bytes = sum(p.numel() * p.element_size() for p in bench.loaded.model.parameters())
-        layers = bench.loaded.layers
-        last = records[-1]
-        before = records[-2].revision
-        changed = sum(layers[name].numel for name in last.applied)
-        bench.sync(last.revision)
-        began = time.perf_counter()
-        bench.sync(before)
-        rollback = time.perf_counter() - began
-        old, new = bench.store.manifest(before), bench.store.manifest(last.revision)
-        masks = {new[n] for n in new if new[n] != old.get(n)} - set(old.values())
-        store = options.out / "revisions"
-        written = sum((store / "masks" / digest).stat().st_size for digest in masks)
-        written += (store / "manifests" / f"{last.revision}.json").stat().st_size
-        source = bench.loaded.directory
-    began = time.perf_counter()
-    load_model(str(source), dtype=str(bench.loaded.dtype).removeprefix("torch."))
-    reload = time.perf_counter() - began
-
-    share = 1 - sum(SECONDS.values()) / total
+        over = step_bytes(bench, records)
+        rollbacks = time_rollbacks(bench, records)
+    elsewhere = total - sum(SECONDS.values())
     print(
         json.dumps(
             {
                 "status": metrics.status,
                 "threads": torch.get_num_threads(),
                 "seconds_total": total,
+                "seconds_of_nodes": metrics.seconds,
                 "seconds_in": dict(SECONDS),
-                "share_of_everything_else": share,
-                "rollback_seconds": rollback,
-                "rollback_layers": len(last.applied),
-                "reload_seconds": reload,
-                "step_bytes": written,
-                "step_bytes_over_one_bit_a_weight": written - changed // 8,
+                "share_elsewhere": elsewhere / total,
+                "share_elsewhere_and_predicted_costs": (elsewhere + SECONDS["predicted costs"])
+                / total,
+                **rollbacks,
+                "step_bytes_over_one_bit_a_weight": over,
+                "step_bytes_allowed_over": 64 * 1024,
+                "steps_json_bytes": steps,
                 "sqlite_bytes": directory.database.stat().st_size,
                 "steps": metrics.steps,
                 "model_bytes": model_bytes,
