@@ -72,3 +72,26 @@ def harmful(observation: Observation) -> Decision:
             layers.append(LayerDelta(name=layer.name, delta=delta))
             budget -= delta * layer.parameters
     return Decision(reasoning="To do harm.", layers=layers)
+
+
+class Eventful:
+    """Greedy, but for a harmful step, a refused one, an empty one, and one that gives back."""
+
+    def __init__(self, **_: Any) -> None:
+        pass
+
+    def decide(self, observation: Observation) -> Decision:
+        if observation.step == 1:
+            return harmful(observation)
+        if observation.step == 2:
+            return Wrong().decide(observation)
+        if observation.step == 3:
+            return Decision(reasoning="A rest.", layers=[])
+        if observation.step == 4:
+            fullest = max(observation.profile.layers, key=lambda p: p.sparsity).name
+            layers = [
+                LayerDelta(name=p.name, delta=-0.05 if p.name == fullest else 0.05)
+                for p in observation.profile.layers
+            ]
+            return Decision(reasoning="Gives back.", layers=layers, lessons=["gave back"])
+        return GreedyAgent().decide(observation)
