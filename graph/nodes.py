@@ -305,8 +305,9 @@ def land(
     shares = {name: delta * numel[name] for name, delta in deltas.items() if delta >= 0}
     wanted = sum(shares.values())
     notes = []
+    left = max(0, left)
     if wanted > left:
-        scale = max(0.0, left / wanted)
+        scale = left / wanted
         shares = {name: scale * share for name, share in shares.items()}
         notes.append(f"deltas scaled by {scale:.4f} to land on the target")
     room = {n: max(0, math.ceil(ceiling * numel[n] - 1e-6) - zeros[n]) for n in shares}

@@ -14,6 +14,9 @@ from prunewright.graph.asking import ask, expand
 from prunewright.graph.nodes import land
 from prunewright.state import Decision, LayerDelta, LayerProfile, ModelProfile
 
+TINY = Fraction(1, 10**6)
+"""What the landing takes for rounding of a product of floats."""
+
 
 @st.composite
 def steps(draw: st.DrawFn) -> dict[str, Any]:
@@ -55,6 +58,34 @@ def test_a_decision_beyond_the_target_is_scaled_in_proportion() -> None:
     counts, notes = land({"a": 0.4, "b": 0.2}, {"a": 0, "b": 0}, {"a": 1000, "b": 1000}, 0.15)
     assert counts == {"a": 200, "b": 100}
     assert notes == ["deltas scaled by 0.5000 to land on the target"]
+
+
+@given(steps(), st.data())
+def test_landing_scales_only_what_is_added(step: dict[str, Any], data: st.DataObject) -> None:
+    zeros, numel = step["zeros"], step["numel"]
+    for name in data.draw(st.sets(st.sampled_from(sorted(step["deltas"])))):
+        step["deltas"][name] = -data.draw(st.floats(1e-6, 0.6))
+    counts, notes = land(**(step | {"ceiling": 1.0}))
+    # In exact numbers: the give-backs first, then as much of the rest as the target leaves.
+    target = Fraction(step["target"])
+    deltas = {name: Fraction(delta) for name, delta in step["deltas"].items()}
+    back = {n: min(math.floor(-d * numel[n] + TINY), zeros[n]) for n, d in deltas.items() if d < 0}
+    left = math.floor(target * sum(numel.values())) - sum(zeros.values()) + sum(back.values())
+    shares = {n: d * numel[n] for n, d in deltas.items() if d > 0}
+    left = max(0, left)
+    scale = min(Fraction(1), left / sum(shares.values())) if shares else 1
+    assert counts.keys() == deltas.keys()
+    for name, count in counts.items():
+        if name in back:
+            assert count == zeros[name] - back[name]
+        else:
+            share = scale * shares[name]
+            assert -TINY <= count - zeros[name] < share + 1 + TINY
+            assert count - zeros[name] > share - 1 - TINY
+    added = sum(counts[name] - zeros[name] for name in shares)
+    assert added <= left
+    assert added > scale * sum(shares.values()) - 2
+    assert (scale < 1) == bool(notes)
 
 
 def test_a_decision_within_the_target_is_taken_as_it_is() -> None:
