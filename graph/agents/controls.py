@@ -1,46 +1,110 @@
 """Agents without an LLM: the controls that an LLM has to beat."""
 
+import math
 import random
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import NamedTuple
 
 from prunewright.graph.agents.base import Observation
-from prunewright.state import COST_DELTAS, Decision, LayerDelta
+from prunewright.graph.correction import correct, depths_of
+from prunewright.state import COST_DELTAS, Decision, LayerDelta, LayerProfile
 from prunewright.state.decision import MAX_CHANGE
+
+HESITATION = 1.2
+"""By how much giving weights back must pay: a change of heart within the noise helps nobody."""
 
 
 class GreedyAgent:
-    """Spends each step's budget where the predicted loss cost a weight is lowest.
+    """Brings the layers to where the next weight costs the same everywhere.
 
-    Each layer offers slices of its next sparsity, at the marginal costs between the profile's
-    `COST_DELTAS`; the cheapest slices are taken until the budget is full, which equalises the
-    marginal price over the layers.
+    Each layer offers slices of sparsity, at the marginal costs between the profile's
+    `COST_DELTAS`, up and down: all that may be given back is thought of as given back, and the
+    cheapest slices are then taken until the budget is full. So a layer that has become dear gives
+    weights back where others are cheaper, if they are so by more than `HESITATION`.
     """
+
+    def factor(self, observation: Observation) -> Callable[[LayerProfile], float]:
+        """By how much the predicted cost of a layer is multiplied."""
+        return lambda _: 1.0
 
     def decide(self, observation: Observation) -> Decision:
         """The cheapest slices that fill the budget."""
-        slices = []
-        for layer in observation.profile.layers:
-            room = min(observation.max_delta, observation.max_layer_sparsity - layer.sparsity)
-            start = cost = price = 0.0
-            ends = [d for d in COST_DELTAS if d < room]
-            for end in [*ends, room] if room > 1e-6 else []:
-                total = layer.cost_of(end)
-                # A later slice never goes before an earlier one of its layer.
-                price = max(price, (total - cost) / ((end - start) * layer.parameters))
-                slices.append((price, start, layer.name, end - start, layer.parameters))
-                start, cost = end, total
+        factor = self.factor(observation)
+        prunable = {p.name: p.parameters for p in observation.profile.layers}
+        slices = [
+            piece
+            for layer in observation.profile.layers
+            for piece in _slices(layer, factor(layer), observation)
+        ]
         slices.sort()
         budget = _budget(observation)
         deltas: dict[str, float] = {}
-        for _, _, name, width, parameters in slices:
-            taken = min(width, budget / parameters)
+        for piece in slices:
+            if piece.start < 0:
+                budget += piece.width * prunable[piece.name]
+                deltas[piece.name] = deltas.get(piece.name, 0.0) - piece.width
+        for piece in slices:
+            taken = min(piece.width, budget / prunable[piece.name])
             if taken <= 0:
                 break
-            deltas[name] = deltas.get(name, 0.0) + taken
-            budget -= taken * parameters
-        change = observation.profile.predicted_change(deltas)
-        return _decision(
-            deltas, f"Lowest predicted loss cost a weight over {len(deltas)} layers.", change
+            deltas[piece.name] = deltas.get(piece.name, 0.0) + taken
+            budget -= taken * prunable[piece.name]
+        deltas = {name: delta for name, delta in deltas.items() if abs(delta) > 1e-9}
+        loss = sum(
+            factor(p) * p.cost_of(deltas.get(p.name, 0.0)) for p in observation.profile.layers
         )
+        back = sum(delta < 0 for delta in deltas.values())
+        words = f"Lowest predicted cost a weight: {len(deltas) - back} layers pruned further"
+        return _decision(
+            deltas, f"{words}, {back} given weights back.", math.expm1(min(loss, 50.0))
+        )
+
+
+class AdaptiveAgent(GreedyAgent):
+    """`GreedyAgent` on costs that are corrected by what earlier steps really cost.
+
+    The factors by projection and by depth are those of `graph.correction.correct`.
+    """
+
+    def factor(self, observation: Observation) -> Callable[[LayerProfile], float]:
+        """Measured over predicted cost of a layer's kind."""
+        correction = correct(observation.history)
+        depths = depths_of(observation.profile)
+        return lambda layer: correction.factor(layer.projection, depths[layer.name])
+
+
+class _Slice(NamedTuple):
+    """Part of a layer's sparsity, at its price: loss for a weight, nats."""
+
+    price: float
+    start: float
+    """Where it begins, relative to the layer's sparsity now; negative: it is pruned already."""
+    name: str
+    width: float
+
+
+def _slices(layer: LayerProfile, factor: float, observation: Observation) -> Iterator[_Slice]:
+    """The slices of a layer that may change in this step."""
+    room = min(observation.max_delta, observation.max_layer_sparsity - layer.sparsity)
+    back = min(observation.max_delta, layer.sparsity)
+    scale = factor / layer.parameters
+    price = 0.0
+    for start, end in _steps(room):
+        # A later slice never goes before an earlier one of its layer.
+        price = max(price, scale * (layer.cost_of(end) - layer.cost_of(start)) / (end - start))
+        yield _Slice(price, start, layer.name, end - start)
+    price = math.inf
+    for start, end in _steps(back):
+        gain = scale * (layer.cost_of(-start) - layer.cost_of(-end)) / (end - start)
+        price = min(price, gain / HESITATION)
+        yield _Slice(price, -end, layer.name, end - start)
+
+
+def _steps(length: float) -> Iterator[tuple[float, float]]:
+    """From 0 to a length by way of the `COST_DELTAS`."""
+    if length > 1e-6:
+        yield from pairwise([0.0, *(d for d in COST_DELTAS if d < length), length])
 
 
 class ZScoreAgent:

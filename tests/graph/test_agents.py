@@ -1,6 +1,7 @@
 """Who decides: names and options of agents, and the controls without an LLM."""
 
 import importlib.util
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,7 @@ from prunewright.graph.agents import (
     resolve_agent,
 )
 from prunewright.graph.agents.controls import (
+    AdaptiveAgent,
     GreedyAgent,
     RandomAgent,
     UniformAgent,
@@ -36,6 +38,7 @@ from prunewright.state import (
     LayerProfile,
     ModelProfile,
     PruneContext,
+    StepRecord,
     check_decision,
 )
 from prunewright.state.config import DEFAULT_AGENT
@@ -43,7 +46,7 @@ from prunewright.state.config import DEFAULT_AGENT
 if TYPE_CHECKING:
     from tests.graph.conftest import FakeGemini
 
-CONTROLS: list[type[Agent]] = [GreedyAgent, ZScoreAgent, RandomAgent, UniformAgent]
+CONTROLS: list[type[Agent]] = [GreedyAgent, AdaptiveAgent, ZScoreAgent, RandomAgent, UniformAgent]
 
 MakeObservation = Callable[..., Observation]
 MakeLayer = Callable[..., LayerProfile]
@@ -74,6 +77,7 @@ def test_auto_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "kind"),
     [
         ("greedy", GreedyAgent),
+        ("adaptive", AdaptiveAgent),
         ("zscore", ZScoreAgent),
         ("random", RandomAgent),
         ("uniform", UniformAgent),
@@ -136,9 +140,9 @@ def test_a_missing_key(name: str, variables: str, monkeypatch: pytest.MonkeyPatc
     ("name", "package"),
     [
         (DEFAULT_AGENT, "langchain-google-genai"),
-        ("openai:gpt-5", "langchain-openai"),
-        ("anthropic:claude", "langchain-anthropic"),
-        ("ollama:qwen3", "langchain-ollama"),
+        ("openai:gpt-5", "'prunewright[openai]'"),
+        ("anthropic:claude", "'prunewright[anthropic]'"),
+        ("ollama:qwen3", "'prunewright[ollama]'"),
     ],
 )
 def test_a_missing_package(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,9 +227,6 @@ def test_the_users_own_class(users: str, make_observation: MakeObservation) -> N
 def test_the_users_own_class_has_its_options(users: str) -> None:
     _, picky = make_agent(PruneContext(agent=f"{users}:Picky", agent_options={"depth": 2}))
     assert vars(picky) == {"size": (2, 3)}
-    # The default options are a chat model's: who takes them gets them, another does not.
-    _, warm = make_agent(PruneContext(agent=f"{users}:Warm"))
-    assert vars(warm) == {"temperature": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -280,6 +281,7 @@ def profiles(draw: st.DrawFn) -> ModelProfile:
         slopes = draw(st.tuples(*[st.floats(0, 0.05)] * 3))
         first, second, third = slopes if draw(st.booleans()) else sorted(slopes)
         costs = (first, first + second, first + second + third)
+        gains = draw(st.tuples(*[st.floats(0, 0.05)] * 3).map(sorted))
         z_scores = [draw(st.floats(-3, 3)) for _ in range(3)]
         layers.append(
             LayerProfile(
@@ -291,6 +293,7 @@ def profiles(draw: st.DrawFn) -> ModelProfile:
                 s=1.0,
                 g=1.0,
                 loss_cost=costs,
+                regrow_gain=tuple(gains),
                 z_s=z_scores[0],
                 z_g=z_scores[1],
                 z_c=z_scores[2],
@@ -477,6 +480,74 @@ def test_greedy_weighs_cost_by_the_weights_that_it_buys(
     decision = GreedyAgent().decide(make_observation(layers, max_step=0.05))
     assert [item.name for item in decision.layers] == ["model.layers.1.mlp.down_proj"]
     assert decision.expected_ppl_change == pytest.approx(0.0571, rel=0.01)
+
+
+def test_greedy_gives_back_where_weights_have_become_dear(
+    make_layer: MakeLayer, make_observation: MakeObservation
+) -> None:
+    """What is given back buys more elsewhere; a gain of less than a fifth is left alone."""
+    dear = {"sparsity": 0.12, "loss_cost": (0.5, 1.0, 1.5)}
+    layers = [
+        make_layer(0, **dear, regrow_gain=(0.40, 0.70, 0.70)),
+        make_layer(1, **dear, regrow_gain=(0.11, 0.20, 0.20)),
+        make_layer(2, loss_cost=(0.1, 0.2, 0.3)),
+        make_layer(3, loss_cost=(0.1, 0.2, 0.3)),
+        make_layer(4, loss_cost=(0.4, 0.8, 1.2)),
+    ]
+    observation = make_observation(layers, max_step=0.02, sparsity=0.048)
+    decision = GreedyAgent().decide(observation)
+    taken = {item.name[13]: item.delta for item in decision.layers}
+    # Layer 0 gets 8 and then 6 a weight for what costs 2 elsewhere, layer 1 only 2.2.
+    assert taken["0"] == pytest.approx(-0.10)
+    assert taken["2"] + taken["3"] == pytest.approx(5 * 0.02 + 0.10)
+    assert set(taken) == {"0", "2", "3"}
+    change = math.log1p(decision.expected_ppl_change or 0)
+    assert change == pytest.approx(2 * 0.20 - 0.70)
+
+
+def measured_step(costs: dict[str, float], rise: float) -> StepRecord:
+    return StepRecord(
+        step=0,
+        agent="adaptive",
+        verdict="accepted",
+        reason="",
+        decision=Decision(reasoning="", layers=[]),
+        applied={},
+        predicted_costs=costs,
+        invalid_answers=[],
+        notes=[],
+        profile="",
+        revision="r",
+        candidate="r",
+        sparsity_before=0,
+        sparsity=0,
+        perplexity_before=20,
+        candidate_perplexity=20,
+        change=math.expm1(rise),
+        change_stderr=1e-5,
+        predicted_change=None,
+        llm_tokens=0,
+    )
+
+
+def test_adaptive_learns_which_kind_of_layer_costs_more_than_predicted(
+    make_layer: MakeLayer, make_observation: MakeObservation
+) -> None:
+    flat = {"loss_cost": (0.1, 0.2, 0.3)}
+    layers = [
+        make_layer(block, projection=kind, name=f"{block}.{kind}", **flat)
+        for block in (0, 1)
+        for kind in ("up", "down")
+    ]
+    history = (
+        measured_step({"up@early": 0.05, "up@middle": 0.05}, 0.30),
+        measured_step({"down@early": 0.05, "down@middle": 0.05}, 0.10),
+    )
+    observation = make_observation(layers, max_step=0.05)
+    kinds = {i.name for i in AdaptiveAgent().decide(replace(observation, history=history)).layers}
+    assert kinds == {"0.down", "1.down"}
+    # Without history it is greedy.
+    assert AdaptiveAgent().decide(observation) == GreedyAgent().decide(observation)
 
 
 def test_greedy_keeps_to_the_bounds_of_a_layer(
