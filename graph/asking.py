@@ -50,22 +50,12 @@ def ask(name: str, agent: Agent, observation: Observation, *, repairs: int) -> D
     refusals: list[Refusal] = []
     notes: list[str] = []
     spent = int(getattr(agent, "tokens", 0))
-    parameters = {p.name: p.parameters for p in observation.profile.layers}
-    sparsity = {p.name: p.sparsity for p in observation.profile.layers}
     for _ in range(repairs + 1):
         try:
             answer = agent.decide(replace(observation, refusals=tuple(refusals)))
             if not isinstance(answer, Decision):  # of a class of the user's
                 raise AgentError(f"{name} returned a {type(answer).__name__}, not a Decision")
-            decision, problems = expand(answer, observation.profile)
-            problems += check_decision(
-                decision,
-                observation.room(),
-                sparsity,
-                parameters,
-                max_delta=observation.max_delta,
-                max_step=observation.budget,
-            )
+            decision, problems = check(answer, observation)
             text = answer.model_dump_json()
         except InvalidAnswerError as error:
             problems, text = [str(error)], error.answer
@@ -83,7 +73,22 @@ def ask(name: str, agent: Agent, observation: Observation, *, repairs: int) -> D
         invalid_answers=["; ".join(refusal.problems) for refusal in refusals],
         notes=notes,
         tokens=int(getattr(agent, "tokens", 0)) - spent,
+        probes=observation.probes.reports if observation.probes else [],
     )
+
+
+def check(answer: Decision, observation: Observation) -> tuple[Decision, list[str]]:
+    """The answer layer by layer with full names, and what is wrong with it."""
+    decision, problems = expand(answer, observation.profile)
+    problems += check_decision(
+        decision,
+        observation.room(),
+        {p.name: p.sparsity for p in observation.profile.layers},
+        {p.name: p.parameters for p in observation.profile.layers},
+        max_delta=observation.max_delta,
+        max_step=observation.budget,
+    )
+    return decision, problems
 
 
 def expand(decision: Decision, profile: ModelProfile) -> tuple[Decision, list[str]]:

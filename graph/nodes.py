@@ -8,21 +8,25 @@ import functools
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 from langgraph.runtime import Runtime
 from pydantic import ValidationError
 
-from prunewright.graph.agents import make_agent
-from prunewright.graph.asking import ask, observe
+from prunewright.graph.agents import Observation, make_agent
+from prunewright.graph.agents.base import Probes
+from prunewright.graph.asking import ask, check, observe
 from prunewright.graph.correction import predicted_costs
 from prunewright.graph.feedback import compile_feedback
 from prunewright.graph.routing import guard_reason, step_price, termination
 from prunewright.graph.stopping import call_stoppable, check_stop
 from prunewright.state import (
     AppliedDecision,
+    Decision,
     DecisionReport,
     InputError,
+    ProbeReport,
     PruneContext,
     PruneRequest,
     PruneState,
@@ -33,12 +37,15 @@ from prunewright.state import (
     parse_pattern,
 )
 from prunewright.state.config import describe_validation_error
+from prunewright.state.schema import add_up
 from prunewright.tools.perplexity import Progress, change_with_error, perplexity
 from prunewright.tools.results import Outcome, finish
 from prunewright.tools.revisions import DENSE
 from prunewright.tools.rundir import RunDirectory
 from prunewright.tools.workbench import Workbench, workbench
 
+PROBE_WINDOWS = 2
+"""Guard windows that a probe is measured on: the first ones."""
 NO_THREAD = "default"
 """Stands for the thread where the graph runs without a checkpointer."""
 
@@ -113,6 +120,10 @@ def agent_decide(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpda
     """
     request, context, run = _request(state), _context(runtime), _run(runtime)
     observation = observe(state, request, context, run)
+    scored: dict[str, float] = {}
+    if context.probes:
+        probes = _probes(state, observation, context.probes, runtime, scored)
+        observation = replace(observation, probes=probes)
     name, agent = make_agent(context)
     report = call_stoppable(lambda: ask(name, agent, observation, repairs=context.asking.repairs))
     assert state["profile"] is not None
@@ -120,7 +131,7 @@ def agent_decide(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpda
         "decision": report.model_dump(mode="json"),
         # Its table was for whoever watches the decision.
         "profile": {"path": state["profile"]["path"]},
-        "tokens": {"llm": report.tokens} if report.tokens else {},
+        "tokens": scored | ({"llm": report.tokens} if report.tokens else {}),
     }
 
 
@@ -272,6 +283,57 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     return update
 
 
+def _probes(
+    state: PruneState,
+    observation: Observation,
+    count: int,
+    runtime: Runtime[PruneContext],
+    scored: dict[str, float],
+) -> Probes:
+    """The trials that an agent may have measured from the accepted revision in this step.
+
+    Args:
+        state: the step's.
+        observation: what a trial is checked against, as a decision is.
+        count: trials allowed.
+        runtime: the node's.
+        scored: is told the tokens that they take, by use.
+    """
+    request, run, progress = _request(state), _run(runtime), _progress(runtime)
+
+    def measure(trial: Decision) -> ProbeReport:
+        decision, problems = check(trial, observation)
+        deltas = {item.name: item.delta for item in decision.layers}
+        if not deltas and not problems:
+            problems = ["name at least one layer"]
+        if problems:
+            return ProbeReport(refused="; ".join(problems))
+        with workbench(request, run.path) as bench:
+            run.check(request, bench)
+            before = dict(bench.tokens)
+            bench.sync(state["revision"])
+            zeros = bench.zeros()
+            sizes = {name: layer.numel for name, layer in bench.loaded.layers.items()}
+            counts, _ = land(deltas, zeros, sizes, request.target, request.max_layer_sparsity)
+            counts = {name: count for name, count in counts.items() if count != zeros[name]}
+            if not counts:
+                return ProbeReport(refused="the deltas come to no weight")
+            losses = bench.trial_losses(
+                state["revision"], state["gradient_revision"], counts, PROBE_WINDOWS, progress
+            )
+            spent = _spent(bench, before)
+        scored.update(add_up(scored, spent))
+        change, stderr = change_with_error(state["guard_losses"][: len(losses)], losses)
+        return ProbeReport(
+            layers={name: (count - zeros[name]) / sizes[name] for name, count in counts.items()},
+            change=change if math.isfinite(change) else None,
+            change_stderr=stderr if math.isfinite(stderr) else None,
+            tokens=int(spent["probe"]),
+        )
+
+    return Probes(count, measure)
+
+
 def land(
     deltas: dict[str, float],
     zeros: dict[str, int],
@@ -355,6 +417,7 @@ def _record(state: PruneState, outcome: AppliedDecision) -> StepRecord:
         change_stderr=stderr,
         predicted_change=report.predicted_change,
         llm_tokens=report.tokens,
+        probes=report.probes,
     )
 
 

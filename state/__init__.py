@@ -10,7 +10,13 @@ from prunewright.state.config import (
 )
 from prunewright.state.decision import Decision, GroupDelta, LayerDelta, check_decision
 from prunewright.state.errors import AgentError, InputError, PrunewrightError, StoreError
-from prunewright.state.history import AppliedDecision, DecisionReport, StepRecord, StepSummary
+from prunewright.state.history import (
+    AppliedDecision,
+    DecisionReport,
+    ProbeReport,
+    StepRecord,
+    StepSummary,
+)
 from prunewright.state.profile import COST_DELTAS, LayerProfile, ModelProfile
 from prunewright.state.schema import STATUS_WORDS, PruneInput, PruneState, PruneUpdate
 
@@ -26,6 +32,7 @@ __all__ = [
     "LayerDelta",
     "LayerProfile",
     "ModelProfile",
+    "ProbeReport",
     "PruneConfig",
     "PruneContext",
     "PruneInput",

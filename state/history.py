@@ -10,6 +10,23 @@ from prunewright.state.decision import Decision
 Verdict = Literal["accepted", "rolled_back", "empty"]
 
 
+class ProbeReport(BaseModel):
+    """A trial that an agent had measured before it decided, and what it came to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layers: dict[str, float] = {}
+    """Sparsity added to each layer, or given back if negative, for the time of the trial."""
+    change: float | None = None
+    """Relative perplexity change over the accepted revision; None: refused, or not finite."""
+    change_stderr: float | None = None
+    """Standard error of the paired change over the windows of the trial."""
+    tokens: int = 0
+    """Tokens of guard text scored."""
+    refused: str = ""
+    """Why it was not measured; "" if it was."""
+
+
 class DecisionReport(BaseModel):
     """A decision and how it came about."""
 
@@ -23,6 +40,8 @@ class DecisionReport(BaseModel):
     """What was wrong with each answer that was refused before this one."""
     notes: list[str] = []
     tokens: int = 0
+    probes: list[ProbeReport] = []
+    """Trials measured before it."""
 
 
 class AppliedDecision(BaseModel):
@@ -71,6 +90,8 @@ class StepRecord(BaseModel):
     """Standard error of the paired change over the guard windows."""
     predicted_change: float | None
     llm_tokens: int
+    probes: list[ProbeReport] = []
+    """Trials that the agent had measured before it decided."""
 
 
 class StepSummary(TypedDict):

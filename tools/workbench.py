@@ -52,7 +52,7 @@ class Workbench:
             (name, None): zeros for name, zeros in self._zeros.items()
         }
         """Zeros of a layer by the mask that it had: a rollback need not count them again."""
-        self.tokens = {"calibration": 0, "gradient": 0, "guard": 0, "test": 0}
+        self.tokens = {"calibration": 0, "gradient": 0, "guard": 0, "probe": 0, "test": 0}
         """Tokens run through the model so far, by use."""
         self._activations: tuple[str, Activations] | None = None
         self._gradients: tuple[str, Gradients] | None = None
@@ -190,6 +190,54 @@ class Workbench:
             StoreError: cannot write.
         """
         request = self.request
+        masks = self._masks(revision, gradient_revision, counts, progress)
+        about = {"parent": revision, "criterion": request.criterion, "pattern": request.pattern}
+        return self.store.put(self.store.manifest(revision), masks, about)
+
+    def trial_losses(
+        self,
+        revision: str,
+        gradient_revision: str,
+        counts: dict[str, int],
+        windows: int,
+        progress: Progress | None = None,
+    ) -> list[float]:
+        """Losses of the first guard windows if some layers had a given number of zeros.
+
+        Masks are those of `prune`, but none is stored, and the live model is left at ``revision``.
+
+        Args:
+            revision: the revision to change; statistics are taken at it.
+            gradient_revision: where gradients were taken.
+            counts: zeros wanted by layer.
+            windows: how many of the guard windows; all, if there are fewer.
+            progress: told after each layer and window.
+
+        Returns:
+            Mean loss of each window, nats a token.
+        """
+        masks = self._masks(revision, gradient_revision, counts, progress)
+        guard = self.windows.guard[:windows]
+        try:
+            for name, mask in masks.items():
+                layer = self.loaded.layers[name]
+                weight = self.loaded.weight(layer)
+                self._at[name] = ""  # no revision's, so that the sync below restores it
+                weight.copy_(self.loaded.dense(layer)).masked_fill_(mask.to(weight.device), 0)
+            self.tokens["probe"] += guard.numel()
+            return window_losses(self.loaded.model, self.head, guard, progress)
+        finally:
+            self.sync(revision)
+
+    def _masks(
+        self,
+        revision: str,
+        gradient_revision: str,
+        counts: dict[str, int] | None,
+        progress: Progress | None,
+    ) -> dict[str, Tensor]:
+        """The masks of `prune`: bool by layer, True where pruned."""
+        request = self.request
         rule = CRITERIA[request.criterion]
         pattern = parse_pattern(request.pattern) if counts is None else None
         gradients = self.gradients(gradient_revision, progress) if rule.needs_gradients else None
@@ -216,8 +264,7 @@ class Workbench:
             masks[name] = layer.matrix(mask).cpu()
             if progress is not None:
                 progress("masks", index + 1, len(names))
-        about = {"parent": revision, "criterion": request.criterion, "pattern": request.pattern}
-        return self.store.put(self.store.manifest(revision), masks, about)
+        return masks
 
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -2,10 +2,18 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from prunewright.state import Decision, ModelProfile, PrunewrightError, StepRecord
+from prunewright.state import (
+    AgentError,
+    Decision,
+    ModelProfile,
+    ProbeReport,
+    PrunewrightError,
+    StepRecord,
+)
 from prunewright.state.config import Signal
 from prunewright.state.decision import MAX_NAME
 
@@ -24,6 +32,34 @@ class Refusal:
 
     answer: str
     problems: tuple[str, ...]
+
+
+@dataclass
+class Probes:
+    """Trials that an agent may have measured before it decides on a step.
+
+    Attributes:
+        left: how many more.
+        measure: checks one, given in a decision's form, and measures it if nothing is wrong.
+        reports: what those so far came to, refused ones too.
+    """
+
+    left: int
+    measure: Callable[[Decision], ProbeReport]
+    reports: list[ProbeReport] = field(default_factory=list)
+
+    def take(self, trial: Decision | str) -> ProbeReport:
+        """Have a trial measured, or count one that is refused for the reason given.
+
+        Raises:
+            AgentError: none is left.
+        """
+        if self.left <= 0:
+            raise AgentError("all probes of this step are taken")
+        self.left -= 1
+        report = ProbeReport(refused=trial) if isinstance(trial, str) else self.measure(trial)
+        self.reports.append(report)
+        return report
 
 
 @dataclass(frozen=True)
@@ -50,6 +86,7 @@ class Observation:
         thread: the run's name, which no other run has.
         stalls: steps just before this one that were rolled back or chose nothing, in a row.
         refusals: answers of this very step that were refused.
+        probes: trials that may be measured first; None if the run offers none.
     """
 
     step: int
@@ -71,6 +108,7 @@ class Observation:
     thread: str = ""
     stalls: int = 0
     refusals: tuple[Refusal, ...] = field(default=())
+    probes: Probes | None = None
 
     @property
     def pace(self) -> float:

@@ -1,8 +1,8 @@
 """Reading an answer: the schema that a provider is sent, and the strict way back."""
 
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from prunewright.graph.agents.base import InvalidAnswerError
 from prunewright.state import Decision
@@ -10,14 +10,16 @@ from prunewright.state import Decision
 MAX_ANSWER = 200_000
 """Characters of an answer beyond which it is refused unread."""
 
+_Model = TypeVar("_Model", bound=BaseModel)
 
-def answer_schema() -> dict[str, Any]:
-    """The JSON schema that a provider is sent: a decision without its bounds on lengths.
+
+def plain_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema of a model as a provider is sent it: without its bounds on lengths.
 
     Gemini is known to refuse schemas with long lists ("too many states for serving"), and not
-    every provider follows references. `read_answer` holds every answer to the whole schema.
+    every provider follows references. Every answer is held to the whole schema afterwards.
     """
-    schema = Decision.model_json_schema()
+    schema = model.model_json_schema()
     definitions = schema.pop("$defs")
 
     def plain(node: Any) -> Any:
@@ -41,8 +43,22 @@ def answer_schema() -> dict[str, Any]:
     return closed | {"title": schema["title"]}
 
 
+def answer_schema() -> dict[str, Any]:
+    """The schema of a decision as a provider is sent it."""
+    return plain_schema(Decision)
+
+
 def read_answer(text: str) -> Decision:
     """A decision from an answer's text; no repair of any kind.
+
+    Raises:
+        InvalidAnswerError: with what is wrong.
+    """
+    return read_strictly(Decision, text)
+
+
+def read_strictly(model: type[_Model], text: str) -> _Model:
+    """A model from JSON; no repair of any kind.
 
     Raises:
         InvalidAnswerError: with what is wrong.
@@ -55,9 +71,9 @@ def read_answer(text: str) -> Decision:
         )
     try:
         # Lone surrogates are legal JSON escapes that no file can hold.
-        decision = Decision.model_validate_json(text.encode("utf-8", "replace"), strict=True)
-        decision.model_dump_json()
-        return decision
+        found = model.model_validate_json(text.encode("utf-8", "replace"), strict=True)
+        found.model_dump_json()
+        return found
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, e['loc'])) or 'answer'}: {e['msg']}"
