@@ -13,6 +13,7 @@ from prunewright.state import (
     PruneContext,
     PruneRequest,
     PruneState,
+    Spent,
     check_decision,
 )
 from prunewright.tools.rundir import RunDirectory
@@ -49,7 +50,7 @@ def ask(name: str, agent: Agent, observation: Observation, *, repairs: int) -> D
     """One checked decision of an agent, with full layer names; empty after the last refusal."""
     refusals: list[Refusal] = []
     notes: list[str] = []
-    spent = int(getattr(agent, "tokens", 0))
+    before = spent_by(agent)
     for _ in range(repairs + 1):
         try:
             answer = agent.decide(replace(observation, refusals=tuple(refusals)))
@@ -66,6 +67,7 @@ def ask(name: str, agent: Agent, observation: Observation, *, repairs: int) -> D
     else:
         decision = Decision(reasoning="No valid answer: nothing is pruned.", layers=[])
     deltas = {item.name: item.delta for item in decision.layers}
+    after = spent_by(agent)
     return DecisionReport(
         agent=name,
         decision=decision,

@@ -195,7 +195,7 @@ def run_command(
     from prunewright.graph.agents import resolve_agent
 
     _quiet_transformers(session.debug)
-    resolved = resolve_agent(settled.agent)
+    resolved = resolve_agent(settled.agent, settled.agent_options)
     session.run = _directory(settled, out)
     screen = session.screen
     _print_head(screen, settled, session.run, f"{resolved.name} ({resolved.why})")
@@ -235,7 +235,7 @@ def resume_command(
     if not directory.metrics_file.exists():
         who = settled.agent
         if who != BASELINE:
-            resolved = resolve_agent(who)
+            resolved = resolve_agent(who, settled.agent_options)
             who = f"{resolved.name} ({resolved.why})"
         _print_head(screen, settled, run_directory, who)
         records = directory.read_trace()

@@ -32,6 +32,7 @@ from prunewright.state import (
     PruneState,
     PruneUpdate,
     PrunewrightError,
+    Spent,
     StepRecord,
     StepSummary,
     parse_pattern,
@@ -124,8 +125,23 @@ def agent_decide(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpda
     if context.probes:
         probes = _probes(state, observation, context.probes, runtime, scored)
         observation = replace(observation, probes=probes)
-    name, agent = make_agent(context)
-    report = call_stoppable(lambda: ask(name, agent, observation, repairs=context.asking.repairs))
+    step, records = state["step"], run.read_records(state["history"])
+    # Of tries of this very step that ended in an error.
+    lost = run.read_spent(step)
+    spent = sum((Spent(calls=r.llm_calls, tokens=r.llm_tokens) for r in records), lost)
+    name, agent = make_agent(context.model_copy(update={"out": str(run.path)}), spent)
+    try:
+        report = call_stoppable(
+            lambda: ask(name, agent, observation, repairs=context.asking.repairs)
+        )
+    except PrunewrightError:
+        lost += spent_by(agent)
+        if lost.calls:
+            run.write_spent(step, lost)
+        raise
+    report = report.model_copy(
+        update={"calls": lost.calls + report.calls, "tokens": lost.tokens + report.tokens}
+    )
     assert state["profile"] is not None
     return {
         "decision": report.model_dump(mode="json"),
@@ -270,7 +286,9 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
             steps=len(records),
             rollbacks=state["rollbacks"],
             decisions=sum(r.verdict != "empty" for r in records),
+            repairs=sum(r.repairs for r in records),
             invalid_answers=sum(len(r.invalid_answers) for r in records),
+            llm_calls=sum(r.llm_calls for r in records),
             guard_dense=state["dense_perplexity"],
             guard_losses=update["guard_losses"],
             seconds=state["seconds"],
@@ -416,6 +434,8 @@ def _record(state: PruneState, outcome: AppliedDecision) -> StepRecord:
         change=change,
         change_stderr=stderr,
         predicted_change=report.predicted_change,
+        repairs=report.repairs,
+        llm_calls=report.calls,
         llm_tokens=report.tokens,
         probes=report.probes,
     )

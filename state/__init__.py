@@ -13,7 +13,7 @@ from prunewright.state.errors import AgentError, InputError, PrunewrightError, S
 from prunewright.state.history import (
     AppliedDecision,
     DecisionReport,
-    ProbeReport,
+    Spent,
     StepRecord,
     StepSummary,
 )
@@ -32,7 +32,6 @@ __all__ = [
     "LayerDelta",
     "LayerProfile",
     "ModelProfile",
-    "ProbeReport",
     "PruneConfig",
     "PruneContext",
     "PruneInput",
@@ -40,6 +39,7 @@ __all__ = [
     "PruneState",
     "PruneUpdate",
     "PrunewrightError",
+    "Spent",
     "StepRecord",
     "StepSummary",
     "StoreError",

@@ -164,7 +164,8 @@ class PruneContext(Options):
         "or import:package.module:Class",
     )
     agent_options: dict[str, Any] = Field(
-        default_factory=lambda: {"temperature": 0.5}, description="passed to the agent"
+        default_factory=dict,
+        description="passed to the agent; Gemini's temperature is 0.5 unless it stands here",
     )
     asking: AskingOptions = AskingOptions()
     feedback: bool = Field(True, description="show the agent what its earlier steps did")

@@ -10,21 +10,18 @@ from prunewright.state.decision import Decision
 Verdict = Literal["accepted", "rolled_back", "empty"]
 
 
-class ProbeReport(BaseModel):
-    """A trial that an agent had measured before it decided, and what it came to."""
+class Spent(BaseModel):
+    """What asking an LLM took."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    layers: dict[str, float] = {}
-    """Sparsity added to each layer, or given back if negative, for the time of the trial."""
-    change: float | None = None
-    """Relative perplexity change over the accepted revision; None: refused, or not finite."""
-    change_stderr: float | None = None
-    """Standard error of the paired change over the windows of the trial."""
+    calls: int = 0
+    """Requests, failed ones too."""
     tokens: int = 0
-    """Tokens of guard text scored."""
-    refused: str = ""
-    """Why it was not measured; "" if it was."""
+    """Tokens exchanged, as the provider counts them."""
+
+    def __add__(self, other: "Spent") -> "Spent":
+        return Spent(calls=self.calls + other.calls, tokens=self.tokens + other.tokens)
 
 
 class DecisionReport(BaseModel):
@@ -38,10 +35,13 @@ class DecisionReport(BaseModel):
     """Relative perplexity change that the profile's loss_cost predicts for the decision."""
     invalid_answers: list[str] = []
     """What was wrong with each answer that was refused before this one."""
+    repairs: int = 0
+    """How many of them were sent back."""
     notes: list[str] = []
+    calls: int = 0
+    """Requests to the LLM, failed ones too."""
     tokens: int = 0
-    probes: list[ProbeReport] = []
-    """Trials measured before it."""
+    """Tokens exchanged with it."""
 
 
 class AppliedDecision(BaseModel):
@@ -89,9 +89,11 @@ class StepRecord(BaseModel):
     change_stderr: float | None
     """Standard error of the paired change over the guard windows."""
     predicted_change: float | None
+    repairs: int = 0
+    """Refused answers that were sent back with what was wrong."""
+    llm_calls: int = 0
+    """Requests to the LLM, failed ones too."""
     llm_tokens: int
-    probes: list[ProbeReport] = []
-    """Trials that the agent had measured before it decided."""
 
 
 class StepSummary(TypedDict):

@@ -32,7 +32,9 @@ class Metrics(BaseModel):
         steps: steps taken, rolled-back and empty ones included.
         rollbacks: steps that the guard rolled back.
         decisions: answers accepted as decisions.
+        repairs: refused answers that were sent back with what was wrong.
         invalid_answers: answers refused.
+        llm_calls: requests to the LLM, failed ones too.
         perplexity: see `Perplexities`.
         seconds: wall time, ``total`` and by node.
         tokens: scored for calibration (forward), gradient (forward and backward), guard and
@@ -49,7 +51,9 @@ class Metrics(BaseModel):
     steps: int
     rollbacks: int
     decisions: int
+    repairs: int = 0
     invalid_answers: int
+    llm_calls: int = 0
     perplexity: Perplexities
     seconds: dict[str, float]
     tokens: dict[str, int]

@@ -35,7 +35,9 @@ class Outcome:
     steps: int = 0
     rollbacks: int = 0
     decisions: int = 0
+    repairs: int = 0
     invalid_answers: int = 0
+    llm_calls: int = 0
     guard_dense: float = math.nan
     guard_losses: list[float] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -76,7 +78,9 @@ def finish(
         steps=outcome.steps,
         rollbacks=outcome.rollbacks,
         decisions=outcome.decisions,
+        repairs=outcome.repairs,
         invalid_answers=outcome.invalid_answers,
+        llm_calls=outcome.llm_calls,
         perplexity=Perplexities(
             guard=Pair(dense=outcome.guard_dense, final=perplexity(outcome.guard_losses)),
             test=Pair(dense=dense, final=final),

@@ -21,6 +21,7 @@ from prunewright.state import (
     PruneConfig,
     PruneContext,
     PruneRequest,
+    Spent,
     StepRecord,
     StepSummary,
     StoreError,
@@ -46,12 +47,15 @@ _PACKAGES = (
     "langgraph-checkpoint-sqlite",
     "langchain-core",
     "langchain-google-genai",
+    "langchain-openai",
+    "langchain-anthropic",
+    "langchain-ollama",
     "pydantic",
     "numpy",
 )
 
 
-_Stored = TypeVar("_Stored", ModelProfile, StepRecord, AppliedDecision)
+_Stored = TypeVar("_Stored", ModelProfile, StepRecord, AppliedDecision, Spent)
 
 
 class RunDirectory:
@@ -239,6 +243,22 @@ class RunDirectory:
         if not (self.path / name).exists():
             write_atomic(self.path / name, data)
         return name
+
+    def write_spent(self, step: int, spent: Spent) -> None:
+        """Keep what a step spent on an LLM that gave no decision in the end."""
+        write_json(self._spent_file(step), spent.model_dump())
+
+    def read_spent(self, step: int) -> Spent:
+        """What `write_spent` kept of a step; nothing if it did not fail.
+
+        Raises:
+            StoreError: damaged.
+        """
+        name = self._spent_file(step).relative_to(self.path)
+        return self._read(str(name), Spent) if self._spent_file(step).exists() else Spent()
+
+    def _spent_file(self, step: int) -> Path:
+        return self.path / "steps" / f"{step:04d}-spent.json"
 
     def read_profile(self, name: str) -> ModelProfile:
         """A profile that `write_step_file` stored.

@@ -4,6 +4,7 @@ import difflib
 import importlib
 import inspect
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from prunewright.graph.agents.controls import (
 from prunewright.graph.agents.exchange import ExchangeAgent
 from prunewright.graph.agents.llm import LLMAgent, check_access
 from prunewright.graph.agents.replay import ReplayAgent
-from prunewright.state import InputError, PruneContext
+from prunewright.state import InputError, PruneContext, Spent
 from prunewright.state.config import DEFAULT_AGENT
 
 __all__ = [
@@ -50,8 +51,12 @@ class ResolvedAgent:
     why: str
 
 
-def resolve_agent(name: str) -> ResolvedAgent:
+def resolve_agent(name: str, options: Mapping[str, Any] | None = None) -> ResolvedAgent:
     """Turn ``auto`` into a name, and refuse a name that cannot work, before anything costs time.
+
+    Args:
+        name: as in the configuration.
+        options: its ``agent_options``, which may make a key needless.
 
     Raises:
         InputError: unknown name, missing package or missing key.
@@ -78,8 +83,8 @@ def resolve_agent(name: str) -> ResolvedAgent:
         if not path:
             raise InputError(f"the agent {name!r} names no path after {kind}:")
         return ResolvedAgent(name, FILE_AGENTS[kind])
-    check_access(name)
-    return ResolvedAgent(name, "an LLM")
+    unusual = check_access(name, options)
+    return ResolvedAgent(name, f"an LLM; {unusual}" if unusual else "an LLM")
 
 
 def check_agent(context: PruneContext) -> ResolvedAgent:
@@ -90,7 +95,7 @@ def check_agent(context: PruneContext) -> ResolvedAgent:
     Raises:
         InputError: as `resolve_agent`, an unknown provider, or options that do not fit.
     """
-    resolved = resolve_agent(context.agent)
+    resolved = resolve_agent(context.agent, context.agent_options)
     if resolved.name.startswith("import:"):
         _options(resolved.name, _imported(resolved.name), context.agent_options)
     else:
@@ -98,13 +103,17 @@ def check_agent(context: PruneContext) -> ResolvedAgent:
     return resolved
 
 
-def make_agent(context: PruneContext) -> tuple[str, Agent]:
+def make_agent(context: PruneContext, spent: Spent | None = None) -> tuple[str, Agent]:
     """The agent of a context and its resolved name.
+
+    Args:
+        context: who decides, and the budget for asking.
+        spent: what the run has spent of the budget before.
 
     Raises:
         InputError: as `check_agent`.
     """
-    name = resolve_agent(context.agent).name
+    name = resolve_agent(context.agent, context.agent_options).name
     if name in CONTROLS:
         return name, CONTROLS[name]()
     if name.startswith("import:"):
@@ -114,8 +123,10 @@ def make_agent(context: PruneContext) -> tuple[str, Agent]:
     if kind == "replay":
         return name, ReplayAgent(path)
     if kind == "exchange":
-        return name, ExchangeAgent(path, _own(context.agent_options))
-    return name, LLMAgent(name, context.agent_options, context.asking)
+        return name, ExchangeAgent(path, context.agent_options)
+    return name, LLMAgent(
+        name, context.agent_options, context.asking, spent, context.out or "RUN_DIR"
+    )
 
 
 def _hint(name: str) -> str:
@@ -126,10 +137,7 @@ def _hint(name: str) -> str:
 
 
 def _options(name: str, found: type[Agent], options: dict[str, Any]) -> dict[str, Any]:
-    """The options that a class of the user's is made with.
-
-    The default ones are meant for chat models: a class that does not take them gets none.
-    """
+    """The options that a class of the user's is made with, which it must take."""
     try:
         signature = inspect.signature(found)
     except ValueError:  # a class of an extension module tells nothing
@@ -137,15 +145,8 @@ def _options(name: str, found: type[Agent], options: dict[str, Any]) -> dict[str
     try:
         signature.bind(**options)
     except TypeError as error:
-        if not _own(options):
-            return {}
         raise InputError(f"agent {name} does not take these agent_options: {error}") from error
     return options
-
-
-def _own(options: dict[str, Any]) -> dict[str, Any]:
-    """The options but for the default ones, which are meant for chat models."""
-    return {} if options == PruneContext().agent_options else options
 
 
 def _imported(name: str) -> type[Agent]:

@@ -5,7 +5,11 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import quote
 
@@ -13,6 +17,7 @@ from langchain.chat_models import init_chat_model
 from langchain_core.exceptions import ModelError
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.messages.ai import UsageMetadata
 from pydantic import ValidationError
 from tenacity import (
     RetryCallState,
@@ -25,32 +30,78 @@ from tenacity import (
 from prunewright.graph.agents.base import InvalidAnswerError, Observation
 from prunewright.graph.agents.prompt import prompt
 from prunewright.graph.agents.reading import MAX_ANSWER, answer_schema, read_answer
-from prunewright.state import AgentError, Decision, InputError
+from prunewright.state import AgentError, Decision, InputError, Spent
 from prunewright.state.config import AskingOptions
 
-_FINISHED = {"STOP", "END_TURN", "STOP_SEQUENCE", "COMPLETE", "COMPLETED"}
-# The variables in which a provider's client looks for its key.
-_KEYS = {
-    "google_genai": ("GOOGLE_API_KEY", "GEMINI_API_KEY"),
-    "openai": ("OPENAI_API_KEY",),
-    "anthropic": ("ANTHROPIC_API_KEY",),
-}
-_PACKAGES = {
-    "google_genai": "langchain_google_genai",
-    "openai": "langchain_openai",
-    "anthropic": "langchain_anthropic",
-    "ollama": "langchain_ollama",
-}
-# No retries but ours: Google's client reads 0 as its own default, and 1 as "try once".
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "google_genai": {"max_retries": 1, "temperature": 0.5},
-    "openai": {"max_retries": 0},
-    "anthropic": {"max_retries": 0},
+MAX_WAIT = 120.0
+"""Seconds between two tries, whatever a server asks for."""
+
+PLACEHOLDER = "none"
+"""Stands for the key where a server of the user's own is asked and no key is set."""
+
+# A stop sequence is not among them: who sets one has the answer cut there.
+_FINISHED = {"STOP", "END_TURN", "COMPLETE", "COMPLETED", "TOOL_CALLS", "TOOL_USE"}
+
+
+@dataclass(frozen=True)
+class _Provider:
+    """What asking a provider takes.
+
+    Attributes:
+        package: LangChain's, to import.
+        install: what pip is given.
+        keys: the variables in which the client looks for its key.
+        defaults: for its client; `agent_options` win over them.
+        binding: for the binding to the schema.
+    """
+
+    package: str
+    install: str
+    keys: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    binding: Mapping[str, Any] = field(default_factory=dict)
+
+
+# No retries but ours: Google's client reads 0 as its own default, and 1 as "try once"; Ollama's
+# has none.
+_PROVIDERS = {
+    "google_genai": _Provider(
+        "langchain_google_genai",
+        "langchain-google-genai",
+        ("GOOGLE_API_KEY", "GEMINI_API_KEY"),
+        {"max_retries": 1, "temperature": 0.5},
+    ),
+    "openai": _Provider(
+        "langchain_openai",
+        "'prunewright[openai]'",
+        ("OPENAI_API_KEY",),
+        {"max_retries": 0},
+        # Without it OpenAI takes the schema for a wish.
+        {"strict": True},
+    ),
+    "anthropic": _Provider(
+        "langchain_anthropic",
+        "'prunewright[anthropic]'",
+        ("ANTHROPIC_API_KEY",),
+        {"max_retries": 0},
+    ),
+    "ollama": _Provider(
+        "langchain_ollama",
+        "'prunewright[ollama]'",
+        # Its own context of a few thousand tokens would cut a prompt without a word, and its
+        # answers have no end.
+        defaults={"num_ctx": 16_384, "num_predict": 8_192},
+    ),
 }
 
 
-def check_access(name: str) -> None:
+def check_access(name: str, options: Mapping[str, Any] | None = None) -> str:
     """Refuse a ``provider:model`` whose package or key is missing, before anything costs time.
+
+    A key is not asked for where ``base_url`` names a server: those of one's own rarely need one.
+
+    Returns:
+        What is unusual about the access, in words; "" if nothing is.
 
     Raises:
         InputError: with the pip command or the variable to set.
@@ -58,33 +109,64 @@ def check_access(name: str) -> None:
     provider, _, model = name.partition(":")
     if not provider or not model:
         raise InputError(f"the agent {name!r} is not of the form provider:model")
-    package = _PACKAGES.get(provider)
-    if package and importlib.util.find_spec(package) is None:
-        raise InputError(
-            f"the agent {name} needs another package: pip install {package.replace('_', '-')}"
-        )
-    keys = _KEYS.get(provider, ())
-    if keys and not any(os.environ.get(key) for key in keys):
-        raise InputError(
-            f"the agent {name} needs an API key: set the environment variable "
-            f"{' or '.join(keys)}, or choose an agent without an LLM (--agent greedy)"
-        )
+    known = _PROVIDERS.get(provider)
+    if known is None:
+        return ""
+    if importlib.util.find_spec(known.package) is None:
+        raise InputError(f"the agent {name} needs another package: pip install {known.install}")
+    if not known.keys or any(os.environ.get(key) for key in known.keys):
+        return ""
+    variables = " or ".join(known.keys)
+    if (options or {}).get("base_url"):
+        return f"{variables} is not set: the server at base_url is sent a placeholder for the key"
+    raise InputError(
+        f"the agent {name} needs an API key: set the environment variable {variables}, name a "
+        "server that needs none (--set agent_options.base_url=...), or choose an agent without "
+        "an LLM (--agent greedy)"
+    )
 
 
 class LLMAgent:
     """Asks a LangChain chat model for one decision a step.
 
     Attributes:
+        calls: requests made so far, failed ones too.
         tokens: tokens exchanged so far, as the provider counts them.
         notes: what was retried since the last decision.
     """
 
-    def __init__(self, name: str, options: dict[str, Any], asking: AskingOptions) -> None:
-        check_access(name)
+    def __init__(
+        self,
+        name: str,
+        options: dict[str, Any],
+        asking: AskingOptions,
+        spent: Spent | None = None,
+        run: str = "RUN_DIR",
+    ) -> None:
+        """Build the client, which asks nobody.
+
+        Args:
+            name: ``provider:model``.
+            options: for the client.
+            asking: tries, waits and the run's budget.
+            spent: what the run has spent of the budget before.
+            run: the run directory, for the command that goes on with it.
+
+        Raises:
+            InputError: a package or key is missing, or the client does not take the options.
+        """
+        unusual = check_access(name, options)
         provider, _, model_name = name.partition(":")
         defaults: dict[str, Any] = {}
-        if provider in _DEFAULTS:  # another client may not take them
-            defaults = {"timeout": asking.timeout, **_DEFAULTS[provider]}
+        if provider == "ollama":
+            own = options.get("client_kwargs") or {}
+            options = {**options, "client_kwargs": {"timeout": asking.timeout, **own}}
+        elif provider in _PROVIDERS:  # another client may not take it
+            defaults["timeout"] = asking.timeout
+        if unusual:
+            defaults["api_key"] = PLACEHOLDER
+        if provider in _PROVIDERS:
+            defaults |= _PROVIDERS[provider].defaults
         try:
             model = init_chat_model(model_name, model_provider=provider, **{**defaults, **options})
         except ValidationError as error:
@@ -97,7 +179,7 @@ class LLMAgent:
             words = redact(str(error)) or type(error).__name__
             raise InputError(f"cannot use the agent {name}: {words}") from None
         _check_options(name, model, options)
-        self._setup(name, model, asking)
+        self._setup(name, model, asking, spent or Spent(), run, [unusual] if unusual else [])
 
     @classmethod
     def from_model(
@@ -105,16 +187,39 @@ class LLMAgent:
     ) -> "LLMAgent":
         """An agent that asks a chat model made elsewhere."""
         agent = cls.__new__(cls)
-        agent._setup(name, model, asking or AskingOptions())
+        agent._setup(name, model, asking or AskingOptions(), Spent(), "RUN_DIR", [])
         return agent
 
-    def _setup(self, name: str, model: BaseChatModel, asking: AskingOptions) -> None:
+    def _setup(
+        self,
+        name: str,
+        model: BaseChatModel,
+        asking: AskingOptions,
+        spent: Spent,
+        run: str,
+        remarks: list[str],
+    ) -> None:
         self.name = name
+        self.calls = 0
         self.tokens = 0
         self.notes: list[str] = []
         self._asking = asking
+        self._spent = spent
+        self._resume = f"prunewright resume {shlex.quote(run)}"
+        self._remarks = remarks
+        self._backoff = wait_exponential_jitter(
+            initial=asking.wait, max=MAX_WAIT, jitter=asking.wait
+        )
+        known = _PROVIDERS.get(name.partition(":")[0])
+        # Every one of these says how an answer ended.
+        self._strict = known is not None
         self._model = _without_parser(
-            model.with_structured_output(answer_schema(), method="json_schema", include_raw=True)
+            model.with_structured_output(
+                answer_schema(),
+                method="json_schema",
+                include_raw=True,
+                **(known.binding if known else {}),
+            )
         )
 
     def decide(self, observation: Observation) -> Decision:
@@ -122,14 +227,13 @@ class LLMAgent:
 
         Raises:
             InvalidAnswerError: cut, empty, not JSON or not of the schema.
-            AgentError: the provider failed after the last retry, or will not be tried again.
+            AgentError: the provider failed after the last retry, or will not be tried again, or
+                the run's budget of calls or tokens is used up.
         """
-        self.notes = []
+        self.notes = [] if observation.refusals else list(self._remarks)
         message = self._ask(prompt(observation))
-        usage = message.usage_metadata
-        self.tokens += usage["total_tokens"] if usage else 0
         text = str(message.text)
-        withheld = _withheld(message, strict=self.name.startswith("google_genai:"))
+        withheld = _withheld(message, strict=self._strict)
         if withheld:
             raise InvalidAnswerError(
                 f"the answer was cut off or withheld ({withheld}): answer again, more briefly",
@@ -138,30 +242,63 @@ class LLMAgent:
         return read_answer(text)
 
     def _ask(self, messages: list[BaseMessage]) -> AIMessage:
+        tries = self.calls
         retrying = Retrying(
             retry=retry_if_exception(_transient),
             stop=stop_after_attempt(self._asking.attempts),
-            wait=wait_exponential_jitter(
-                initial=self._asking.wait, max=120, jitter=self._asking.wait
-            ),
+            wait=self._wait,
             before_sleep=self._note_failure,
             reraise=True,
         )
         try:
-            result = retrying(self._model.invoke, messages)
+            return retrying(self._call, messages)
+        except AgentError:
+            raise
         except Exception as error:
-            tries = f" in {len(self.notes) + 1} tries" if self.notes else ""
+            tries = self.calls - tries
+            times = f" in {tries} tries" if tries > 1 else ""
             raise AgentError(
-                f"the agent {self.name} gave no answer{tries}: {_words(error)}"
+                f"the agent {self.name} gave no answer{times}: {_words(error)}"
             ) from None
+
+    def _call(self, messages: list[BaseMessage]) -> AIMessage:
+        """One request, within the budget and counted."""
+        self._check_budget()
+        self.calls += 1
+        try:
+            result = self._model.invoke(messages)
+        except Exception as error:
+            result = _cut_answer(error)
+            if result is None:
+                raise
         raw = result["raw"] if isinstance(result, dict) else result
         if not isinstance(raw, AIMessage):
             raise AgentError(f"the agent {self.name} returned no chat message")
+        usage = raw.usage_metadata
+        self.tokens += usage["total_tokens"] if usage else 0
         return raw
+
+    def _check_budget(self) -> None:
+        for key, spent, bound in (
+            ("max_calls", self._spent.calls + self.calls, self._asking.max_calls),
+            ("max_tokens", self._spent.tokens + self.tokens, self._asking.max_tokens),
+        ):
+            if bound is not None and spent >= bound:
+                raise AgentError(
+                    f"the run's budget for the LLM is used up: asking.{key} is {bound} and {spent} "
+                    f"were spent. Go on with: {self._resume} --set asking.{key}={2 * spent}"
+                )
+
+    def _wait(self, state: RetryCallState) -> float:
+        """Seconds before the next try."""
+        error = state.outcome.exception() if state.outcome else None
+        return max(self._backoff(state), min(_retry_after(error) or 0.0, MAX_WAIT))
 
     def _note_failure(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
-        self.notes.append(f"try {state.attempt_number} failed: {_words(error)}")
+        asked = _retry_after(error)
+        wait = f" (the server asks to wait {asked:g} s)" if asked else ""
+        self.notes.append(f"try {state.attempt_number} failed: {_words(error)}{wait}")
 
 
 def redact(text: str) -> str:
@@ -194,11 +331,16 @@ def _check_options(name: str, model: BaseChatModel, options: dict[str, Any]) -> 
             close = difflib.get_close_matches(option, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise InputError(f"the agent {name} has no option {option}{hint}")
+        # OpenAI's client drops the temperature of models that have none.
+        if options[option] is not None and getattr(model, option, options[option]) is None:
+            raise InputError(f"the model of {name} takes no {option}: leave it out")
 
 
 def _words(error: BaseException | None) -> str:
-    text = " ".join(redact(str(error)).split())
-    return f"{type(error).__name__}: {text[:500]}"
+    text = f"{type(error).__name__}: {' '.join(redact(str(error)).split())[:500]}"
+    if error is not None and _is_malformed(error):
+        return f"the server's reply is not of the provider's form; is it another's? ({text})"
+    return text
 
 
 def _transient(error: BaseException) -> bool:
@@ -207,22 +349,73 @@ def _transient(error: BaseException) -> bool:
         # The status comes first: LangChain takes a 429 about a "token limit" for a long prompt.
         code = getattr(cause, "code", None) or getattr(cause, "status_code", None)
         if isinstance(code, int):
-            return code in (408, 429) or code >= 500
+            # Ollama's client gives -1 to an error in the middle of an answer.
+            return code in (-1, 408, 429) or code >= 500
         if isinstance(cause, ModelError) and cause.is_retryable:
             return True
-        # An HTML page with status 200 (a proxy's) reaches us as a JSON error of the client.
-        if isinstance(cause, ConnectionError | TimeoutError | json.JSONDecodeError):
+        if isinstance(cause, ConnectionError | TimeoutError):
             return True
         # Of httpx or of its fork httpx2, whichever the provider's client has.
         kinds = {kind.__name__ for kind in type(cause).__mro__}
         if "TransportError" in kinds:
             return not kinds & {"LocalProtocolError", "UnsupportedProtocol"}
-    return False
+    # A proxy's page may be gone the next time.
+    return _is_malformed(error)
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def _is_malformed(error: BaseException) -> bool:
+    """Whether a client stumbled over a reply of status 200 that is not of its protocol.
+
+    None has an error of its own for it: they fail at the first part that is missing.
+    """
+    kinds = (json.JSONDecodeError, ValidationError, AttributeError, KeyError, TypeError)
+    return isinstance(error, kinds)
+
+
+def _retry_after(error: BaseException | None) -> float | None:
+    """Seconds that a server asks to wait (RFC 9110, Retry-After: seconds or a date)."""
+    for cause in _causes(error):
+        headers = getattr(getattr(cause, "response", None), "headers", None)
+        asked = headers.get("retry-after") if isinstance(headers, Mapping) else None
+        if asked is None:
+            continue
+        try:
+            seconds = float(asked)
+        except ValueError:
+            try:
+                moment = parsedate_to_datetime(asked)
+                seconds = (moment - datetime.now(UTC)).total_seconds()
+            except (ValueError, TypeError):  # neither form, or a date without a zone
+                return None
+        return seconds if seconds > 0 else None
+    return None
+
+
+def _cut_answer(error: BaseException) -> AIMessage | None:
+    """The message that OpenAI's client holds back where it raises on a cut or filtered answer."""
+    reasons = {
+        "LengthFinishReasonError": "length",
+        "ContentFilterFinishReasonError": "content_filter",
+    }
+    reason = reasons.get(type(error).__name__)
+    if reason is None:
+        return None
+    completion: Any = getattr(error, "completion", None)
+    text, usage = "", None
+    if completion is not None:
+        text = completion.choices[0].message.content or ""
+        if completion.usage is not None:
+            usage = UsageMetadata(
+                input_tokens=completion.usage.prompt_tokens,
+                output_tokens=completion.usage.completion_tokens,
+                total_tokens=completion.usage.total_tokens,
+            )
+    return AIMessage(text, response_metadata={"finish_reason": reason}, usage_metadata=usage)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """An error and what it was raised from, outermost first."""
-    cause: BaseException | None = error
+    cause = error
     for _ in range(8):
         if cause is None:
             return
@@ -238,7 +431,11 @@ def _withheld(message: AIMessage, *, strict: bool) -> str:
         strict: whether a message without a finish reason is refused too.
     """
     metadata = message.response_metadata
-    for key in ("finish_reason", "stop_reason", "done_reason"):
+    refusal = message.additional_kwargs.get("refusal")
+    if refusal:
+        return f"the model refused: {str(refusal)[:200]}"
+    # The last is of OpenAI's responses API.
+    for key in ("finish_reason", "stop_reason", "done_reason", "status"):
         if metadata.get(key):
             reason = str(metadata[key])
             return "" if reason.upper() in _FINISHED else f"finish reason {reason[:40]}"

@@ -5,11 +5,12 @@ import logging
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 import pytest
 from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
+from loopback import FakeGemini, Reply
 
 from prunewright.graph.agents import InvalidAnswerError, Observation, make_agent
 from prunewright.graph.agents.llm import LLMAgent, redact
@@ -19,9 +20,6 @@ from prunewright.state import AgentError, DecisionReport, InputError, PruneConte
 from prunewright.state.config import AskingOptions
 from prunewright.state.decision import MAX_REASONING, Decision
 
-if TYPE_CHECKING:
-    from tests.graph.conftest import FakeGemini, Reply
-
 GOOD = (("0.mlp.down_proj", 0.1), ("2.mlp.down_proj", 0.05))
 FULL = {"model.layers.0.mlp.down_proj": 0.1, "model.layers.2.mlp.down_proj": 0.05}
 
@@ -29,7 +27,7 @@ Ask = Callable[..., DecisionReport]
 
 
 @pytest.fixture
-def asked(gemini: "FakeGemini", make_observation: Callable[..., Observation]) -> Ask:
+def asked(gemini: FakeGemini, make_observation: Callable[..., Observation]) -> Ask:
     """A function that asks the agent for one step, as the node does."""
 
     def run(
@@ -54,7 +52,7 @@ def words(error: BaseException) -> str:
     return "".join(traceback.format_exception(error)) + repr(error)
 
 
-def test_a_good_answer(gemini: "FakeGemini", asked: Ask) -> None:
+def test_a_good_answer(gemini: FakeGemini, asked: Ask) -> None:
     gemini.script = [gemini.decision(*GOOD, tokens=321)]
     report = asked()
     assert report.agent == gemini.agent
@@ -65,7 +63,7 @@ def test_a_good_answer(gemini: "FakeGemini", asked: Ask) -> None:
     assert report.predicted_change == pytest.approx(0.004, rel=0.01)
 
 
-def test_what_the_server_gets(gemini: "FakeGemini", asked: Ask) -> None:
+def test_what_the_server_gets(gemini: FakeGemini, asked: Ask) -> None:
     gemini.script = [gemini.decision(*GOOD)]
     asked()
     (received,) = gemini.received
@@ -104,7 +102,7 @@ def test_the_schema_that_is_sent() -> None:
 
 
 def test_no_parser_of_langchain_touches_an_answer(
-    gemini: "FakeGemini", asked: Ask, monkeypatch: pytest.MonkeyPatch
+    gemini: FakeGemini, asked: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It mends cut answers, and needs minutes for a long one that is no JSON."""
 
@@ -123,7 +121,7 @@ def test_no_parser_of_langchain_touches_an_answer(
 
 
 def test_without_options_of_its_own_the_temperature_is_the_default(
-    gemini: "FakeGemini", make_observation: Callable[..., Observation]
+    gemini: FakeGemini, make_observation: Callable[..., Observation]
 ) -> None:
     gemini.script = [gemini.decision(*GOOD)]
     LLMAgent(gemini.agent, {"base_url": gemini.url}, AskingOptions()).decide(make_observation())
@@ -131,7 +129,7 @@ def test_without_options_of_its_own_the_temperature_is_the_default(
 
 
 def test_the_second_variable_for_the_key(
-    gemini: "FakeGemini", asked: Ask, monkeypatch: pytest.MonkeyPatch
+    gemini: FakeGemini, asked: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("GOOGLE_API_KEY")
     monkeypatch.setenv("GEMINI_API_KEY", gemini.key)
@@ -185,7 +183,7 @@ REFUSED: dict[str, tuple[list[tuple[str, float]], str]] = {
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_an_answer_that_is_no_decision_is_sent_back(
-    gemini: "FakeGemini", asked: Ask, case: str
+    gemini: FakeGemini, asked: Ask, case: str
 ) -> None:
     text, problem = BROKEN[case]
     gemini.script = [gemini.text(text, tokens=100), gemini.decision(*GOOD, tokens=50)]
@@ -202,7 +200,7 @@ def test_an_answer_that_is_no_decision_is_sent_back(
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_decision_that_breaks_a_rule_is_sent_back(
-    gemini: "FakeGemini", asked: Ask, case: str
+    gemini: FakeGemini, asked: Ask, case: str
 ) -> None:
     layers, problem = REFUSED[case]
     gemini.script = [gemini.decision(*layers), gemini.decision(*GOOD)]
@@ -217,7 +215,7 @@ def test_a_decision_that_breaks_a_rule_is_sent_back(
 
 
 def test_a_layer_without_room_is_neither_shown_nor_taken(
-    gemini: "FakeGemini",
+    gemini: FakeGemini,
     asked: Ask,
     make_observation: Callable[..., Observation],
     make_layer: Callable[..., Any],
@@ -237,9 +235,7 @@ def test_a_layer_without_room_is_neither_shown_nor_taken(
     assert deltas(report) == {"model.layers.1.mlp.down_proj": 0.1}
 
 
-def test_a_cut_answer_is_refused_though_it_could_be_mended(
-    gemini: "FakeGemini", asked: Ask
-) -> None:
+def test_a_cut_answer_is_refused_though_it_could_be_mended(gemini: FakeGemini, asked: Ask) -> None:
     whole = gemini.answer(*GOOD)
     prefix = whole[: whole.index("}") + 1]
     mended = Decision.model_validate_json(prefix + "]}")
@@ -252,7 +248,7 @@ def test_a_cut_answer_is_refused_though_it_could_be_mended(
 
 
 def test_an_answer_that_was_cut_after_its_end_is_refused_too(
-    gemini: "FakeGemini", asked: Ask
+    gemini: FakeGemini, asked: Ask
 ) -> None:
     gemini.script = [gemini.text(gemini.answer(*GOOD), "MAX_TOKENS"), gemini.decision(*GOOD)]
     assert len(asked().invalid_answers) == 1
@@ -272,7 +268,7 @@ def test_an_answer_that_was_cut_after_its_end_is_refused_too(
 )
 @pytest.mark.filterwarnings("ignore:A_REASON_OF_2031:UserWarning")
 def test_an_answer_withheld_is_asked_for_again(
-    gemini: "FakeGemini", asked: Ask, make: "Callable[[FakeGemini], Reply]", problem: str
+    gemini: FakeGemini, asked: Ask, make: Callable[[FakeGemini], Reply], problem: str
 ) -> None:
     gemini.script = [make(gemini), gemini.decision(*GOOD)]
     report = asked()
@@ -283,7 +279,7 @@ def test_an_answer_withheld_is_asked_for_again(
 
 @pytest.mark.parametrize("repairs", [0, 1, 2])
 def test_after_the_last_repair_the_decision_is_empty(
-    gemini: "FakeGemini", asked: Ask, repairs: int
+    gemini: FakeGemini, asked: Ask, repairs: int
 ) -> None:
     gemini.otherwise = lambda received: gemini.decision(
         (f"{len(gemini.received)}.not.there", 0.1), tokens=10
@@ -318,7 +314,7 @@ def test_after_the_last_repair_the_decision_is_empty(
     ids=["429", "429 a minute", "408", "500", "503", "502 page", "200 page", "dropped socket"],
 )
 def test_what_may_pass_is_tried_again_and_noted(
-    gemini: "FakeGemini", asked: Ask, make: "Callable[[FakeGemini], Reply]", note: str
+    gemini: FakeGemini, asked: Ask, make: Callable[[FakeGemini], Reply], note: str
 ) -> None:
     gemini.script = [make(gemini), make(gemini), gemini.decision(*GOOD)]
     report = asked()
@@ -333,7 +329,7 @@ def test_what_may_pass_is_tried_again_and_noted(
 
 
 def test_an_answer_that_never_comes_is_given_up_and_asked_for_again(
-    gemini: "FakeGemini", asked: Ask
+    gemini: FakeGemini, asked: Ask
 ) -> None:
     gemini.script = [gemini.hanging()]
     gemini.otherwise = gemini.decision(*GOOD)
@@ -342,7 +338,7 @@ def test_an_answer_that_never_comes_is_given_up_and_asked_for_again(
     assert "Timeout" in report.notes[0]
 
 
-def test_tries_are_bounded(gemini: "FakeGemini", asked: Ask) -> None:
+def test_tries_are_bounded(gemini: FakeGemini, asked: Ask) -> None:
     gemini.otherwise = gemini.error(503, "The model is overloaded.", "UNAVAILABLE")
     with pytest.raises(AgentError, match=r"no answer in 3 tries: .*503 .*overloaded"):
         asked()
@@ -359,7 +355,7 @@ def test_tries_are_bounded(gemini: "FakeGemini", asked: Ask) -> None:
     ],
 )
 def test_what_will_not_pass_is_not_tried_again(
-    gemini: "FakeGemini", asked: Ask, code: int, status: str, message: str
+    gemini: FakeGemini, asked: Ask, code: int, status: str, message: str
 ) -> None:
     # The server's words quote the key: they are shown without it.
     gemini.otherwise = gemini.error(code, f"{message} ({gemini.key})", status)
@@ -374,9 +370,7 @@ def test_what_will_not_pass_is_not_tried_again(
     assert gemini.key not in words(caught.value)
 
 
-def test_no_server_at_all(
-    gemini: "FakeGemini", make_observation: Callable[..., Observation]
-) -> None:
+def test_no_server_at_all(gemini: FakeGemini, make_observation: Callable[..., Observation]) -> None:
     asking = AskingOptions(attempts=2, wait=0.01)
     agent = LLMAgent(gemini.agent, {"base_url": "http://127.0.0.1:9"}, asking)
     with pytest.raises(AgentError, match="in 2 tries: ConnectError"):
@@ -384,7 +378,7 @@ def test_no_server_at_all(
 
 
 def test_the_key_appears_nowhere(
-    gemini: "FakeGemini", asked: Ask, caplog: pytest.LogCaptureFixture
+    gemini: FakeGemini, asked: Ask, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, logger="langchain_google_genai")
     caplog.set_level(logging.DEBUG, logger="google_genai")
@@ -404,7 +398,7 @@ def test_the_key_appears_nowhere(
 
 
 def test_a_key_of_two_lines_is_not_quoted_by_the_complaint_about_it(
-    gemini: "FakeGemini",
+    gemini: FakeGemini,
     make_observation: Callable[..., Observation],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -438,16 +432,14 @@ def test_redact(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.filterwarnings("ignore:WARNING! temprature:UserWarning")
 def test_options_that_the_client_does_not_take(
-    gemini: "FakeGemini", options: dict[str, Any], message: str
+    gemini: FakeGemini, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message) as caught:
         make_agent(PruneContext(agent=gemini.agent, agent_options=options))
     assert gemini.key not in words(caught.value)
 
 
-def test_the_answer_may_come_in_parts_with_thoughts_before(
-    gemini: "FakeGemini", asked: Ask
-) -> None:
+def test_the_answer_may_come_in_parts_with_thoughts_before(gemini: FakeGemini, asked: Ask) -> None:
     whole = gemini.answer(*GOOD)
     reply = json.loads(gemini.text("").body)
     reply["candidates"][0]["content"]["parts"] = [
@@ -460,7 +452,7 @@ def test_the_answer_may_come_in_parts_with_thoughts_before(
 
 
 def test_notes_are_those_of_one_question(
-    gemini: "FakeGemini", make_observation: Callable[..., Observation]
+    gemini: FakeGemini, make_observation: Callable[..., Observation]
 ) -> None:
     agent = LLMAgent(gemini.agent, gemini.options(), AskingOptions(wait=0.01))
     gemini.script = [
@@ -480,7 +472,7 @@ def test_notes_are_those_of_one_question(
 
 
 def test_nothing_is_written_where_the_process_stands(
-    gemini: "FakeGemini", asked: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gemini: FakeGemini, asked: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     gemini.script = [gemini.decision(*GOOD)]

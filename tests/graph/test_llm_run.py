@@ -3,19 +3,17 @@
 import json
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
+from loopback import FakeGemini
 
 from prunewright.graph import resume, run
 from prunewright.state import AgentError, InputError
 
-if TYPE_CHECKING:
-    from tests.graph.conftest import FakeGemini
-
 
 @pytest.fixture
-def llm_config(pico_config: dict[str, Any], gemini: "FakeGemini") -> dict[str, Any]:
+def llm_config(pico_config: dict[str, Any], gemini: FakeGemini) -> dict[str, Any]:
     """A pico run that asks the loopback Gemini."""
     return pico_config | {
         "agent": gemini.agent,
@@ -36,7 +34,7 @@ def assert_no_key(directory: Path, key: str) -> None:
 
 
 def test_a_run_with_mishaps_reaches_its_target(
-    llm_config: dict[str, Any], gemini: "FakeGemini", tmp_path: Path
+    llm_config: dict[str, Any], gemini: FakeGemini, tmp_path: Path
 ) -> None:
     gemini.script = [
         gemini.sensible,
@@ -78,12 +76,15 @@ def test_a_run_with_mishaps_reaches_its_target(
     again = {str(row["name"]): float(row["sparsity"]) for row in gemini.received[1].table}
     for name, added in first["applied"].items():
         assert again[name.removeprefix("model.layers.")] == pytest.approx(added, abs=6e-4)
-    assert "Earlier steps:\nstep 1: accepted" in gemini.received[1].turns[0][1]
+    again_text = gemini.received[1].turns[0][1]
+    assert "\nstep gained change predicted\n1 +" in again_text
+    assert "Your reasoning then: The cheapest layers of the table." in again_text
+    assert "You expected +1.0 % of it." in again_text
     assert_no_key(result.directory, gemini.key)
 
 
 def test_without_feedback_no_earlier_step_is_shown(
-    llm_config: dict[str, Any], gemini: "FakeGemini", tmp_path: Path
+    llm_config: dict[str, Any], gemini: FakeGemini, tmp_path: Path
 ) -> None:
     gemini.otherwise = gemini.sensible
     result = run(llm_config | {"feedback": False, "target": 0.15}, out=tmp_path / "run")
@@ -93,7 +94,7 @@ def test_without_feedback_no_earlier_step_is_shown(
 
 
 def test_a_refused_key_stops_the_run_and_it_goes_on_from_there(
-    llm_config: dict[str, Any], gemini: "FakeGemini", tmp_path: Path
+    llm_config: dict[str, Any], gemini: FakeGemini, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     gemini.script = [gemini.sensible]
@@ -124,7 +125,7 @@ def test_a_refused_key_stops_the_run_and_it_goes_on_from_there(
 
 
 def test_a_run_may_go_on_with_another_agent(
-    llm_config: dict[str, Any], gemini: "FakeGemini", tmp_path: Path
+    llm_config: dict[str, Any], gemini: FakeGemini, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     gemini.script = [gemini.sensible]
@@ -138,7 +139,7 @@ def test_a_run_may_go_on_with_another_agent(
 
 
 def test_an_agent_that_never_answers_well_stalls_the_run(
-    llm_config: dict[str, Any], gemini: "FakeGemini", tmp_path: Path
+    llm_config: dict[str, Any], gemini: FakeGemini, tmp_path: Path
 ) -> None:
     gemini.otherwise = gemini.decision(("99.lm_head", 0.1), tokens=20)
     result = run(llm_config | {"max_stalls": 2}, out=tmp_path / "run")
@@ -154,7 +155,7 @@ def test_an_agent_that_never_answers_well_stalls_the_run(
 
 
 def test_options_that_cannot_work_are_refused_before_anything_is_done(
-    llm_config: dict[str, Any], gemini: "FakeGemini", tmp_path: Path
+    llm_config: dict[str, Any], gemini: FakeGemini, tmp_path: Path
 ) -> None:
     options = gemini.options(temperature=99)
     with pytest.raises(InputError, match="temperature must be in the range"):

@@ -34,7 +34,7 @@ def test_the_defaults_are_those_of_the_design() -> None:
     config = load_config()
     assert config.model == "embedded"
     assert config.agent == "google_genai:gemini-3-flash-preview"
-    assert config.agent_options == {"temperature": 0.5}
+    assert config.agent_options == {}
     assert (config.target, config.max_steps, config.max_delta) == (0.45, 40, 0.15)
     assert (config.max_layer_sparsity, config.criterion) == (0.9, "wanda")
     assert (config.guard.max_increase, config.profile.gradient_every) == (0.15, 3)
