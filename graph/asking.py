@@ -39,7 +39,8 @@ def observe(
         profile=run.read_profile(state["profile"]["path"]),
         signals=context.signals,
         history=tuple(run.read_records(state["history"])) if context.feedback else (),
-        feedback=state["feedback"] if context.feedback else "",
+        feedback=context.feedback,
+        prompts=context.prompts,
         seed=request.seed,
         thread=run.thread() or "",
         stalls=state["stalls"],
@@ -73,8 +74,10 @@ def ask(name: str, agent: Agent, observation: Observation, *, repairs: int) -> D
         decision=decision,
         predicted_change=observation.profile.predicted_change(deltas) if deltas else None,
         invalid_answers=["; ".join(refusal.problems) for refusal in refusals],
+        repairs=min(len(refusals), repairs),
         notes=notes,
-        tokens=int(getattr(agent, "tokens", 0)) - spent,
+        calls=after.calls - before.calls,
+        tokens=after.tokens - before.tokens,
         probes=observation.probes.reports if observation.probes else [],
     )
 
@@ -91,6 +94,11 @@ def check(answer: Decision, observation: Observation) -> tuple[Decision, list[st
         max_step=observation.budget,
     )
     return decision, problems
+
+
+def spent_by(agent: Agent) -> Spent:
+    """What an agent has spent so far; one that asks no LLM counts nothing."""
+    return Spent(calls=getattr(agent, "calls", 0), tokens=getattr(agent, "tokens", 0))
 
 
 def expand(decision: Decision, profile: ModelProfile) -> tuple[Decision, list[str]]:

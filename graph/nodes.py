@@ -16,9 +16,8 @@ from pydantic import ValidationError
 
 from prunewright.graph.agents import Observation, make_agent
 from prunewright.graph.agents.base import Probes
-from prunewright.graph.asking import ask, check, observe
+from prunewright.graph.asking import ask, check, observe, spent_by
 from prunewright.graph.correction import predicted_costs
-from prunewright.graph.feedback import compile_feedback
 from prunewright.graph.routing import guard_reason, step_price, termination
 from prunewright.graph.stopping import call_stoppable, check_stop
 from prunewright.state import (
@@ -230,7 +229,7 @@ def rollback(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
 
 @timed
 def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
-    """Accept or not, record the step, compile the feedback, decide whether the run goes on.
+    """Accept or not, record the step, decide whether the run goes on.
 
     When it ends, the results are written before the end is recorded.
     """
@@ -258,7 +257,6 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
         "guard_losses": state["candidate_losses"] if accepted else state["guard_losses"],
         "stalls": stalls,
         "history": history,
-        "feedback": compile_feedback(records) if context.feedback else "",
         "status": termination(
             sparsity=record.sparsity,
             target=request.target,
@@ -459,7 +457,6 @@ def _fresh_state(dense: float, losses: list[float], sparsity: float) -> PruneUpd
         "rollbacks": 0,
         "stalls": 0,
         "history": [],
-        "feedback": "",
     }
 
 

@@ -13,6 +13,7 @@ from prunewright.state.errors import AgentError, InputError, PrunewrightError, S
 from prunewright.state.history import (
     AppliedDecision,
     DecisionReport,
+    ProbeReport,
     Spent,
     StepRecord,
     StepSummary,
@@ -32,6 +33,7 @@ __all__ = [
     "LayerDelta",
     "LayerProfile",
     "ModelProfile",
+    "ProbeReport",
     "PruneConfig",
     "PruneContext",
     "PruneInput",

@@ -24,6 +24,23 @@ class Spent(BaseModel):
         return Spent(calls=self.calls + other.calls, tokens=self.tokens + other.tokens)
 
 
+class ProbeReport(BaseModel):
+    """A trial that an agent had measured before it decided, and what it came to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layers: dict[str, float] = {}
+    """Sparsity added to each layer, or given back if negative, for the time of the trial."""
+    change: float | None = None
+    """Relative perplexity change over the accepted revision; None: refused, or not finite."""
+    change_stderr: float | None = None
+    """Standard error of the paired change over the windows of the trial."""
+    tokens: int = 0
+    """Tokens of guard text scored."""
+    refused: str = ""
+    """Why it was not measured; "" if it was."""
+
+
 class DecisionReport(BaseModel):
     """A decision and how it came about."""
 
@@ -42,6 +59,8 @@ class DecisionReport(BaseModel):
     """Requests to the LLM, failed ones too."""
     tokens: int = 0
     """Tokens exchanged with it."""
+    probes: list[ProbeReport] = []
+    """Trials measured before it."""
 
 
 class AppliedDecision(BaseModel):
@@ -94,6 +113,8 @@ class StepRecord(BaseModel):
     llm_calls: int = 0
     """Requests to the LLM, failed ones too."""
     llm_tokens: int
+    probes: list[ProbeReport] = []
+    """Trials that the agent had measured before it decided."""
 
 
 class StepSummary(TypedDict):

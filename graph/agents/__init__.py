@@ -1,15 +1,16 @@
 """Who decides: an LLM, a control without one, or the user's own class. One string names each."""
 
 import difflib
-import importlib
+import importlib.util
 import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prunewright.graph.agents.base import Agent, InvalidAnswerError, Observation, Refusal
 from prunewright.graph.agents.controls import (
+    AdaptiveAgent,
     GreedyAgent,
     RandomAgent,
     UniformAgent,
@@ -17,9 +18,13 @@ from prunewright.graph.agents.controls import (
 )
 from prunewright.graph.agents.exchange import ExchangeAgent
 from prunewright.graph.agents.llm import LLMAgent, check_access
+from prunewright.graph.agents.prompt import check_prompts
 from prunewright.graph.agents.replay import ReplayAgent
 from prunewright.state import InputError, PruneContext, Spent
 from prunewright.state.config import DEFAULT_AGENT
+
+if TYPE_CHECKING:
+    from prunewright.graph.agents.local import LocalAgent
 
 __all__ = [
     "Agent",
@@ -33,6 +38,7 @@ __all__ = [
 
 CONTROLS: dict[str, type[Agent]] = {
     "greedy": GreedyAgent,
+    "adaptive": AdaptiveAgent,
     "zscore": ZScoreAgent,
     "random": RandomAgent,
     "uniform": UniformAgent,
@@ -75,7 +81,7 @@ def resolve_agent(name: str, options: Mapping[str, Any] | None = None) -> Resolv
     if ":" not in name:
         raise InputError(
             f"unknown agent {name!r}{_hint(name)}; known: auto, {', '.join(CONTROLS)}, "
-            f"provider:model (such as {DEFAULT_AGENT}), replay:FILE, exchange:DIR, "
+            f"provider:model (such as {DEFAULT_AGENT}), replay:FILE, exchange:DIR, local:MODEL, "
             "import:package.module:Class"
         )
     kind, _, path = name.partition(":")
@@ -83,6 +89,14 @@ def resolve_agent(name: str, options: Mapping[str, Any] | None = None) -> Resolv
         if not path:
             raise InputError(f"the agent {name!r} names no path after {kind}:")
         return ResolvedAgent(name, FILE_AGENTS[kind])
+    if kind == "local":
+        if not path:
+            raise InputError(f"the agent {name!r} names no model after local:")
+        if importlib.util.find_spec("llguidance") is None:
+            raise InputError(
+                f"the agent {name} needs another package: pip install 'prunewright[local]'"
+            )
+        return ResolvedAgent(name, "an LLM in this process")
     unusual = check_access(name, options)
     return ResolvedAgent(name, f"an LLM; {unusual}" if unusual else "an LLM")
 
@@ -93,11 +107,15 @@ def check_agent(context: PruneContext) -> ResolvedAgent:
     An agent is built and dropped, which asks nobody; a class of the user's is not.
 
     Raises:
-        InputError: as `resolve_agent`, an unknown provider, or options that do not fit.
+        InputError: as `resolve_agent`, an unknown provider, options that do not fit, or
+            templates of the prompt that cannot work.
     """
     resolved = resolve_agent(context.agent, context.agent_options)
+    check_prompts(context.prompts)
     if resolved.name.startswith("import:"):
         _options(resolved.name, _imported(resolved.name), context.agent_options)
+    elif resolved.name.startswith("local:"):
+        _local(resolved.name, context.agent_options).check_model()
     else:
         make_agent(context)
     return resolved
@@ -124,9 +142,18 @@ def make_agent(context: PruneContext, spent: Spent | None = None) -> tuple[str, 
         return name, ReplayAgent(path)
     if kind == "exchange":
         return name, ExchangeAgent(path, context.agent_options)
+    if kind == "local":
+        return name, _local(name, context.agent_options)
     return name, LLMAgent(
         name, context.agent_options, context.asking, spent, context.out or "RUN_DIR"
     )
+
+
+def _local(name: str, options: Mapping[str, Any]) -> "LocalAgent":
+    # It brings torch and transformers, which nobody else here waits for.
+    from prunewright.graph.agents.local import LocalAgent
+
+    return LocalAgent(name, options)
 
 
 def _hint(name: str) -> str:

@@ -27,7 +27,8 @@ from tenacity import (
     wait_exponential_jitter,
 )
 
-from prunewright.graph.agents.base import InvalidAnswerError, Observation
+from prunewright.graph.agents.base import InvalidAnswerError, Observation, Probes
+from prunewright.graph.agents.probing import probe_tool, take_probes, with_results
 from prunewright.graph.agents.prompt import prompt
 from prunewright.graph.agents.reading import MAX_ANSWER, answer_schema, read_answer
 from prunewright.state import AgentError, Decision, InputError, Spent
@@ -213,6 +214,7 @@ class LLMAgent:
         known = _PROVIDERS.get(name.partition(":")[0])
         # Every one of these says how an answer ended.
         self._strict = known is not None
+        self._chat = model
         self._model = _without_parser(
             model.with_structured_output(
                 answer_schema(),
@@ -231,7 +233,12 @@ class LLMAgent:
                 the run's budget of calls or tokens is used up.
         """
         self.notes = [] if observation.refusals else list(self._remarks)
-        message = self._ask(prompt(observation))
+        messages, probes = prompt(observation), observation.probes
+        if probes is not None:
+            if not observation.refusals:
+                self._probe(messages, probes)
+            messages = with_results(messages, probes.reports)
+        message = self._ask(messages)
         text = str(message.text)
         withheld = _withheld(message, strict=self._strict)
         if withheld:
@@ -241,7 +248,20 @@ class LLMAgent:
             )
         return read_answer(text)
 
-    def _ask(self, messages: list[BaseMessage]) -> AIMessage:
+    def _probe(self, messages: list[BaseMessage], probes: Probes) -> None:
+        """Let the model call the tool, with the same tries, counts and bounds as a decision."""
+        try:
+            chat = self._chat.bind_tools([probe_tool()])
+        except NotImplementedError:
+            raise InputError(f"the model of {self.name} takes no tools: set probes to 0") from None
+        self.notes += take_probes(
+            messages,
+            probes,
+            ask=lambda talk: self._ask(talk, chat),
+            withheld=lambda answer: _withheld(answer, strict=self._strict),
+        )
+
+    def _ask(self, messages: list[BaseMessage], model: Any = None) -> AIMessage:
         tries = self.calls
         retrying = Retrying(
             retry=retry_if_exception(_transient),
@@ -251,7 +271,7 @@ class LLMAgent:
             reraise=True,
         )
         try:
-            return retrying(self._call, messages)
+            return retrying(self._call, messages, model or self._model)
         except AgentError:
             raise
         except Exception as error:
@@ -261,12 +281,12 @@ class LLMAgent:
                 f"the agent {self.name} gave no answer{times}: {_words(error)}"
             ) from None
 
-    def _call(self, messages: list[BaseMessage]) -> AIMessage:
+    def _call(self, messages: list[BaseMessage], model: Any) -> AIMessage:
         """One request, within the budget and counted."""
         self._check_budget()
         self.calls += 1
         try:
-            result = self._model.invoke(messages)
+            result = model.invoke(messages)
         except Exception as error:
             result = _cut_answer(error)
             if result is None:
