@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -175,8 +175,8 @@ def run_command(
         typer.Option(
             "--agent",
             "-a",
-            help="Who decides: provider:model, auto, greedy, zscore, random, uniform, or "
-            "import:package.module:Class.",
+            help="Who decides, such as provider:model, greedy, replay:FILE, exchange:DIR; "
+            "`prunewright agents` lists all.",
         ),
     ] = None,
     model: _ModelOption = None,
@@ -318,6 +318,57 @@ def show_command(
         show.print_layers(screen, story)
     else:
         show.print_story(screen, story)
+
+
+@app.command("ask")
+def ask_command(
+    ctx: typer.Context,
+    run_directory: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR", help="Directory of the run.", show_default=False)
+    ],
+    step: Annotated[
+        int | None,
+        typer.Option(
+            "--step", min=1, help="An earlier step's. Default: the latest with a profile."
+        ),
+    ] = None,
+    _json: _JsonOption = False,
+) -> None:
+    """Print the exact prompt of a run's next step, and the schema of the answer.
+
+    Nobody is asked and nothing is changed, also while the run goes on in another process.
+    """
+    session: Session = ctx.obj
+    from prunewright.graph.preview import preview
+    from prunewright.tools.rundir import RunDirectory
+
+    found = preview(RunDirectory(run_directory), None if step is None else step - 1)
+    session.emit({"directory": str(run_directory), **found.as_json()})
+    if session.json:
+        return
+    screen = session.screen
+    screen.line((f"Step {found.step + 1}: {found.about}", "bold"))
+    for message in found.messages:
+        screen.line((f"--- {message.type} ---", "bold"))
+        screen.line(str(message.text))
+    screen.line(("--- JSON schema of the answer ---", "bold"))
+    screen.line(json.dumps(found.schema, indent=2))
+
+
+@app.command("agents")
+def agents_command(ctx: typer.Context, _json: _JsonOption = False) -> None:
+    """List who can decide here, and what the others lack."""
+    session: Session = ctx.obj
+    from prunewright.graph.agents.available import available
+
+    rows = available()
+    session.emit({"agents": [asdict(row) for row in rows]})
+    if not session.json:
+        session.screen.table(
+            ["agent", "ready", "what it is, and what it lacks"],
+            [[row.name, "yes" if row.ready else "no", row.words] for row in rows],
+            left=3,
+        )
 
 
 @app.command("evaluate")

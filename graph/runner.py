@@ -160,18 +160,32 @@ def collect_garbage(run_directory: str | Path) -> tuple[int, int]:
     keep: set[str] = set()
     with directory.locked():
         if directory.database.exists():
-            uri = f"{directory.database.resolve().as_uri()}?mode=ro"
-            try:
-                with closing(sqlite3.connect(uri, uri=True, check_same_thread=False)) as database:
-                    saver = SqliteSaver(database)
-                    saver.is_setup = True  # nothing is written
-                    for found in saver.list(None):
-                        values = list(found.checkpoint["channel_values"].items())
-                        values += [(name, value) for _, name, value in found.pending_writes or ()]
-                        keep |= {value for name, value in values if name in _REVISIONS and value}
-            except sqlite3.Error as error:
-                raise StoreError(f"{directory.database} is damaged: {error}") from error
+            with read_checkpoints(directory) as saver:
+                for found in saver.list(None):
+                    values = list(found.checkpoint["channel_values"].items())
+                    values += [(name, value) for _, name, value in found.pending_writes or ()]
+                    keep |= {value for name, value in values if name in _REVISIONS and value}
         return directory.collect_garbage(keep)
+
+
+@contextmanager
+def read_checkpoints(directory: RunDirectory) -> Iterator[SqliteSaver]:
+    """A run's checkpoints, to read only; another process may be writing them.
+
+    Raises:
+        StoreError: missing or damaged, when it is opened or while it is read.
+    """
+    path = directory.database.resolve()
+    # Without a log nobody writes, and a reader that says so leaves no files of its own behind.
+    still = not path.with_name(f"{path.name}-wal").exists()
+    uri = f"{path.as_uri()}?mode=ro{'&immutable=1' if still else ''}"
+    try:
+        with closing(sqlite3.connect(uri, uri=True, check_same_thread=False)) as database:
+            saver = SqliteSaver(database)
+            saver.is_setup = True  # nothing is written
+            yield saver
+    except (sqlite3.Error, ValueError, TypeError, LookupError) as error:
+        raise StoreError(f"{directory.database} cannot be read: {error}") from error
 
 
 @contextmanager

@@ -160,8 +160,8 @@ class PruneContext(Options):
 
     agent: str = Field(
         DEFAULT_AGENT,
-        description="provider:model, greedy, zscore, random, uniform, auto, "
-        "or import:package.module:Class",
+        description="provider:model, greedy, replay:FILE, exchange:DIR, "
+        "import:package.module:Class ...; `prunewright agents` lists all",
     )
     agent_options: dict[str, Any] = Field(
         default_factory=dict,

@@ -81,7 +81,8 @@ class Observation:
         profile: every layer's signals.
         signals: which z-scores an LLM is shown; z_c stands for all of the predicted cost.
         history: the earlier steps; empty without feedback.
-        feedback: what they came to, in words; empty without feedback.
+        feedback: whether an LLM is told what its earlier steps did.
+        prompts: folder with templates of the prompt that replace the project's.
         seed: the run's.
         thread: the run's name, which no other run has.
         stalls: steps just before this one that were rolled back or chose nothing, in a row.
@@ -103,7 +104,8 @@ class Observation:
     profile: ModelProfile
     signals: tuple[Signal, ...] = ("z_s", "z_g", "z_c")
     history: tuple[StepRecord, ...] = ()
-    feedback: str = ""
+    feedback: bool = True
+    prompts: str | None = None
     seed: int = 0
     thread: str = ""
     stalls: int = 0
@@ -150,7 +152,10 @@ class Agent(Protocol):
 
 
 def quote_name(name: str) -> str:
-    """A layer's name as it may stand in a prompt: plain, or a JSON string if it has more."""
-    if re.fullmatch(r"[\w.\-]+", name, re.ASCII):
+    """A layer's name as it may stand in a prompt: plain, or a JSON string if it has more.
+
+    Cut where it is longer than an answer may name.
+    """
+    if len(name) <= MAX_NAME and re.fullmatch(r"[\w.\-]+", name, re.ASCII):
         return name
     return json.dumps(name[:MAX_NAME])
