@@ -60,7 +60,6 @@ class PruneState(TypedDict):
     stalls: int
     """Rollbacks and empty decisions in a row."""
     history: list[StepSummary]
-    feedback: str
     seconds: Annotated[dict[str, float], add_up]
     """Wall time by node."""
     tokens: Annotated[dict[str, float], add_up]
@@ -90,6 +89,5 @@ class PruneUpdate(TypedDict, total=False):
     rollbacks: int
     stalls: int
     history: list[StepSummary]
-    feedback: str
     seconds: dict[str, float]
     tokens: dict[str, float]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from prunewright.graph import run
 from prunewright.graph.agents import Observation
 from prunewright.graph.agents.controls import GreedyAgent
+from prunewright.graph.agents.prompt import prompt
 from prunewright.state import Decision, InputError, StepRecord
 from prunewright.state.config import validate_config
 from prunewright.tools.revisions import DENSE
@@ -25,6 +26,19 @@ from prunewright.tools.workbench import Workbench, workbench
 def records(path: Path) -> list[StepRecord]:
     lines = (path / "trace.jsonl").read_text().splitlines()
     return [StepRecord.model_validate_json(line) for line in lines]
+
+
+def read_groups(text: str) -> dict[str, float]:
+    """Deltas by short name from ``mlp.up_proj 0-1 +.100, 2 +.050; ...``."""
+    found = {}
+    for part in text.split("; "):
+        projection, _, rest = part.partition(" ")
+        for item in rest.split(", "):
+            span, delta = item.split(" ")
+            first, _, last = span.partition("-")
+            for block in range(int(first), int(last or first) + 1):
+                found[f"{block}.{projection}"] = float(delta)
+    return found
 
 
 def live_weights(bench: Workbench) -> dict[str, torch.Tensor]:
@@ -70,12 +84,14 @@ def test_a_harmful_step_is_rolled_back_bit_for_bit(
     assert bad.change == pytest.approx(rise, rel=1e-6)
     assert steps[2].perplexity_before == bad.perplexity_before
     # The agent is told what broke: every layer with its delta.
-    feedback = seen[2].feedback
-    assert "rolled back" in feedback
-    assert bad.reason in feedback
-    for name, delta in bad.applied.items():
-        assert f"{name.removeprefix('model.layers.')} {delta:+.3f}" in feedback
     assert seen[2].history[1] == bad
+    told = str(prompt(seen[2])[1].content)
+    line = next(line for line in told.splitlines() if "was rolled back" in line)
+    assert line.startswith(f"Step 2 was rolled back: {bad.reason}. It was ")
+    assert read_groups(line.rpartition("It was ")[2]) == {
+        name.removeprefix("model.layers."): pytest.approx(delta, abs=6e-4)
+        for name, delta in bad.applied.items()
+    }
 
 
 def test_without_feedback_the_agent_is_told_nothing(
@@ -91,7 +107,7 @@ def test_without_feedback_the_agent_is_told_nothing(
     monkeypatch.setattr(GreedyAgent, "decide", decide)
     run(config | {"feedback": False}, out=tmp_path / "run")
     assert len(seen) > 1
-    assert all(o.feedback == "" and o.history == () for o in seen)
+    assert all(not o.feedback and o.history == () for o in seen)
 
 
 def test_rollbacks_in_a_row_end_the_run_and_leave_a_model(

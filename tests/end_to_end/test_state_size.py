@@ -79,7 +79,7 @@ def test_a_step_late_in_the_run_costs_little_more_than_an_early_one(
             size[step] = max(size.get(step, 0), len(json.dumps(state)))
     assert set(size) == set(range(41))
     assert max(size.values()) <= 64 * 1024
-    # What a step adds for good is its line of the history and of the feedback.
+    # What a step adds for good is its line of the history.
     assert (size[39] - size[1]) / 38 <= 1024
 
 

@@ -580,7 +580,7 @@ def test_random_depends_on_seed_and_step_only(
         decision = RandomAgent().decide(replace(observation, **values))
         return frozenset(item.name for item in decision.layers)
 
-    assert drawn() == drawn(perplexity=99.0, history=(), feedback="bad", steps_left=2)
+    assert drawn() == drawn(perplexity=99.0, history=(), feedback=False, steps_left=2)
     draws = {drawn(seed=seed, step=step) for seed in range(3) for step in range(3)}
     assert len(draws) == 9
 

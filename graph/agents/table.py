@@ -1,0 +1,254 @@
+"""The layers in a prompt: a line each while they are few, else maps, else a shortlist."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from itertools import groupby
+from statistics import fmean, median
+
+from prunewright.graph.agents.base import Observation, quote_name
+from prunewright.graph.correction import DEPTHS, depth_of
+from prunewright.state import COST_DELTAS, LayerProfile
+
+MAX_ROWS = 256
+"""Layers shown in one prompt; with more, a shortlist and summaries."""
+LINES = 96
+"""Layers shown with a line each; up to `MAX_ROWS` stand in maps, which take half the tokens."""
+RECENT = 6
+"""Steps that maps tell the layers of."""
+GROUPS = 64
+"""Lines of a summary."""
+
+
+def shown_layers(observation: Observation, rows: int = MAX_ROWS) -> list[LayerProfile]:
+    """The layers with room left that the table holds, in the model's order.
+
+    Of more than ``rows`` the likeliest to be chosen, `LINES` of them at most: by predicted cost a
+    weight where that is shown, else by the mean of the z-scores shown, else evenly spread.
+    """
+    room = observation.room()
+    layers = [p for p in observation.profile.layers if room[p.name] > 1e-6]
+    if len(layers) <= rows:
+        return layers
+    rows = min(rows, LINES)
+    visible = [s for s in ("z_s", "z_g") if s in observation.signals]
+    if "z_c" in observation.signals:
+        order = sorted(layers, key=lambda p: p.loss_cost[0] / p.parameters)
+    elif visible:
+        order = sorted(layers, key=lambda p: fmean(getattr(p, s) for s in visible))
+    else:
+        order = [layers[i * len(layers) // rows] for i in range(rows)]
+    kept = {p.name for p in order[:rows]}
+    return [p for p in layers if p.name in kept]
+
+
+def table(observation: Observation, last: Mapping[str, str], rows: int = MAX_ROWS) -> str:
+    """All that an LLM is shown of the layers: of their signals, those in ``signals`` only.
+
+    Args:
+        observation: what the agent may see.
+        last: the step that last changed each layer, in words.
+        rows: layers shown at most.
+    """
+    layers = observation.profile.layers
+    shown = shown_layers(observation, rows)
+    room = observation.room()
+    full = {p.name: "" for p in layers if room[p.name] <= 1e-6}
+    parts = []
+    if len(shown) + len(full) < len(layers):
+        parts += [
+            _summary(observation),
+            f"{len(shown)} of {len(layers)} layers, {_order(observation)}:",
+        ]
+    parts.append(
+        _lines(observation, shown, last) if len(shown) <= LINES else _maps(observation, last)
+    )
+    if full:
+        parts.append(f"No room left in: {by_blocks(layers, full, LINES)}")
+    return "\n".join(parts)
+
+
+def by_blocks(layers: Iterable[LayerProfile], values: Mapping[str, str], most: int) -> str:
+    """Values of layers as ``mlp.up_proj 0-5 VALUE, 6 VALUE; ...``; at most so many items.
+
+    A range runs over the blocks that hold the projection, from the first to the last named.
+    """
+    by_projection: dict[str, list[LayerProfile]] = {}
+    for layer in sorted(layers, key=lambda p: p.block):
+        by_projection.setdefault(layer.projection, []).append(layer)
+    parts, items = [], 0
+    for projection, held in by_projection.items():
+        ranges = []
+        for value, run in groupby(held, key=lambda p: values.get(p.name)):
+            blocks = [p.block for p in run]
+            if value is not None:
+                span = f"{blocks[0]}-{blocks[-1]}" if len(blocks) > 1 else f"{blocks[0]}"
+                ranges.append(f"{span} {value}".rstrip())
+        shown = ranges[: max(0, most - items)]
+        items += len(ranges)
+        if shown:
+            parts.append(f"{quote_name(projection)} {', '.join(shown)}")
+    return "; ".join(parts) + (f"; and {items - most} more" if items > most else "")
+
+
+def cost_rates(layer: LayerProfile, prunable: int) -> list[float]:
+    """Per cent of perplexity for one per cent of the model's sparsity, at each of `COST_DELTAS`."""
+    return [
+        cost / (delta * layer.parameters / prunable)
+        for cost, delta in zip(layer.loss_cost, COST_DELTAS, strict=True)
+    ]
+
+
+def _order(observation: Observation) -> str:
+    if "z_c" in observation.signals:
+        return "those with the lowest cost"
+    if observation.signals:
+        return "those with the lowest mean z-score"
+    return "evenly spread"
+
+
+def _lines(observation: Observation, shown: list[LayerProfile], last: Mapping[str, str]) -> str:
+    """One line a layer."""
+    prunable, signals = observation.prunable, observation.signals
+    columns: dict[str, Callable[[LayerProfile], str]] = {
+        "name": lambda p: quote_name(p.short_name),
+        "share": lambda p: f"{100 * p.parameters / prunable:.4g}",
+        "sparsity": lambda p: f"{p.sparsity:.3f}",
+    }
+    if "z_s" in signals:
+        columns["z_s"] = lambda p: f"{p.z_s:.2f}"
+    if "z_g" in signals:
+        columns["z_g"] = lambda p: f"{p.z_g:.2f}"
+    if "z_c" in signals:
+        columns["z_c"] = lambda p: f"{p.z_c:.2f}"
+        columns[f"cost at {' / '.join(f'{d:g}' for d in COST_DELTAS)}"] = lambda p: "/".join(
+            f"{rate:.2g}" for rate in cost_rates(p, prunable)
+        )
+    if last:
+        columns["last"] = lambda p: last.get(p.name, "-")
+    rows = [" | ".join(cell(p) for cell in columns.values()) for p in shown]
+    return "\n".join([" | ".join(columns), *rows])
+
+
+def _maps(observation: Observation, last: Mapping[str, str]) -> str:
+    """Maps of blocks and projections, one for each kind of signal."""
+    layers, prunable = observation.profile.layers, observation.prunable
+    shares = {p.name: f"{100 * p.parameters / prunable:.4g}" for p in layers}
+    projections = list(dict.fromkeys(p.projection for p in layers))
+    parts = [
+        f"share of each layer, per cent, by blocks: {by_blocks(layers, shares, MAX_ROWS)}",
+        "sparsity, thousandths (312 is 0.312):",
+        f"block {' '.join(map(quote_name, projections))}",
+        *_map(layers, projections, lambda p: f"{1000 * p.sparsity:.0f}"),
+    ]
+    visible = [s for s in ("z_s", "z_g") if s in observation.signals]
+    if "z_c" in observation.signals:
+        rates = {p.name: cost_rates(p, prunable) for p in layers}
+        unit = _unit([rate[1] for rate in rates.values()])
+        parts += [
+            f"cost at {COST_DELTAS[1]:g}, in units of {unit:g}:",
+            *_map(layers, projections, lambda p: f"{rates[p.name][1] / unit:.0f}"),
+            f"cost at {COST_DELTAS[0]:g}/{COST_DELTAS[2]:g} over that, median of each column: "
+            + " ".join(_growth(layers, name, rates) for name in projections),
+        ]
+        if visible:
+            # Beside the cost half a standard deviation is near enough.
+            parts += [
+                f"{' and '.join(visible)}, one digit each: 5 for a score of 0, then half a "
+                "standard deviation a digit, lower is safer:",
+                *_map(
+                    layers,
+                    projections,
+                    lambda p: "".join(_digit(getattr(p, signal)) for signal in visible),
+                ),
+            ]
+    elif visible:
+        parts += [
+            f"{'/'.join(visible)}, hundredths:",
+            *_map(
+                layers,
+                projections,
+                lambda p: "/".join(f"{100 * getattr(p, signal):.0f}" for signal in visible),
+            ),
+        ]
+    if last:
+        first = observation.step + 1 - RECENT
+        recent = {name: step for name, step in last.items() if int(step.rstrip("x")) >= first}
+        parts.append(
+            f"last changed in step (others before step {max(first, 1)}, or never): "
+            + by_blocks(layers, recent, MAX_ROWS)
+        )
+    return "\n".join(parts)
+
+
+def _map(
+    layers: list[LayerProfile], projections: list[str], cell: Callable[[LayerProfile], str]
+) -> list[str]:
+    """One line a block, a cell for each projection."""
+    blocks: dict[int, dict[str, str]] = {}
+    for p in layers:
+        blocks.setdefault(p.block, {})[p.projection] = cell(p)
+    return [
+        " ".join([str(block), *(cells.get(name, "-") for name in projections)])
+        for block, cells in sorted(blocks.items())
+    ]
+
+
+def _digit(score: float) -> str:
+    return str(min(max(round(5 + 2 * score), 0), 9))
+
+
+def _growth(layers: list[LayerProfile], projection: str, rates: Mapping[str, list[float]]) -> str:
+    """How a projection's cost at the first and last of `COST_DELTAS` compares with the middle."""
+    held = [r for p in layers if p.projection == projection and (r := rates[p.name])[1] > 0]
+    first, last = ([r[i] / r[1] for r in held] or [1.0] for i in (0, 2))
+    return f"{median(first):.2f}/{median(last):.2f}"
+
+
+def _unit(values: list[float]) -> float:
+    """The power of ten in which nearly all of some costs have two digits or more."""
+    positive = sorted(v for v in values if v > 0)
+    if not positive:
+        return 1.0
+    low = positive[len(positive) // 10]
+    return 10.0 ** math.floor(math.log10(low / 5))
+
+
+def _summary(observation: Observation) -> str:
+    """One line for each projection in each third of the blocks, so that groups can be chosen."""
+    layers, prunable = observation.profile.layers, observation.prunable
+    blocks = 1 + max(p.block for p in layers)
+    groups: dict[tuple[str, str], list[LayerProfile]] = {}
+    names = list(dict.fromkeys(p.projection for p in layers))
+    many = len(names) * len(DEPTHS) > GROUPS
+    for p in layers:
+        # Experts that stand each for itself differ in a number only.
+        name = re.sub(r"\d+", "*", p.projection) if many else p.projection
+        groups.setdefault((name, depth_of(p.block, blocks)), []).append(p)
+    visible = [s for s in ("z_s", "z_g") if s in observation.signals]
+    columns = ["projection", "blocks", "layers", "share", "sparsity", *visible]
+    if "z_c" in observation.signals:
+        columns.append(f"cost at {COST_DELTAS[1]:g}: lowest / median / highest")
+    lines = [
+        "All layers by projection and depth (mean sparsity and z-scores, share of all together"
+        f"{'; * stands for any number' if many else ''}):",
+        " | ".join(columns),
+    ]
+    for (name, _), group in list(groups.items())[:GROUPS]:
+        held = [p.block for p in group]
+        weights = sum(p.parameters for p in group)
+        cells = [
+            quote_name(name),
+            f"{min(held)}-{max(held)}",
+            str(len(group)),
+            f"{100 * weights / prunable:.3g}",
+            f"{sum(p.parameters * p.sparsity for p in group) / weights:.3f}",
+            *(f"{fmean(getattr(p, s) for p in group):.2f}" for s in visible),
+        ]
+        if "z_c" in observation.signals:
+            rates = sorted(cost_rates(p, prunable)[1] for p in group)
+            cells.append(f"{rates[0]:.2g} / {median(rates):.2g} / {rates[-1]:.2g}")
+        lines.append(" | ".join(cells))
+    if len(groups) > GROUPS:
+        lines.append(f"and {len(groups) - GROUPS} groups more")
+    return "\n".join(lines)
