@@ -14,7 +14,7 @@ from prunewright.graph.console import (
     short_name,
 )
 from prunewright.graph.runner import load_metrics
-from prunewright.state import PruneConfig, StepRecord
+from prunewright.state import ProbeReport, PruneConfig, StepRecord
 from prunewright.state.metrics import Metrics
 from prunewright.tools.rundir import RunDirectory
 from prunewright.tools.signatures import failure_signatures
@@ -151,7 +151,12 @@ def print_step(screen: Screen, record: StepRecord) -> None:
         ("tokens", str(record.llm_tokens) if record.llm_tokens else ""),
     ]
     screen.pairs((name, value) for name, value in rows if value)
-    for name, words in (("refused", record.invalid_answers), ("note", record.notes)):
+    probes = [probe.refused or _probe(probe) for probe in record.probes]
+    for name, words in (
+        ("probe", probes),
+        ("refused", record.invalid_answers),
+        ("note", record.notes),
+    ):
         screen.pairs((name, line) for line in words)
     screen.line()
     screen.line(("Reasoning", "bold"))
@@ -164,6 +169,12 @@ def print_step(screen: Screen, record: StepRecord) -> None:
             for item in record.decision.layers
         ],
     )
+
+
+def _probe(probe: ProbeReport) -> str:
+    change = "not finite" if probe.change is None else f"{probe.change:+.2%}"
+    noise = "" if probe.change_stderr is None else f" ± {probe.change_stderr:.2%}"
+    return f"{layers_words(probe.layers)}: {change}{noise} on {probe.tokens} tokens"
 
 
 def _perplexities(record: StepRecord) -> str:

@@ -37,8 +37,8 @@ class Metrics(BaseModel):
         llm_calls: requests to the LLM, failed ones too.
         perplexity: see `Perplexities`.
         seconds: wall time, ``total`` and by node.
-        tokens: scored for calibration (forward), gradient (forward and backward), guard and
-            test; exchanged with the LLM.
+        tokens: scored for calibration (forward), gradient (forward and backward), guard, probes
+            and test; exchanged with the LLM.
         peak_memory_bytes: largest resident size of the process so far.
     """
 

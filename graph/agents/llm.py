@@ -237,7 +237,7 @@ class LLMAgent:
         if probes is not None:
             if not observation.refusals:
                 self._probe(messages, probes)
-            messages = with_results(messages, probes.reports)
+            messages = with_results(messages, probes.reports, observation.profile)
         message = self._ask(messages)
         text = str(message.text)
         withheld = _withheld(message, strict=self._strict)

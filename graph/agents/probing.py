@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from prunewright.graph.agents.base import InvalidAnswerError, Probes, quote_name
 from prunewright.graph.agents.reading import plain_schema, read_strictly
-from prunewright.state import Decision, GroupDelta, LayerDelta, ProbeReport
+from prunewright.state import Decision, GroupDelta, LayerDelta, ModelProfile, ProbeReport
 from prunewright.state.decision import MAX_GROUPS, MAX_LAYERS
 
 TOOL = "probe"
@@ -85,19 +85,19 @@ def take_probes(
             if probes.left <= 0:
                 return [f"{len(calls) - index} probes beyond the bound were not measured"]
             report = probes.take(_trial(call))
-            left = f"probes left: {probes.left}"
-            content = f"{_outcome(report)}; {left}"
+            content = f"{_outcome(report)}; probes left: {probes.left}"
             talk.append(ToolMessage(content, tool_call_id=call["id"] or "", name=TOOL))
     return []
 
 
 def with_results(
-    messages: Sequence[BaseMessage], reports: Sequence[ProbeReport]
+    messages: Sequence[BaseMessage], reports: Sequence[ProbeReport], profile: ModelProfile
 ) -> list[BaseMessage]:
     """The messages of the second phase: a step's prompt with what its probes came to."""
     if not reports:
         return list(messages)
-    lines = [f"- {_layers(report)}{_outcome(report)}" for report in reports]
+    short = {layer.name: quote_name(layer.short_name) for layer in profile.layers}
+    lines = [f"- {_layers(report, short)}{_outcome(report)}" for report in reports]
     words = "You had these trials measured, each from where the model is now:"
     return _with(messages, "\n".join([words, *lines]))
 
@@ -138,8 +138,8 @@ def _outcome(report: ProbeReport) -> str:
     return f"perplexity {report.change:+.2%}{noise} on {report.tokens} tokens"
 
 
-def _layers(report: ProbeReport) -> str:
-    shown = [f"{quote_name(n)} {d:+.3f}" for n, d in list(report.layers.items())[:MAX_SHOWN]]
+def _layers(report: ProbeReport, short: dict[str, str]) -> str:
+    shown = [f"{short[n]} {delta:+.3f}" for n, delta in list(report.layers.items())[:MAX_SHOWN]]
     if len(report.layers) > MAX_SHOWN:
         shown.append(f"and {len(report.layers) - MAX_SHOWN} more")
     return ", ".join(shown) + ": " if shown else ""
