@@ -1,6 +1,6 @@
 """The agent that is a causal LM in this process, its answers bound to a grammar as it writes."""
 
-import importlib.util
+import atexit
 import json
 import math
 import random
@@ -68,6 +68,9 @@ class _Held:
 
 _held: _Held | None = None
 _lock = threading.Lock()
+# A stopped run leaves its thread behind, which ends with the token in hand: were Python to exit
+# under it, torch would abort the process.
+atexit.register(_lock.acquire)
 
 
 class LocalAgent:
@@ -84,7 +87,6 @@ class LocalAgent:
     """
 
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
-        check_package(name)
         try:
             self._options = LocalOptions(**options)
         except ValidationError as error:
@@ -146,20 +148,6 @@ class LocalAgent:
                 f"do not fit into the {limit} positions of the agent {self.name}: lower "
                 "agent_options.rows or agent_options.max_new_tokens, and resume"
             )
-
-
-def check_package(name: str) -> None:
-    """Refuse ``local:`` without a model or without llguidance.
-
-    Raises:
-        InputError: with the form, or the pip command.
-    """
-    if not name.removeprefix(PREFIX):
-        raise InputError(f"the agent {name!r} is not of the form local:PATH_OR_HUB_NAME")
-    if importlib.util.find_spec("llguidance") is None:
-        raise InputError(
-            f"the agent {name} needs another package: pip install 'prunewright[local]'"
-        )
 
 
 def answer_grammar(items: list[dict[str, Any]], max_layers: int) -> str:
