@@ -135,7 +135,7 @@ def near_valid(seed: int) -> str:
     r = random.Random(seed)
 
     def delta() -> float:
-        return r.choice(EDGES) if r.random() < 0.1 else r.uniform(-0.02, 0.05)
+        return r.choice(EDGES) if r.random() < 0.05 else r.uniform(-0.02, 0.05)
 
     names = r.sample(sorted(LAYERS), r.randint(0, 5))
     if r.random() < 0.1:
@@ -167,8 +167,8 @@ def test_near_valid_decisions(observation: Observation) -> None:
     verdicts = fuzz(st.integers(0, 2**32).map(near_valid), 7_000, observation)
     assert verdicts.total() == 7_000
     # Both sides are really met.
-    assert verdicts["accepted"] > 1_000, verdicts
-    assert verdicts["refused"] > 1_000, verdicts
+    assert verdicts["accepted"] > 500, verdicts
+    assert verdicts["refused"] > 500, verdicts
 
 
 # Hostile text: what breaks a parser, alone or in the place of a part of a decision.
@@ -233,7 +233,7 @@ HOSTILE = st.one_of(
 def test_hostile_texts(observation: Observation) -> None:
     verdicts = fuzz(HOSTILE, 2_900, observation)
     assert verdicts.total() == 2_900
-    assert verdicts["refused"] > 2_000, verdicts
+    assert verdicts["refused"] > 1_000, verdicts
 
 
 NAMES = st.sampled_from([*LAYERS, *ODD_NAMES])
