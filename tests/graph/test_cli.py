@@ -414,7 +414,7 @@ def test_failure_signatures_are_reported(config_file: Path, tmp_path: Path, agen
     for text in (wild.stdout, invoke("show", tmp_path / "wild").stdout):
         assert "warning    5 of 10 answers were invalid (50%)" in text
     step = invoke("show", tmp_path / "wild", "--step", "1").stdout
-    assert re.search(r"refused +.*delta 0.9 is not in \(0, 0.15\]", step)
+    assert re.search(r"refused +.*delta 0.9 is not within 0.15 of 0", step)
 
 
 def test_show_refuses_what_is_no_run(tmp_path: Path) -> None:

@@ -286,7 +286,7 @@ class FakeAnthropic(FakeLLM):
     """Anthropic's messages."""
 
     provider = "anthropic"
-    model = "claude-sonnet-4-5"
+    model = "claude-sonnet-4-6"
     variable = "ANTHROPIC_API_KEY"
     finished = "end_turn"
     cut = "max_tokens"
