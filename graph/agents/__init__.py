@@ -115,7 +115,7 @@ def check_agent(context: PruneContext) -> ResolvedAgent:
     if resolved.name.startswith("import:"):
         _options(resolved.name, _imported(resolved.name), context.agent_options)
     elif resolved.name.startswith("local:"):
-        _local(resolved.name, context.agent_options).check_model()
+        _local(context).check_model()
     else:
         make_agent(context)
     return resolved
@@ -143,17 +143,19 @@ def make_agent(context: PruneContext, spent: Spent | None = None) -> tuple[str, 
     if kind == "exchange":
         return name, ExchangeAgent(path, context.agent_options)
     if kind == "local":
-        return name, _local(name, context.agent_options)
+        return name, _local(context, spent)
     return name, LLMAgent(
         name, context.agent_options, context.asking, spent, context.out or "RUN_DIR"
     )
 
 
-def _local(name: str, options: Mapping[str, Any]) -> "LocalAgent":
+def _local(context: PruneContext, spent: Spent | None = None) -> "LocalAgent":
     # It brings torch and transformers, which nobody else here waits for.
     from prunewright.graph.agents.local import LocalAgent
 
-    return LocalAgent(name, options)
+    return LocalAgent(
+        context.agent, context.agent_options, context.asking, spent, context.out or "RUN_DIR"
+    )
 
 
 def _hint(name: str) -> str:

@@ -206,7 +206,7 @@ class LLMAgent:
         self.notes: list[str] = []
         self._asking = asking
         self._spent = spent
-        self._resume = f"prunewright resume {shlex.quote(run)}"
+        self._run = run
         self._remarks = remarks
         self._backoff = wait_exponential_jitter(
             initial=asking.wait, max=MAX_WAIT, jitter=asking.wait
@@ -283,7 +283,8 @@ class LLMAgent:
 
     def _call(self, messages: list[BaseMessage], model: Any) -> AIMessage:
         """One request, within the budget and counted."""
-        self._check_budget()
+        spent = self._spent + Spent(calls=self.calls, tokens=self.tokens)
+        check_budget(self._asking, spent, self._run)
         self.calls += 1
         try:
             result = model.invoke(messages)
@@ -298,17 +299,6 @@ class LLMAgent:
         self.tokens += usage["total_tokens"] if usage else 0
         return raw
 
-    def _check_budget(self) -> None:
-        for key, spent, bound in (
-            ("max_calls", self._spent.calls + self.calls, self._asking.max_calls),
-            ("max_tokens", self._spent.tokens + self.tokens, self._asking.max_tokens),
-        ):
-            if bound is not None and spent >= bound:
-                raise AgentError(
-                    f"the run's budget for the LLM is used up: asking.{key} is {bound} and {spent} "
-                    f"were spent. Go on with: {self._resume} --set asking.{key}={2 * spent}"
-                )
-
     def _wait(self, state: RetryCallState) -> float:
         """Seconds before the next try."""
         error = state.outcome.exception() if state.outcome else None
@@ -319,6 +309,29 @@ class LLMAgent:
         asked = _retry_after(error)
         wait = f" (the server asks to wait {asked:g} s)" if asked else ""
         self.notes.append(f"try {state.attempt_number} failed: {_words(error)}{wait}")
+
+
+def check_budget(asking: AskingOptions, spent: Spent, run: str) -> None:
+    """Refuse one more call where the run's budget is used up.
+
+    Args:
+        asking: the budget.
+        spent: what the run has spent of it.
+        run: the run directory, for the command that goes on with it.
+
+    Raises:
+        AgentError: it is.
+    """
+    for key, used, bound in (
+        ("max_calls", spent.calls, asking.max_calls),
+        ("max_tokens", spent.tokens, asking.max_tokens),
+    ):
+        if bound is not None and used >= bound:
+            raise AgentError(
+                f"the run's budget for the LLM is used up: asking.{key} is {bound} and {used} "
+                f"were spent. Go on with: prunewright resume {shlex.quote(run)} "
+                f"--set asking.{key}={2 * used}"
+            )
 
 
 def redact(text: str) -> str:

@@ -18,11 +18,12 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from prunewright.graph.agents.base import InvalidAnswerError, Observation
+from prunewright.graph.agents.llm import check_budget
 from prunewright.graph.agents.prompt import prompt, shown_layers
 from prunewright.graph.agents.reading import MAX_ANSWER, read_answer
 from prunewright.graph.stopping import check_stop
-from prunewright.state import AgentError, Decision, InputError, LayerProfile
-from prunewright.state.config import Options, describe_validation_error
+from prunewright.state import AgentError, Decision, InputError, LayerProfile, Spent
+from prunewright.state.config import AskingOptions, Options, describe_validation_error
 from prunewright.tools.models import LoadedModel, load_model, resolve_directory
 
 if TYPE_CHECKING:
@@ -86,7 +87,26 @@ class LocalAgent:
         notes: what was settled without the model since the last decision.
     """
 
-    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        options: Mapping[str, Any],
+        asking: AskingOptions,
+        spent: Spent | None = None,
+        run: str = "RUN_DIR",
+    ) -> None:
+        """Check the options; the model is loaded for the first decision.
+
+        Args:
+            name: ``local:MODEL``.
+            options: as `LocalOptions` has them.
+            asking: the run's budget.
+            spent: what the run has spent of the budget before.
+            run: the run directory, for the command that goes on with it.
+
+        Raises:
+            InputError: the options do not fit.
+        """
         try:
             self._options = LocalOptions(**options)
         except ValidationError as error:
@@ -96,6 +116,9 @@ class LocalAgent:
         self.calls = 0
         self.tokens = 0
         self.notes: list[str] = []
+        self._asking = asking
+        self._spent = spent or Spent()
+        self._run = run
 
     def check_model(self) -> None:
         """Find the model, of the hub only its configuration and tokenizer, without loading it.
@@ -110,7 +133,8 @@ class LocalAgent:
 
         Raises:
             InvalidAnswerError: the answer was not finished within ``max_new_tokens``.
-            AgentError: the prompt does not fit into the model, or decoding failed.
+            AgentError: the prompt does not fit into the model, decoding failed, or the run's
+                budget of calls or tokens is used up.
             InputError: the model cannot be loaded.
         """
         self.notes = []
@@ -119,6 +143,8 @@ class LocalAgent:
         if not items:
             self.notes.append("no layer has room left: the model was not asked")
             return Decision(reasoning="No layer has room left.", layers=[])
+        spent = self._spent + Spent(calls=self.calls, tokens=self.tokens)
+        check_budget(self._asking, spent, self._run)
         self.calls += 1
         with _lock:
             held = _hold(self.name, options)

@@ -16,7 +16,15 @@ from prunewright.graph import run
 from prunewright.graph.agents import InvalidAnswerError, Observation, check_agent, make_agent
 from prunewright.graph.agents.local import tokenize_prompt
 from prunewright.graph.asking import ask
-from prunewright.state import AgentError, DecisionReport, InputError, LayerProfile, PruneContext
+from prunewright.state import (
+    AgentError,
+    DecisionReport,
+    InputError,
+    LayerProfile,
+    PruneContext,
+    Spent,
+)
+from prunewright.state.config import AskingOptions
 
 MakeLayer = Callable[..., LayerProfile]
 MakeObservation = Callable[..., Observation]
@@ -124,6 +132,16 @@ def test_a_cut_answer_is_refused(writer: Path, make_observation: MakeObservation
     # What was read and written twice, the second time with the first answer in the prompt.
     once = asked(writer, make_observation(), max_new_tokens=20).tokens
     assert report.tokens > 2 * once
+
+
+def test_the_budget_of_the_run(writer: Path, make_observation: MakeObservation) -> None:
+    context = context_of(writer, max_new_tokens=20)
+    context = context.model_copy(update={"asking": AskingOptions(max_tokens=5000), "out": "a run"})
+    _, agent = make_agent(context, Spent(calls=1, tokens=4999))
+    with pytest.raises(InvalidAnswerError):
+        agent.decide(make_observation())
+    with pytest.raises(AgentError, match=r"prunewright resume 'a run' --set asking\.max_tokens="):
+        agent.decide(make_observation())
 
 
 def test_no_room_left(
