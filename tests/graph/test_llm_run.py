@@ -1,6 +1,7 @@
 """Whole runs on a pico model, decided by a Gemini on the loopback that reads only its prompt."""
 
 import json
+import re
 import traceback
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,11 @@ def test_without_feedback_no_earlier_step_is_shown(
     result = run(llm_config | {"feedback": False, "target": 0.15}, out=tmp_path / "run")
     assert result.metrics.status == "target_reached"
     assert len(gemini.received) >= 2
-    assert all("step 1" not in received.turns[0][1] for received in gemini.received)
+    for received in gemini.received:
+        _, text = received.turns[0]
+        assert "Earlier steps" not in text
+        assert "reasoning then" not in text
+        assert re.search(r"held-out text: dense [\d.]+\.\n", text)
 
 
 def test_a_refused_key_stops_the_run_and_it_goes_on_from_there(
