@@ -504,6 +504,7 @@ def _print_head(screen: Screen, config: PruneConfig, directory: Path, agent: str
 
 @contextmanager
 def _live(screen: Screen, config: PruneConfig, directory: Path) -> Iterator[Live]:
+    from prunewright.tools.rundir import RunDirectory
     from prunewright.tools.storage import read_json
 
     def loaded(dense: float | None) -> None:
@@ -529,7 +530,7 @@ def _live(screen: Screen, config: PruneConfig, directory: Path) -> Iterator[Live
                 ]
             )
 
-    with Live(screen, loaded) as live:
+    with Live(screen, loaded, RunDirectory(directory).read_trace()) as live:
         yield live
 
 

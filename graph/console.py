@@ -18,6 +18,7 @@ from rich.text import Text
 
 from prunewright.state import STATUS_WORDS, PruneConfig, StepRecord
 from prunewright.state.metrics import Metrics, Pair
+from prunewright.tools.signatures import STAGNANT_STEPS, find_signatures
 
 ZEROS_ALONE = (
     "Zeros alone make a model neither smaller on disk nor faster: that takes a storage format or "
@@ -102,14 +103,19 @@ class Screen:
 class Live:
     """Shows a run while it goes on; pass `on_event` to the runner."""
 
-    def __init__(self, screen: Screen, loaded: Any = None) -> None:
+    def __init__(
+        self, screen: Screen, loaded: Any = None, records: Iterable[StepRecord] = ()
+    ) -> None:
         """Make it.
 
         Args:
             screen: where.
             loaded: called once the model is loaded, with the dense perplexity, if that was
                 measured now.
+            records: the run's steps so far.
         """
+        self._records = list(records)
+        self._warned: set[str] = set()
         self._screen = screen
         self._loaded = loaded
         self._progress = Progress(
@@ -154,7 +160,20 @@ class Live:
             part = event["progress"]
             self.progress(part["label"], part["done"], part["total"])
         elif "step" in event:
-            self._screen.line(*step_line(StepRecord.model_validate(event["step"])))
+            record = StepRecord.model_validate(event["step"])
+            self._screen.line(*step_line(record))
+            self._warn(record)
+
+    def _warn(self, record: StepRecord) -> None:
+        """Print the failure signatures that this step was the first to show."""
+        # A step taken again after a resume replaces what it recorded before.
+        self._records = [*self._records[: record.step], record]
+        if len(self._records) < STAGNANT_STEPS:  # too few to judge by
+            return
+        for kind, words in find_signatures(self._records).items():
+            if kind not in self._warned:
+                self._warned.add(kind)
+                self._screen.line(("warning    ", "yellow"), words)
 
     def _node(self, node: str, update: dict[str, Any]) -> None:
         if node == "profile" and self._loaded is not None:
@@ -249,7 +268,9 @@ def print_metrics(screen: Screen, metrics: Metrics, directory: str, model: str) 
             ("sparsity", f"{metrics.sparsity:.2%} of the prunable weights are exactly zero"),
             ("ended", status_words(metrics.status)),
             ("steps", f"{metrics.steps}, {metrics.rollbacks} rolled back"),
-            ("time", duration(metrics.seconds.get("total", math.nan))),
+            ("agent", _agent_words(metrics)),
+            ("scored", _scored_words(metrics.tokens)),
+            ("time", _time_words(metrics.seconds)),
             ("memory", f"{size(metrics.peak_memory_bytes)} at most"),
             ("masks", metrics.revision),
             ("model", model),
@@ -257,6 +278,37 @@ def print_metrics(screen: Screen, metrics: Metrics, directory: str, model: str) 
         ]
     )
     screen.line(ZEROS_ALONE)
+
+
+def calls_words(calls: int, tokens: int) -> str:
+    """What an LLM was asked; "" if it was not."""
+    return f"{_count(calls, 'call')}, {tokens:,} tokens" if calls or tokens else ""
+
+
+def _agent_words(metrics: Metrics) -> str:
+    words = [_count(metrics.decisions, "decision")]
+    if metrics.invalid_answers:
+        refused = _count(metrics.invalid_answers, "answer")
+        words.append(f"{refused} refused, {metrics.repairs} of them sent back")
+    if metrics.probes:
+        words.append(_count(metrics.probes, "probe"))
+    asked = calls_words(metrics.llm_calls, metrics.tokens.get("llm", 0))
+    return "; ".join([", ".join(words), *([f"LLM: {asked}"] if asked else [])])
+
+
+def _scored_words(tokens: dict[str, int]) -> str:
+    """Tokens of text by what they were scored for."""
+    return ", ".join(f"{use} {n:,}" for use, n in tokens.items() if use != "llm") + " tokens"
+
+
+def _time_words(seconds: dict[str, float]) -> str:
+    parts = sorted((-value, node) for node, value in seconds.items() if node != "total")
+    named = ", ".join(f"{node} {duration(-value)}" for value, node in parts)
+    return f"{duration(seconds.get('total', math.nan))} ({named})"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _pair_row(name: str, pair: Pair) -> list[str]:

@@ -286,6 +286,7 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
             decisions=sum(r.verdict != "empty" for r in records),
             repairs=sum(r.repairs for r in records),
             invalid_answers=sum(len(r.invalid_answers) for r in records),
+            probes=sum(not probe.refused for r in records for probe in r.probes),
             llm_calls=sum(r.llm_calls for r in records),
             guard_dense=state["dense_perplexity"],
             guard_losses=update["guard_losses"],

@@ -5,6 +5,7 @@ from typing import Any
 
 from prunewright.graph.console import (
     Screen,
+    calls_words,
     change_words,
     clean,
     layers_words,
@@ -148,7 +149,7 @@ def print_step(screen: Screen, record: StepRecord) -> None:
         ("predicted", "" if predicted is None else f"{predicted:+.2%} by the profile"),
         ("expected", "" if expected is None else f"{expected:+.2%} by the agent"),
         ("revision", record.revision),
-        ("tokens", str(record.llm_tokens) if record.llm_tokens else ""),
+        ("asked", calls_words(record.llm_calls, record.llm_tokens)),
     ]
     screen.pairs((name, value) for name, value in rows if value)
     probes = [probe.refused or _probe(probe) for probe in record.probes]

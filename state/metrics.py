@@ -34,6 +34,7 @@ class Metrics(BaseModel):
         decisions: answers accepted as decisions.
         repairs: refused answers that were sent back with what was wrong.
         invalid_answers: answers refused.
+        probes: trials measured before decisions.
         llm_calls: requests to the LLM, failed ones too.
         perplexity: see `Perplexities`.
         seconds: wall time, ``total`` and by node.
@@ -53,6 +54,7 @@ class Metrics(BaseModel):
     decisions: int
     repairs: int = 0
     invalid_answers: int
+    probes: int = 0
     llm_calls: int = 0
     perplexity: Perplexities
     seconds: dict[str, float]

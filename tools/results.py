@@ -37,6 +37,7 @@ class Outcome:
     decisions: int = 0
     repairs: int = 0
     invalid_answers: int = 0
+    probes: int = 0
     llm_calls: int = 0
     guard_dense: float = math.nan
     guard_losses: list[float] = field(default_factory=list)
@@ -80,6 +81,7 @@ def finish(
         decisions=outcome.decisions,
         repairs=outcome.repairs,
         invalid_answers=outcome.invalid_answers,
+        probes=outcome.probes,
         llm_calls=outcome.llm_calls,
         perplexity=Perplexities(
             guard=Pair(dense=outcome.guard_dense, final=perplexity(outcome.guard_losses)),

@@ -10,15 +10,20 @@ STAGNANT_GAIN = 0.005
 
 
 def failure_signatures(records: list[StepRecord]) -> list[str]:
-    """What went wrong in a run, one sentence each; empty if nothing did.
+    """What went wrong in a run, one sentence each; empty if nothing did."""
+    return list(find_signatures(records).values())
+
+
+def find_signatures(records: list[StepRecord]) -> dict[str, str]:
+    """What went wrong in a run, a sentence by kind.
 
     Looked for: more than a quarter of the steps rolled back, sparsity that stands still over
     `STAGNANT_STEPS` steps before the last, and answers that had to be refused.
     """
-    found = []
+    found = {}
     rolled_back = sum(record.verdict == "rolled_back" for record in records)
     if records and rolled_back / len(records) > ROLLBACK_RATE:
-        found.append(
+        found["rollbacks"] = (
             f"{rolled_back} of {len(records)} steps were rolled back "
             f"({rolled_back / len(records):.0%}): the steps are too large, or the agent does not "
             "learn from what broke"
@@ -26,14 +31,14 @@ def failure_signatures(records: list[StepRecord]) -> list[str]:
     stagnant = _stagnant(records)
     if stagnant is not None:
         first, last = stagnant
-        found.append(
+        found["stagnation"] = (
             f"sparsity stood still over steps {first + 1} to {last + 1}: it gained "
             f"{records[last].sparsity - records[first].sparsity_before:.4f}"
         )
     invalid = sum(len(record.invalid_answers) for record in records)
     if invalid:
         decided = sum(record.verdict != "empty" for record in records)
-        found.append(
+        found["invalid answers"] = (
             f"{invalid} of {invalid + decided} answers were invalid "
             f"({invalid / (invalid + decided):.0%})"
         )

@@ -409,10 +409,18 @@ def test_failure_signatures_are_reported(config_file: Path, tmp_path: Path, agen
     assert found["status"] == "stalled"
     assert found["signatures"] == ["sparsity stood still over steps 1 to 4: it gained 0.0000"]
     assert "the agent chose no layer" in idle.stderr
+    # Said as soon as it shows, not only at the end.
+    lines = idle.stderr.splitlines()
+    warned = next(i for i, line in enumerate(lines) if "sparsity stood still" in line)
+    assert lines[warned - 1].startswith("step   4  empty")
+    assert lines[warned + 1].startswith("step   5  empty")
     wild = invoke("run", *options, "-o", tmp_path / "wild", "-a", f"{agents}Overdoing")
     assert wild.exit_code == 3
     for text in (wild.stdout, invoke("show", tmp_path / "wild").stdout):
         assert "warning    5 of 10 answers were invalid (50%)" in text
+        assert "agent      5 decisions, 5 answers refused, 5 of them sent back\n" in text
+        assert re.search(r"scored     .*guard [\d,]+,.* tokens\n", text)
+        assert re.search(r"time       .*\(.*profile [\d.]+ s.*\)\n", text)
     step = invoke("show", tmp_path / "wild", "--step", "1").stdout
     assert re.search(r"refused +.*delta 0.9 is not within 0.15 of 0", step)
 

@@ -80,8 +80,9 @@ def test_what_each_server_gets(llm: FakeLLM, asked: Ask) -> None:
         assert received.schema["required"] == answer_schema()["required"]
         assert received.schema["additionalProperties"] is False
     else:
-        # OpenAI's client takes the title for the schema's name.
-        assert received.schema | {"title": ""} == answer_schema() | {"title": ""}
+        # OpenAI's client sends title and description beside the schema.
+        beside = {"title": "Decision", "description": answer_schema()["description"]}
+        assert received.schema | beside == answer_schema()
     if llm.provider == "openai":
         assert received.body["response_format"]["json_schema"]["strict"] is True
     if llm.provider == "ollama":
@@ -337,6 +338,13 @@ def test_a_failing_provider_costs_nothing_but_time_and_its_key_is_nowhere(
     trace = [json.loads(line) for line in (out / "trace.jsonl").read_text().splitlines()]
     assert (out / "trace.jsonl").read_bytes().startswith(before)
     metrics = json.loads((out / "metrics.json").read_text())
+    shown = runner.invoke(app, ["show", str(out)]).stdout
+    calls, tokens = metrics["llm_calls"], metrics["tokens"]["llm"]
+    assert f"{len(trace)} decisions; LLM: {calls} calls, {tokens:,} tokens" in shown
+    assert (
+        "asked      4 calls, 100 tokens"
+        in runner.invoke(app, ["show", str(out), "--step", "2"]).stdout
+    )
     # The calls of the tries that failed count too: one refused, two dropped.
     assert [record["llm_calls"] for record in trace[:3]] == [1, 4, 1]
     assert metrics["llm_calls"] == len(llm.received) == len(trace) + 3
