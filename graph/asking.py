@@ -33,6 +33,7 @@ def observe(
         max_delta=request.max_delta,
         max_layer_sparsity=request.max_layer_sparsity,
         max_increase=context.guard.max_increase,
+        max_price=context.guard.max_price,
         criterion=request.criterion,
         dense_perplexity=state["dense_perplexity"],
         perplexity=state["perplexity"],
@@ -120,9 +121,9 @@ def expand(decision: Decision, profile: ModelProfile) -> tuple[Decision, list[st
         words = f"group {group.projection[:80]!r} from {group.first} to {group.last}"
         held = blocks.get(group.projection)
         if held is None:
-            problems.append(
-                f"{words}: no such projection; known: {', '.join(map(quote_name, blocks))}"
-            )
+            known = [quote_name(name) for name in blocks]
+            more = f" and {len(known) - 20} more" if len(known) > 20 else ""
+            problems.append(f"{words}: no such projection; known: {', '.join(known[:20])}{more}")
         elif group.first > group.last:
             problems.append(f"{words}: from must not be above to")
         elif missing := {group.first, group.last} - set(held):

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 MAX_REASONING = 4_000
-MAX_LAYERS = 4_096
+MAX_LAYERS = 65_536  # models with experts as layers of their own have thousands
 MAX_GROUPS = 512
 MAX_NAME = 256
 MAX_CHANGE = 1_000.0

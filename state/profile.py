@@ -73,7 +73,8 @@ class ModelProfile(BaseModel):
         """Relative perplexity change that the layers' loss costs predict for some deltas."""
         layers = {p.name: p for p in self.layers}
         loss = sum(layers[name].cost_of(delta) for name, delta in deltas.items())
-        return math.expm1(min(loss, 50.0))
+        # Far beyond what is meant by a step, the sums run off: still a change that has a logarithm.
+        return math.expm1(min(max(loss, -20.0), 50.0))
 
     def table(self) -> dict[str, str]:
         """Compact rows ``{short name: "sparsity z_s z_g z_c"}`` for the checkpointed state."""

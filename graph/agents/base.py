@@ -75,6 +75,7 @@ class Observation:
         max_delta: sparsity that it may add to one layer.
         max_layer_sparsity: ceiling of any layer.
         max_increase: relative perplexity rise that is rolled back.
+        max_price: multiple of a step's corrected prediction that is rolled back; None: any.
         criterion: which weights go inside a layer.
         dense_perplexity: guard perplexity of the dense model.
         perplexity: guard perplexity of the accepted revision.
@@ -102,6 +103,7 @@ class Observation:
     dense_perplexity: float
     perplexity: float
     profile: ModelProfile
+    max_price: float | None = None
     signals: tuple[Signal, ...] = ("z_s", "z_g", "z_c")
     history: tuple[StepRecord, ...] = ()
     feedback: bool = True

@@ -9,6 +9,8 @@ from prunewright.state import Decision
 
 MAX_ANSWER = 200_000
 """Characters of an answer beyond which it is refused unread."""
+MAX_ENTRIES = 4_096
+"""Layers that an answer may name one by one."""
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -54,7 +56,14 @@ def read_answer(text: str) -> Decision:
     Raises:
         InvalidAnswerError: with what is wrong.
     """
-    return read_strictly(Decision, text)
+    decision = read_strictly(Decision, text)
+    if len(decision.layers) > MAX_ENTRIES:
+        raise InvalidAnswerError(
+            f"the answer names {len(decision.layers)} layers one by one, more than {MAX_ENTRIES}: "
+            "use groups",
+            text[:2000],
+        )
+    return decision
 
 
 def read_strictly(model: type[_Model], text: str) -> _Model:

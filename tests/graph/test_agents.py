@@ -550,6 +550,16 @@ def test_adaptive_learns_which_kind_of_layer_costs_more_than_predicted(
     assert AdaptiveAgent().decide(observation) == GreedyAgent().decide(observation)
 
 
+def test_a_control_may_name_thousands_of_layers(
+    make_layer: MakeLayer, make_observation: MakeObservation
+) -> None:
+    """Experts that are layers of their own are many."""
+    observation = make_observation([make_layer(i) for i in range(6_000)])
+    decision = UniformAgent().decide(observation)
+    assert len(decision.layers) == 6_000
+    assert Decision.model_validate_json(decision.model_dump_json()) == decision
+
+
 def test_greedy_keeps_to_the_bounds_of_a_layer(
     make_layer: MakeLayer, make_observation: MakeObservation
 ) -> None:

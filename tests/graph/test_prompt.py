@@ -589,11 +589,19 @@ def test_without_feedback_nothing_of_earlier_steps_stands_there(
     assert "dense 20.000." in str(prompt(other)[1].content)
 
 
+def test_the_bound_on_the_price_is_told_with_the_costs(make_observation: MakeObservation) -> None:
+    bound = make_observation(max_price=2.5)
+    assert "costs more than 2.5 times what was predicted for it" in texts(bound)[0]
+    hidden = replace(bound, signals=("z_s", "z_g"))
+    assert prompt(hidden) == prompt(replace(hidden, max_price=None))
+
+
 # The user's own templates
 
 
 VARIABLES = [
-    *("criterion", "signals", "feedback", "max_increase", "max_delta", "max_layer_sparsity"),
+    *("criterion", "signals", "feedback", "max_increase", "max_price", "max_delta"),
+    "max_layer_sparsity",
     *("max_lessons", "max_lesson", "step", "steps", "target", "sparsity", "pace", "budget"),
     *("dense_perplexity", "perplexity", "last_change", "history", "lessons", "table"),
 ]

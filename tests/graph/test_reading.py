@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunewright.graph.agents import InvalidAnswerError
-from prunewright.graph.agents.reading import MAX_ANSWER, read_answer
+from prunewright.graph.agents.reading import MAX_ANSWER, MAX_ENTRIES, read_answer
 from prunewright.state import Decision, LayerDelta
-from prunewright.state.decision import MAX_LAYERS, MAX_NAME, MAX_REASONING
+from prunewright.state.decision import MAX_NAME, MAX_REASONING
 
 NAME = "0.mlp.down_proj"
 
@@ -45,7 +45,7 @@ HOSTILE: dict[str, str] = {
     "NUL bytes": "\0" * 100,
     "a byte order mark": "\ufeff" + answer(),
     "10,000 entries": answer(layers=[{"name": f"{i}.x", "delta": 0.1} for i in range(10_000)]),
-    "one entry too many": answer(layers=[{"name": "x", "delta": 0.1}] * (MAX_LAYERS + 1)),
+    "one entry too many": answer(layers=[{"name": "x", "delta": 0.1}] * (MAX_ENTRIES + 1)),
     "too long to be read": answer(reasoning="x" * MAX_ANSWER),
     "long reasoning": answer(reasoning="x" * (MAX_REASONING + 1)),
     "a long name": entry(name="x" * (MAX_NAME + 1)),
@@ -96,10 +96,10 @@ def test_hostile_answers_are_refused(case: str) -> None:
 
 
 def test_an_answer_at_the_limits_is_read() -> None:
-    layers = [{"name": f"{i}.q", "delta": 0.1} for i in range(MAX_LAYERS)]
+    layers = [{"name": f"{i}.q", "delta": 0.1} for i in range(MAX_ENTRIES)]
     decision = read_answer("\n " + answer(layers=layers, reasoning="é" * MAX_REASONING) + "\n")
-    assert len(decision.layers) == MAX_LAYERS
-    assert decision.layers[-1] == LayerDelta(name=f"{MAX_LAYERS - 1}.q", delta=0.1)
+    assert len(decision.layers) == MAX_ENTRIES
+    assert decision.layers[-1] == LayerDelta(name=f"{MAX_ENTRIES - 1}.q", delta=0.1)
 
 
 def test_what_may_be_left_out() -> None:
