@@ -1,5 +1,8 @@
 """The graph: six nodes, two conditional edges, compiled."""
 
+from collections.abc import Callable
+from typing import Any
+
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.graph import START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
@@ -11,19 +14,22 @@ from prunewright.state import PruneContext, PruneInput, PruneState
 
 def build_graph(
     checkpointer: BaseCheckpointSaver[str] | None = None,
+    wrap: Callable[[nodes.Node], Any] | None = None,
 ) -> CompiledStateGraph[PruneState, PruneContext, PruneInput, PruneState]:
     """The compiled state machine.
 
     Args:
         checkpointer: where threads are kept; None lets the host (LangGraph's server) bring one.
+        wrap: makes of each node what is run in its place; None leaves it as it is.
     """
+    wrapped: Callable[[nodes.Node], Any] = wrap or (lambda node: node)
     graph = StateGraph(PruneState, context_schema=PruneContext, input_schema=PruneInput)
-    graph.add_node("profile", nodes.profile)
-    graph.add_node("agent_decide", nodes.agent_decide)
-    graph.add_node("apply_prune", nodes.apply_prune)
-    graph.add_node("evaluate_ppl", nodes.evaluate_ppl)
-    graph.add_node("rollback", nodes.rollback)
-    graph.add_node("reflect", nodes.reflect)
+    graph.add_node("profile", wrapped(nodes.profile))
+    graph.add_node("agent_decide", wrapped(nodes.agent_decide))
+    graph.add_node("apply_prune", wrapped(nodes.apply_prune))
+    graph.add_node("evaluate_ppl", wrapped(nodes.evaluate_ppl))
+    graph.add_node("rollback", wrapped(nodes.rollback))
+    graph.add_node("reflect", wrapped(nodes.reflect))
     graph.add_edge(START, "profile")
     graph.add_edge("profile", "agent_decide")
     graph.add_edge("agent_decide", "apply_prune")

@@ -49,6 +49,7 @@ PROBE_WINDOWS = 2
 NO_THREAD = "default"
 """Stands for the thread where the graph runs without a checkpointer."""
 
+Node = Callable[[PruneState, Runtime[PruneContext]], PruneUpdate]
 _Node = TypeVar("_Node", bound=Callable[..., PruneUpdate])
 
 
@@ -68,7 +69,7 @@ def timed(node: _Node) -> _Node:
 @timed
 def profile(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     """Profile every layer at the accepted revision; on a new thread, measure the dense model."""
-    request, run = _request(state), _run(runtime)
+    request, run = _request(state), run_directory(runtime)
     fresh = "revision" not in state
     step = 0 if fresh else state["step"]
     revision = DENSE if fresh else state["revision"]
@@ -118,7 +119,7 @@ def agent_decide(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpda
 
     After the last refusal the decision is empty, which counts as a stall.
     """
-    request, context, run = _request(state), _context(runtime), _run(runtime)
+    request, context, run = _request(state), _context(runtime), run_directory(runtime)
     observation = observe(state, request, context, run)
     scored: dict[str, float] = {}
     if context.probes:
@@ -153,7 +154,7 @@ def agent_decide(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpda
 @timed
 def apply_prune(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     """Turn the deltas into masks and store the candidate revision; never over the target."""
-    request, run = _request(state), _run(runtime)
+    request, run = _request(state), run_directory(runtime)
     outcome = AppliedDecision(report=DecisionReport.model_validate(state["decision"]))
     update: PruneUpdate = {"decision": None, "candidate": None, "candidate_sparsity": None}
     deltas = {item.name: item.delta for item in outcome.report.decision.layers}
@@ -194,7 +195,7 @@ def evaluate_ppl(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpda
     candidate = state["candidate"]
     if candidate is None:
         return {"candidate_perplexity": None, "candidate_losses": [], "rollback_reason": ""}
-    request, context, run = _request(state), _context(runtime), _run(runtime)
+    request, context, run = _request(state), _context(runtime), run_directory(runtime)
     with workbench(request, run.path) as bench:
         run.check(request, bench)
         before = dict(bench.tokens)
@@ -220,7 +221,7 @@ def evaluate_ppl(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpda
 @timed
 def rollback(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     """Drop the candidate and bring the live model back to the accepted revision."""
-    request, run = _request(state), _run(runtime)
+    request, run = _request(state), run_directory(runtime)
     with workbench(request, run.path) as bench:
         run.check(request, bench)
         bench.sync(state["revision"])
@@ -233,7 +234,7 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
 
     When it ends, the results are written before the end is recorded.
     """
-    request, context, run = _request(state), _context(runtime), _run(runtime)
+    request, context, run = _request(state), _context(runtime), run_directory(runtime)
     record = _record(state, run.read_applied(state["applied"]))
     summary: StepSummary = {
         "step": record.step,
@@ -316,7 +317,7 @@ def _probes(
         runtime: the node's.
         scored: is told the tokens that they take, by use.
     """
-    request, run, progress = _request(state), _run(runtime), _progress(runtime)
+    request, run, progress = _request(state), run_directory(runtime), _progress(runtime)
 
     def measure(trial: Decision) -> ProbeReport:
         decision, problems = check(trial, observation)
@@ -492,7 +493,8 @@ def _thread(runtime: Runtime[PruneContext]) -> str:
     return (info.thread_id if info else None) or NO_THREAD
 
 
-def _run(runtime: Runtime[PruneContext]) -> RunDirectory:
+def run_directory(runtime: Runtime[PruneContext]) -> RunDirectory:
+    """The run's directory: what the context says, or one of the thread's name."""
     out = _context(runtime).out
     return RunDirectory(out if out else f"runs/{_thread(runtime)}")
 

@@ -6,6 +6,7 @@ noticed. So the graph is driven from another thread, the first signal only sets 
 the work looks at, and the second goes to whoever handled signals before.
 """
 
+import asyncio
 import logging
 import queue
 import signal
@@ -121,6 +122,23 @@ def call_stoppable(function: Callable[[], _Value]) -> _Value:
     if errors:
         raise errors[0]
     return results[0]
+
+
+async def call_cancellable(function: Callable[[], _Value]) -> _Value:
+    """Call something in another thread; if this task is cancelled, it is asked to stop.
+
+    The task ends only after the work has, so that nothing is at work behind its back.
+    """
+    stop, context = _Stop(), copy_context()
+    context.run(_current.set, stop)
+    work = asyncio.get_running_loop().run_in_executor(None, context.run, function)
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        stop.set()
+        await asyncio.wait([work])
+        work.exception()  # seen: what ended it no longer matters
+        raise
 
 
 def iterate_stoppable(
