@@ -50,7 +50,7 @@ class TextOptions(Options):
         None, description="source of the guard; null: the calibration source, other windows"
     )
     test: str = Field("embedded", description="source reported on, never chosen on")
-    windows: WindowOptions = WindowOptions()
+    windows: WindowOptions = Field(WindowOptions(), description="how many windows, how long")
 
 
 class ProfileOptions(Options):
@@ -121,7 +121,9 @@ class PruneRequest(Options):
 
     model: str = Field("embedded", description="hub name, local directory, or embedded")
     trust_remote_code: bool = Field(False, description="run Python code that the model brings")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="number format of the weights; auto: what suits the machine"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...")
     target: float = Field(0.45, gt=0, le=0.95, description="sparsity over all prunable weights")
     step: float = Field(
@@ -131,11 +133,13 @@ class PruneRequest(Options):
         0.15, gt=0, le=0.95, description="largest sparsity that one step adds to one layer"
     )
     max_layer_sparsity: float = Field(0.9, gt=0, le=1, description="ceiling of any one layer")
-    criterion: CriterionName = "wanda"
+    criterion: CriterionName = Field("wanda", description="which weights inside a layer go first")
     pattern: str = Field("unstructured", description='unstructured, or "keep_n:group_m": "2:4"')
-    profile: ProfileOptions = ProfileOptions()
-    texts: TextOptions = TextOptions()
-    seed: int = Field(0, ge=0, lt=2**63)
+    profile: ProfileOptions = Field(ProfileOptions(), description="how the profile is taken")
+    texts: TextOptions = Field(
+        TextOptions(), description="texts to calibrate on, to judge steps on and to report on"
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="draws the windows and seeds the agent")
 
     @field_validator("pattern", mode="before")
     @classmethod
@@ -167,7 +171,7 @@ class PruneContext(Options):
         default_factory=dict,
         description="passed to the agent; Gemini's temperature is 0.5 unless it stands here",
     )
-    asking: AskingOptions = AskingOptions()
+    asking: AskingOptions = Field(AskingOptions(), description="how an LLM is asked")
     feedback: bool = Field(True, description="show the agent what its earlier steps did")
     signals: tuple[Signal, ...] = Field(
         ("z_s", "z_g", "z_c"),
@@ -179,8 +183,9 @@ class PruneContext(Options):
     prompts: str | None = Field(
         None, description="folder with a system.md or step.md of your own; null: the project's"
     )
-    guard: GuardOptions = GuardOptions()
-    max_steps: int = Field(40, ge=1, le=10_000)
+    review: bool = Field(False, description="ask a person to approve, edit or reject each decision")
+    guard: GuardOptions = Field(GuardOptions(), description="when a step is rolled back")
+    max_steps: int = Field(40, ge=1, le=10_000, description="steps that end the run")
     max_stalls: int = Field(
         3, ge=1, description="rollbacks or empty decisions in a row that end the run"
     )
