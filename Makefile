@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+PORT ?= 2024
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test studio lint clean
 
 install: $(STAMP)
 
@@ -23,6 +24,11 @@ demo: install
 
 test: demo
 	$(BIN)/python -m pytest
+
+# The server of LangGraph Studio, for this machine only.
+studio: install
+	LANGGRAPH_CLI_NO_ANALYTICS=1 LANGGRAPH_NO_VERSION_CHECK=true \
+	$(BIN)/langgraph dev --no-browser --no-reload --host 127.0.0.1 --port $(PORT) --n-jobs-per-worker 4
 
 lint: install
 	$(BIN)/ruff check .

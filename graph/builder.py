@@ -15,15 +15,17 @@ from prunewright.state import PruneContext, PruneInput, PruneState
 def build_graph(
     checkpointer: BaseCheckpointSaver[str] | None = None,
     wrap: Callable[[nodes.Node], Any] | None = None,
+    context: type[PruneContext] = PruneContext,
 ) -> CompiledStateGraph[PruneState, PruneContext, PruneInput, PruneState]:
     """The compiled state machine.
 
     Args:
         checkpointer: where threads are kept; None lets the host (LangGraph's server) bring one.
         wrap: makes of each node what is run in its place; None leaves it as it is.
+        context: schema of what says who decides and how.
     """
     wrapped: Callable[[nodes.Node], Any] = wrap or (lambda node: node)
-    graph = StateGraph(PruneState, context_schema=PruneContext, input_schema=PruneInput)
+    graph = StateGraph(PruneState, context_schema=context, input_schema=PruneInput)
     graph.add_node("profile", wrapped(nodes.profile))
     graph.add_node("agent_decide", wrapped(nodes.agent_decide))
     graph.add_node("apply_prune", wrapped(nodes.apply_prune))

@@ -305,8 +305,9 @@ def show_command(
     session: Session = ctx.obj
     from prunewright.graph import show
     from prunewright.tools.rundir import RunDirectory
+    from prunewright.tools.trace import read_story
 
-    story = show.read_story(RunDirectory(run_directory))
+    story = read_story(RunDirectory(run_directory))
     if step is not None and step > len(story.records):
         raise InputError(f"{run_directory} has {len(story.records)} steps, so no step {step}")
     screen = session.screen

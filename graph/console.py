@@ -18,6 +18,7 @@ from rich.text import Text
 
 from prunewright.state import STATUS_WORDS, PruneConfig, StepRecord
 from prunewright.state.metrics import Metrics, Pair
+from prunewright.state.profile import short_name
 from prunewright.tools.signatures import STAGNANT_STEPS, find_signatures
 
 ZEROS_ALONE = (
@@ -53,13 +54,6 @@ def clean(text: str) -> str:
         else c.encode("unicode_escape", "backslashreplace").decode()
         for c in text
     )  # fmt: skip
-
-
-def short_name(name: str) -> str:
-    """The part of a layer's name from its block's index on."""
-    parts = name.split(".")
-    first = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
-    return ".".join(parts[first:])
 
 
 class Screen:

@@ -18,6 +18,7 @@ from prunewright.graph.agents import Observation, make_agent
 from prunewright.graph.agents.base import Probes
 from prunewright.graph.asking import ask, check, observe, spent_by
 from prunewright.graph.correction import predicted_costs
+from prunewright.graph.review import review
 from prunewright.graph.routing import guard_reason, step_price, termination
 from prunewright.graph.stopping import call_stoppable, check_stop
 from prunewright.state import (
@@ -31,6 +32,7 @@ from prunewright.state import (
     PruneState,
     PruneUpdate,
     PrunewrightError,
+    Review,
     Spent,
     StepRecord,
     StepSummary,
@@ -153,9 +155,14 @@ def agent_decide(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpda
 
 @timed
 def apply_prune(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
-    """Turn the deltas into masks and store the candidate revision; never over the target."""
-    request, run = _request(state), run_directory(runtime)
-    outcome = AppliedDecision(report=DecisionReport.model_validate(state["decision"]))
+    """Turn the deltas into masks and store the candidate revision; never over the target.
+
+    Before that a person is asked, if the context says so.
+    """
+    request, context, run = _request(state), _context(runtime), run_directory(runtime)
+    observation = observe(state, request, context, run)
+    report = _checked(state, observation)
+    outcome = AppliedDecision(report=review(report, observation) if context.review else report)
     update: PruneUpdate = {"decision": None, "candidate": None, "candidate_sparsity": None}
     deltas = {item.name: item.delta for item in outcome.report.decision.layers}
     if deltas:
@@ -179,8 +186,7 @@ def apply_prune(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdat
                 update["candidate"] = candidate
                 update["candidate_sparsity"] = bench.sparsity()
             update["tokens"] = _spent(bench, before)
-        assert state["profile"] is not None
-        costs = predicted_costs(applied, run.read_profile(state["profile"]["path"]))
+        costs = predicted_costs(applied, observation.profile)
         changes = {"applied": applied, "predicted_costs": costs, "notes": notes}
         outcome = outcome.model_copy(update=changes)
     update["applied"] = run.write_step_file(
@@ -249,7 +255,8 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     records = run.read_records(history)
     run.write_trace(records)
     accepted = record.verdict == "accepted"
-    stalls = 0 if accepted else state["stalls"] + 1
+    # A person who rejects can stop the run, too: that is not the run's to do.
+    stalls = 0 if accepted else state["stalls"] + (not _rejected(record.review))
     update: PruneUpdate = {
         "step": state["step"] + 1,
         "revision": record.revision,
@@ -401,6 +408,26 @@ def land(
     return {name: zeros[name] + change for name, change in changes.items()}, notes
 
 
+def _checked(state: PruneState, observation: Observation) -> DecisionReport:
+    """The state's decision, checked once more: people edit states.
+
+    Raises:
+        InputError: it breaks a bound; the state can be edited again.
+    """
+    again = "edit it again (update_state, as_node agent_decide) or fork from an earlier step"
+    try:
+        report = DecisionReport.model_validate(state["decision"])
+    except ValidationError as error:
+        words = describe_validation_error(error, DecisionReport)
+        raise InputError(f"the state holds no decision: {words}; {again}") from None
+    decision, problems = check(report.decision, observation)
+    if problems:
+        raise InputError(f"the state's decision cannot be applied: {'; '.join(problems)}; {again}")
+    deltas = {item.name: item.delta for item in decision.layers}
+    predicted = observation.profile.predicted_change(deltas) if deltas else None
+    return report.model_copy(update={"decision": decision, "predicted_change": predicted})
+
+
 def _record(state: PruneState, outcome: AppliedDecision) -> StepRecord:
     report = outcome.report
     candidate, reason = state["candidate"], state["rollback_reason"]
@@ -408,6 +435,8 @@ def _record(state: PruneState, outcome: AppliedDecision) -> StepRecord:
     if candidate is None:
         chosen = "the deltas come to no weight" if report.decision.layers else ""
         reason = chosen or "; ".join(report.invalid_answers[-1:]) or "the agent chose no layer"
+        if _rejected(report.review):
+            reason = report.decision.reasoning
     change = stderr = None
     if state["candidate_losses"]:
         change, stderr = change_with_error(state["guard_losses"], state["candidate_losses"])
@@ -438,7 +467,12 @@ def _record(state: PruneState, outcome: AppliedDecision) -> StepRecord:
         llm_calls=report.calls,
         llm_tokens=report.tokens,
         probes=report.probes,
+        review=report.review,
     )
+
+
+def _rejected(review: Review | None) -> bool:
+    return review is not None and review.verdict == "rejected"
 
 
 def _accepted_perplexity(record: StepRecord) -> float:

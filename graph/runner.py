@@ -11,7 +11,6 @@ from typing import Any, cast
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.sqlite import SqliteSaver
-from pydantic import ValidationError
 
 from prunewright.graph.agents import check_agent
 from prunewright.graph.builder import build_graph
@@ -27,7 +26,8 @@ from prunewright.state import (
 from prunewright.state.metrics import Metrics
 from prunewright.tools.baseline import BASELINE, prune_once
 from prunewright.tools.rundir import RunDirectory
-from prunewright.tools.storage import read_json, write_atomic
+from prunewright.tools.storage import write_atomic
+from prunewright.tools.trace import load_metrics
 
 _REVISIONS = ("revision", "gradient_revision", "candidate")
 """The keys of the state that name a revision."""
@@ -296,15 +296,3 @@ def _drive(
             f"if the disk is full, then: prunewright resume {directory.path}"
         ) from error
     return RunResult(directory.path, load_metrics(directory))
-
-
-def load_metrics(directory: RunDirectory) -> Metrics:
-    """metrics.json of a finished run.
-
-    Raises:
-        StoreError: missing or damaged.
-    """
-    try:
-        return Metrics.model_validate(read_json(directory.metrics_file))
-    except ValidationError as error:
-        raise StoreError(f"{directory.metrics_file} is damaged: {error}") from error

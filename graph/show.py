@@ -1,6 +1,5 @@
 """What happened in a run, read from its directory."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from prunewright.graph.console import (
@@ -12,61 +11,11 @@ from prunewright.graph.console import (
     one_line,
     print_metrics,
     request_rows,
-    short_name,
 )
-from prunewright.graph.runner import load_metrics
-from prunewright.state import ProbeReport, PruneConfig, StepRecord
-from prunewright.state.metrics import Metrics
-from prunewright.tools.rundir import RunDirectory
+from prunewright.state import ProbeReport, Review, StepRecord
+from prunewright.state.profile import short_name
 from prunewright.tools.signatures import failure_signatures
-
-
-@dataclass(frozen=True)
-class Story:
-    """A run, finished or not.
-
-    Attributes:
-        directory: where it is.
-        config: what it was started with.
-        records: its steps so far.
-        metrics: what it came to; None while unfinished.
-    """
-
-    directory: RunDirectory
-    config: PruneConfig
-    records: list[StepRecord]
-    metrics: Metrics | None
-
-
-def read_story(directory: RunDirectory) -> Story:
-    """Read a run.
-
-    Raises:
-        InputError: there is no run here.
-        StoreError: a file is damaged.
-    """
-    config = directory.config()
-    metrics = load_metrics(directory) if directory.metrics_file.exists() else None
-    return Story(directory, config, directory.read_trace(), metrics)
-
-
-def layer_sparsities(story: Story) -> dict[str, float]:
-    """Each layer's sparsity after the last step: the last profile's, and what that step added.
-
-    Raises:
-        StoreError: the last step's profile is missing or damaged.
-    """
-    if not story.records:
-        return {}
-    last = story.records[-1]
-    found: dict[str, float] = {}
-    if last.profile:
-        profile = story.directory.read_profile(last.profile)
-        found = {layer.name: layer.sparsity for layer in profile.layers}
-    if last.verdict == "accepted":
-        for name, delta in last.applied.items():
-            found[name] = found.get(name, 0.0) + delta
-    return found
+from prunewright.tools.trace import Story, layer_sparsities
 
 
 def as_json(story: Story, *, step: int | None = None, layers: bool = False) -> dict[str, Any]:
@@ -157,6 +106,7 @@ def print_step(screen: Screen, record: StepRecord) -> None:
         ("probe", probes),
         ("refused", record.invalid_answers),
         ("note", record.notes),
+        ("review", _review_lines(record.review)),
     ):
         screen.pairs((name, line) for line in words)
     screen.line()
@@ -170,6 +120,18 @@ def print_step(screen: Screen, record: StepRecord) -> None:
             for item in record.decision.layers
         ],
     )
+
+
+def _review_lines(review: Review | None) -> list[str]:
+    """What a person said, and what the agent had chosen where that is not what was applied."""
+    if review is None:
+        return []
+    lines = [f"{review.verdict}{': ' if review.words else ''}{review.words}"]
+    if review.proposed is not None:
+        deltas = {item.name: item.delta for item in review.proposed.layers}
+        chosen = ", ".join(f"{short_name(n)} {d:+.4f}" for n, d in deltas.items()) or "no layer"
+        lines.append(f"the agent had chosen {chosen}")
+    return lines + [f"refused: {words}" for words in review.refused]
 
 
 def _probe(probe: ProbeReport) -> str:

@@ -5,36 +5,78 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from langgraph.runtime import Runtime
+from pydantic import ConfigDict, Field
 
+from prunewright.graph.agents import check_agent
 from prunewright.graph.builder import build_graph
 from prunewright.graph.nodes import Node, run_directory
 from prunewright.graph.stopping import call_cancellable
 from prunewright.state import InputError, PruneContext, PruneState, PruneUpdate
+from prunewright.state.config import CriterionName
 
 DATABASE_VARIABLE = "PRUNEWRIGHT_STUDIO_DB"
 """Environment variable that says where the server keeps its threads."""
 DATABASE = "runs/studio/state.sqlite"
 
+_NODES = {
+    "criterion": "profile",
+    "agent": "agent_decide",
+    "agent_options": "agent_decide",
+    "asking": "agent_decide",
+    "feedback": "agent_decide",
+    "signals": "agent_decide",
+    "probes": "agent_decide",
+    "prompts": "agent_decide",
+    "guard": "evaluate_ppl",
+    "max_steps": "reflect",
+    "max_stalls": "reflect",
+}
+"""The node at which Studio offers a key of the context."""
 
-def served(node: Node) -> Callable[[PruneState, Runtime[PruneContext]], Awaitable[PruneUpdate]]:
+
+def _offer_at_nodes(schema: dict[str, Any]) -> None:
+    for name, node in _NODES.items():
+        schema["properties"][name]["langgraph_nodes"] = [node]
+
+
+class StudioContext(PruneContext):
+    """Who decides and how, and what an assistant brings to the runs that it starts."""
+
+    model_config = ConfigDict(json_schema_extra=_offer_at_nodes)
+
+    criterion: CriterionName | None = Field(
+        None, description="the criterion of runs that this assistant starts; null: the request's"
+    )
+
+
+def served(node: Node) -> Callable[[PruneState, Runtime[StudioContext]], Awaitable[PruneUpdate]]:
     """The node as the server runs it: in a thread that a cancelled run stops.
 
     While it works, the run's directory is locked against other processes.
     """
 
-    def work(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
-        directory = run_directory(runtime)
+    def work(state: PruneState, runtime: Runtime[StudioContext]) -> PruneUpdate:
+        given = runtime.context or StudioContext()
+        context = PruneContext(**given.model_dump(exclude={"criterion"}))
+        plain: Runtime[PruneContext] = runtime.override(context=context)
+        directory = run_directory(plain)
         with directory.locked():
             try:
-                return node(state, runtime)
+                if "revision" not in state:
+                    check_agent(context)
+                    if given.criterion is not None:
+                        request = {**dict(state["request"]), "criterion": given.criterion}
+                        state = {**state, "request": request}
+                return node(state, plain)
             except InputError:
                 directory.abandon()
                 raise
 
-    async def wrapper(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
+    async def wrapper(state: PruneState, runtime: Runtime[StudioContext]) -> PruneUpdate:
         return await call_cancellable(partial(work, state, runtime))
 
     return wrapper
@@ -53,4 +95,4 @@ async def checkpointer() -> AsyncIterator[AsyncSqliteSaver]:
         yield saver
 
 
-graph = build_graph(wrap=served)
+graph = build_graph(wrap=served, context=StudioContext)

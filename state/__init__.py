@@ -9,7 +9,13 @@ from prunewright.state.config import (
     validate_config,
 )
 from prunewright.state.decision import Decision, GroupDelta, LayerDelta, check_decision
-from prunewright.state.errors import AgentError, InputError, PrunewrightError, StoreError
+from prunewright.state.errors import (
+    AgentError,
+    InputError,
+    PrunewrightError,
+    ReviewPendingError,
+    StoreError,
+)
 from prunewright.state.history import (
     AppliedDecision,
     DecisionReport,
@@ -19,6 +25,7 @@ from prunewright.state.history import (
     StepSummary,
 )
 from prunewright.state.profile import COST_DELTAS, LayerProfile, ModelProfile
+from prunewright.state.review import Review, ReviewAnswer, ReviewRequest
 from prunewright.state.schema import STATUS_WORDS, PruneInput, PruneState, PruneUpdate
 
 __all__ = [
@@ -41,6 +48,10 @@ __all__ = [
     "PruneState",
     "PruneUpdate",
     "PrunewrightError",
+    "Review",
+    "ReviewAnswer",
+    "ReviewPendingError",
+    "ReviewRequest",
     "Spent",
     "StepRecord",
     "StepSummary",

@@ -13,5 +13,9 @@ class StoreError(PrunewrightError):
     """A file of a run directory is missing, damaged or cannot be written."""
 
 
+class ReviewPendingError(PrunewrightError):
+    """A decision waits for a person; the run can be resumed with someone to ask."""
+
+
 class AgentError(PrunewrightError):
     """The agent could not be asked; the run can be resumed."""

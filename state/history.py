@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict
 from typing_extensions import TypedDict
 
 from prunewright.state.decision import Decision
+from prunewright.state.review import Review
 
 Verdict = Literal["accepted", "rolled_back", "empty"]
 
@@ -61,6 +62,8 @@ class DecisionReport(BaseModel):
     """Tokens exchanged with it."""
     probes: list[ProbeReport] = []
     """Trials measured before it."""
+    review: Review | None = None
+    """What a person said to it; None: nobody was asked."""
 
 
 class AppliedDecision(BaseModel):
@@ -115,6 +118,8 @@ class StepRecord(BaseModel):
     llm_tokens: int
     probes: list[ProbeReport] = []
     """Trials that the agent had measured before it decided."""
+    review: Review | None = None
+    """What a person said to the decision; None: nobody was asked."""
 
 
 class StepSummary(TypedDict):

@@ -10,6 +10,13 @@ COST_DELTAS = (0.05, 0.10, 0.15)
 """The deltas, up and down, for which a profile predicts the change of the loss."""
 
 
+def short_name(name: str) -> str:
+    """The part of a layer's name from its block's index on."""
+    parts = name.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[first:])
+
+
 class LayerProfile(BaseModel):
     """One layer's signals (design: arXiv 2601.09694 for s and g; Optimal Brain Damage for cost).
 

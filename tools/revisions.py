@@ -16,7 +16,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from prunewright.state import StoreError
-from prunewright.tools.storage import canonical_json, read_json, sha256_bytes, write_atomic
+from prunewright.tools.storage import canonical_json, read_json, sha256_bytes, share, write_atomic
 
 DENSE = sha256_bytes(canonical_json({}))
 """The name of the revision without masks: the dense model."""
@@ -112,6 +112,18 @@ class RevisionStore:
         for path in unused:
             path.unlink()
         return len(unused), size
+
+    def share(self, other: "RevisionStore", revisions: set[str]) -> None:
+        """Let another store hold some revisions of this one, too.
+
+        Raises:
+            StoreError: one is missing or damaged, or the other store cannot be written.
+        """
+        needed = {self._manifest(revision) for revision in revisions if revision != DENSE}
+        for revision in revisions:
+            needed |= {self._mask(digest) for digest in self.manifest(revision).values()}
+        for path in needed:
+            share(path, other.directory / path.relative_to(self.directory))
 
     def _mask(self, digest: str) -> Path:
         return self.directory / "masks" / _hex(digest)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import yaml
 from filelock import FileLock, Timeout
+from packaging.version import InvalidVersion, Version
 from pydantic import ValidationError
 
 from prunewright.state import (
@@ -32,6 +33,7 @@ from prunewright.tools.storage import (
     canonical_json,
     read_json,
     sha256_bytes,
+    share,
     write_atomic,
     write_json,
 )
@@ -78,6 +80,15 @@ class RunDirectory:
         Raises:
             InputError: the directory holds something else.
         """
+        self.check_free()
+        write_atomic(self.config_file, config.to_yaml().encode())
+
+    def check_free(self) -> None:
+        """Refuse a directory that is neither empty nor absent.
+
+        Raises:
+            InputError: it holds something.
+        """
         if self.config_file.exists():
             raise InputError(
                 f"{self.path} holds another run: resume it (prunewright resume {self.path}) "
@@ -85,15 +96,55 @@ class RunDirectory:
             )
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise InputError(f"{self.path} exists and is not empty: give another --out")
-        write_atomic(self.config_file, config.to_yaml().encode())
+
+    def branch(
+        self,
+        other: "RunDirectory",
+        config: PruneConfig,
+        thread: str,
+        history: list[StepSummary],
+        revisions: set[str],
+    ) -> None:
+        """Write what another run needs to go on from a step of this one, but for its database.
+
+        Args:
+            other: where to; new.
+            config: the other run's.
+            thread: its name.
+            history: this run's steps that the other takes over.
+            revisions: names of those that it needs.
+
+        Raises:
+            StoreError: a file is missing or damaged, or cannot be written.
+        """
+        facts = self.manifest()
+        records = self.read_records(history)
+        for path in sorted((self.path / "steps").glob("*.json")):
+            number = path.name.partition("-")[0]
+            if number.isdigit() and int(number) < len(history):
+                share(path, other.path / "steps" / path.name)
+        for record in records:
+            revisions = revisions | {record.revision}
+            revisions |= {record.candidate} if record.candidate else set()
+        RevisionStore(self.path / "revisions").share(
+            RevisionStore(other.path / "revisions"), revisions
+        )
+        if records:
+            other.write_trace(records)
+        parent = {"directory": str(self.path), "thread": facts.get("thread"), "step": len(history)}
+        write_json(
+            other.manifest_file, facts | {"thread": thread, "parent": parent} | _surroundings()
+        )
+        write_atomic(other.config_file, config.to_yaml().encode())
 
     def config(self) -> PruneConfig:
         """The configuration that the run was started with.
 
         Raises:
-            InputError: there is no run here.
+            InputError: there is no run here, or a newer version made it.
             StoreError: damaged.
         """
+        self._refuse_newer()
         if not self.config_file.is_file():
             if self.started:
                 raise StoreError(f"{self.config_file} is missing: the run cannot go on without it")
@@ -102,6 +153,23 @@ class RunDirectory:
             return validate_config(yaml.safe_load(self.config_file.read_text(encoding="utf-8")))
         except (yaml.YAMLError, OSError, UnicodeDecodeError, InputError) as error:
             raise StoreError(f"{self.config_file} is damaged: {error}") from error
+
+    def _refuse_newer(self) -> None:
+        """A newer version may write what this one would take for damage, or misread."""
+        if not self.manifest_file.exists():
+            return
+        versions = self.manifest().get("versions")
+        made_by = versions.get("prunewright") if isinstance(versions, dict) else None
+        ours = _version("prunewright")
+        try:
+            newer = Version(str(made_by)) > Version(ours)
+        except InvalidVersion:  # one of them was not installed as a package
+            return
+        if newer:
+            raise InputError(
+                f"{self.path} was made by prunewright {made_by}, and this is {ours}: "
+                "pip install --upgrade prunewright"
+            )
 
     def abandon(self) -> None:
         """Take back `create` if nothing was computed since, so that a second try finds it free."""
@@ -182,15 +250,7 @@ class RunDirectory:
             write_atomic(self.config_file, config.to_yaml().encode())
         write_json(
             self.manifest_file,
-            {"thread": thread}
-            | _facts(request, bench)
-            | {
-                "started": datetime.now(UTC).isoformat(timespec="seconds"),
-                "versions": {"python": platform.python_version()}
-                | {name: _version(name) for name in _PACKAGES},
-                "platform": platform.platform(),
-                "threads": torch.get_num_threads(),
-            },
+            {"thread": thread} | _facts(request, bench) | _surroundings(),
         )
 
     def check(self, request: PruneRequest, bench: Workbench) -> None:
@@ -199,7 +259,7 @@ class RunDirectory:
         Raises:
             StoreError: saying what changed; or the manifest is missing or damaged.
         """
-        before = self._manifest()
+        before = self.manifest()
         for key, now in _facts(request, bench).items():
             if key != "device" and before.get(key) != now:
                 raise StoreError(
@@ -219,7 +279,7 @@ class RunDirectory:
                     f"{self.manifest_file} is missing: the run cannot go on without it"
                 )
             return None
-        thread = self._manifest().get("thread")
+        thread = self.manifest().get("thread")
         if not isinstance(thread, str):
             raise StoreError(f"{self.manifest_file} is damaged: it names no thread")
         return thread
@@ -228,9 +288,14 @@ class RunDirectory:
         """Whether the run, as far as it is recorded, was begun with this request."""
         if not self.manifest_file.exists():
             return True
-        return bool(self._manifest().get("request") == request.model_dump(mode="json"))
+        return bool(self.manifest().get("request") == request.model_dump(mode="json"))
 
-    def _manifest(self) -> dict[str, Any]:
+    def manifest(self) -> dict[str, Any]:
+        """What the run stands on: hashes, versions, seeds.
+
+        Raises:
+            StoreError: missing or damaged.
+        """
         content = read_json(self.manifest_file)
         if not isinstance(content, dict):
             raise StoreError(f"{self.manifest_file} is damaged: not a JSON object")
@@ -328,6 +393,17 @@ def _facts(request: PruneRequest, bench: Workbench) -> dict[str, Any]:
         "seed": request.seed,
         "dtype": str(bench.loaded.dtype).removeprefix("torch."),
         "device": str(bench.loaded.device),
+    }
+
+
+def _surroundings() -> dict[str, Any]:
+    """When and where a run is begun."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()}
+        | {name: _version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
     }
 
 

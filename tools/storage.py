@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,22 @@ def write_atomic(path: Path, data: bytes) -> None:
             f"cannot write {path}: {error.strerror}. Nothing recorded so far is lost: "
             "free some space (or mend the permissions), then resume the run"
         ) from error
+
+
+def share(source: Path, target: Path) -> None:
+    """Give a file that never changes a second name; a copy where the disk has no hard links.
+
+    Raises:
+        StoreError: missing, or the target cannot be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.hardlink_to(source)
+        except OSError:
+            shutil.copyfile(source, target)
+    except OSError as error:
+        raise StoreError(f"cannot copy {source} to {target}: {error.strerror}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -98,6 +98,10 @@ def _last(observation: Observation, record: StepRecord) -> list[str]:
         lines.append(f"The last step was {_layers(observation, record)}")
     if record.decision.expected_ppl_change is not None:
         lines.append(f"You expected {percent(record.decision.expected_ppl_change)} % of it.")
+    if record.review is not None and record.review.verdict == "rejected":
+        return [*lines, f"A person rejected your last decision: {_one_line(record.review.words, 1000)}"]
+    if record.review is not None and record.review.verdict == "edited":
+        lines.append("A person edited your decision before it was applied.")
     if record.decision.reasoning:
         lines.append(f"Your reasoning then: {_one_line(record.decision.reasoning, 300)}")
     return lines

@@ -129,6 +129,23 @@ def test_a_refused_key_stops_the_run_and_it_goes_on_from_there(
     assert_no_key(out, gemini.key)
 
 
+def test_a_used_up_budget_stops_the_run_and_a_larger_one_goes_on(
+    llm_config: dict[str, Any], gemini: FakeGemini, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    gemini.otherwise = gemini.sensible
+    asking = llm_config["asking"]
+    with pytest.raises(AgentError, match=r"asking\.max_calls"):
+        run(llm_config | {"asking": asking | {"max_calls": 2}}, out=out)
+    assert len(gemini.received) == len(trace_of(out)) == 2
+    with pytest.raises(AgentError, match=r"asking\.max_tokens"):
+        resume(out, asking=asking | {"max_tokens": 250})
+    assert [record["llm_tokens"] for record in trace_of(out)] == [100, 100, 100]
+    result = resume(out, asking=asking | {"max_calls": 100, "max_tokens": 10_000})
+    assert result.metrics.status == "target_reached"
+    assert result.metrics.llm_calls == len(gemini.received) == result.metrics.steps
+
+
 def test_a_run_may_go_on_with_another_agent(
     llm_config: dict[str, Any], gemini: FakeGemini, tmp_path: Path
 ) -> None:
