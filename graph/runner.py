@@ -1,4 +1,4 @@
-"""Start and resume runs in this process: what the command line and notebooks call."""
+"""Start, resume and fork runs in this process: what the command line and notebooks call."""
 
 import sqlite3
 import uuid
@@ -33,7 +33,10 @@ _REVISIONS = ("revision", "gradient_revision", "candidate")
 """The keys of the state that name a revision."""
 
 OnEvent = Callable[[str, dict[str, Any]], None]
-"""Called with ``update`` (a node's name and update) or ``custom`` (progress, step, metrics)."""
+"""Called with ``updates`` (a node's name and update) or ``custom`` (progress, step, metrics)."""
+
+Reviewer = Callable[[ReviewRequest], ReviewAnswer | dict[str, Any]]
+"""Asks a person about a decision; a dict holds the keys of a `ReviewAnswer`."""
 
 
 class RunResult:
@@ -58,6 +61,7 @@ def run(
     config: PruneConfig | dict[str, Any] | str | Path,
     out: str | Path | None = None,
     on_event: OnEvent | None = None,
+    review: Reviewer | None = None,
 ) -> RunResult:
     """Prune a model step by step, as the configuration says, and save the result.
 
@@ -65,10 +69,13 @@ def run(
         config: a `PruneConfig`, its keys as a dict, or the path of a YAML file.
         out: run directory, new or empty; default ``runs/<time>-<id>``.
         on_event: told of progress and updates.
+        review: asked before each decision is applied, where the configuration says ``review``.
 
     Raises:
         InputError: the configuration, the model, a text or the directory cannot be used.
         AgentError: the agent could not be asked; `resume` goes on from there.
+        ReviewPendingError: a decision waits for a person and there is no ``review``; `resume`
+            goes on from there.
         PrunewrightError: another failure; its message says what to do.
     """
     settled = _settle(config)
@@ -77,12 +84,13 @@ def run(
     directory = RunDirectory(out or settled.out or Path("runs") / thread)
     directory.create(settled)
     with _abandoned_if_refused(directory):
-        return _drive(directory, settled, thread, on_event)
+        return _drive(directory, settled, thread, on_event, review)
 
 
 def resume(
     run_directory: str | Path,
     on_event: OnEvent | None = None,
+    reviewer: Reviewer | None = None,
     **changes: Any,
 ) -> RunResult:
     """Go on with a run from its last checkpoint; a finished one is only reported.

@@ -4,7 +4,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -259,7 +259,7 @@ class RunDirectory:
         Raises:
             StoreError: saying what changed; or the manifest is missing or damaged.
         """
-        before = self.manifest()
+        before = _completed(self.manifest())
         for key, now in _facts(request, bench).items():
             if key != "device" and before.get(key) != now:
                 raise StoreError(
@@ -288,7 +288,7 @@ class RunDirectory:
         """Whether the run, as far as it is recorded, was begun with this request."""
         if not self.manifest_file.exists():
             return True
-        return bool(self.manifest().get("request") == request.model_dump(mode="json"))
+        return bool(_completed(self.manifest())["request"] == request.model_dump(mode="json"))
 
     def manifest(self) -> dict[str, Any]:
         """What the run stands on: hashes, versions, seeds.
@@ -394,6 +394,14 @@ def _facts(request: PruneRequest, bench: Workbench) -> dict[str, Any]:
         "dtype": str(bench.loaded.dtype).removeprefix("torch."),
         "device": str(bench.loaded.device),
     }
+
+
+def _completed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest whose request has the keys, too, that did not exist when the run began."""
+    request = manifest.get("request")
+    with suppress(ValidationError):
+        request = PruneRequest.model_validate(request).model_dump(mode="json")
+    return manifest | {"request": request}
 
 
 def _surroundings() -> dict[str, Any]:
