@@ -172,7 +172,9 @@ def apply_prune(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdat
             bench.sync(state["revision"])
             zeros = bench.zeros()
             sizes = {name: layer.numel for name, layer in bench.loaded.layers.items()}
-            counts, notes = land(deltas, zeros, sizes, request.target, request.max_layer_sparsity)
+            counts, notes = land(
+                deltas, zeros, sizes, request.target, request.max_layer_sparsity, request.step
+            )
             counts = {name: count for name, count in counts.items() if count != zeros[name]}
             applied = {}
             if counts:
@@ -339,7 +341,9 @@ def _probes(
             bench.sync(state["revision"])
             zeros = bench.zeros()
             sizes = {name: layer.numel for name, layer in bench.loaded.layers.items()}
-            counts, _ = land(deltas, zeros, sizes, request.target, request.max_layer_sparsity)
+            counts, _ = land(
+                deltas, zeros, sizes, request.target, request.max_layer_sparsity, request.step
+            )
             counts = {name: count for name, count in counts.items() if count != zeros[name]}
             if not counts:
                 return ProbeReport(refused="the deltas come to no weight")
@@ -365,8 +369,9 @@ def land(
     numel: dict[str, int],
     target: float,
     ceiling: float = 1.0,
+    step: float = 1.0,
 ) -> tuple[dict[str, int], list[str]]:
-    """Zeros that each layer shall have; what is added is scaled so as not to pass the target.
+    """Zeros that each layer shall have; what is added is scaled to keep to the target and step.
 
     Counts are whole weights: each delta is rounded towards 0, and what the pruned layers as a
     whole lose by that goes, one weight each, to those that lost most. So the last step lands on
@@ -379,6 +384,7 @@ def land(
         target: sparsity that is never exceeded.
         ceiling: sparsity that no layer exceeds, to the next whole weight: agents count in
             fractions, and a fraction that could never be taken would be offered for ever.
+        step: sparsity that is added to the model at most, to the next whole weight.
 
     Returns:
         Counts of the layers named in ``deltas``, and a note where they were scaled.
@@ -388,15 +394,20 @@ def land(
         for n, delta in deltas.items()
         if delta < 0
     }
-    left = math.floor(target * sum(numel.values())) - sum(zeros.values()) + sum(back.values())
+    total = sum(numel.values())
+    bounds = {
+        "land on the target": math.floor(target * total) - sum(zeros.values()),
+        "keep to the step": math.floor(step * total) + 1,
+    }
+    purpose = min(bounds, key=lambda words: bounds[words])
+    left = max(0, bounds[purpose] + sum(back.values()))
     shares = {name: delta * numel[name] for name, delta in deltas.items() if delta >= 0}
     wanted = sum(shares.values())
     notes = []
-    left = max(0, left)
     if wanted > left:
         scale = left / wanted
         shares = {name: scale * share for name, share in shares.items()}
-        notes.append(f"deltas scaled by {scale:.4f} to land on the target")
+        notes.append(f"deltas scaled by {scale:.4f} to {purpose}")
     room = {n: max(0, math.ceil(ceiling * numel[n] - 1e-6) - zeros[n]) for n in shares}
     gains = {n: math.floor(share + 1e-6) for n, share in shares.items()}
     lost = max(0, math.floor(sum(shares.values()) + 1e-3) - sum(gains.values()))

@@ -119,9 +119,9 @@ def check_decision(
             problems.append(f"{name}: delta {delta:g} exceeds the room left, {room[name]:.3f}")
         elif -delta > sparsity[name] + SHOWN:
             problems.append(f"{name}: delta {delta:g} gives back more than {sparsity[name]:.3f}")
-    if gain > max_step + tolerance:
+    if gain > max_step + SHOWN:
         problems.append(
-            f"the step adds {gain:.4f} to the model's sparsity, above the limit of {max_step:.4f}: "
+            f"the step adds {gain:.5f} to the model's sparsity, above the limit of {max_step:.5f}: "
             "choose fewer layers, or multiply every delta by "
             f"{math.floor(1000 * max_step / gain) / 1000:.3f}"
         )

@@ -91,7 +91,7 @@ def judge(text: str, observation: Observation) -> str:
         # All that the table shows, three decimals, may be given back.
         assert -SHOWN - 1e-6 <= sparsity + delta <= CEILING + 1e-6
         gain += delta * parameters / TOTAL
-    assert gain <= BUDGET + 1e-6
+    assert gain <= BUDGET + SHOWN + 1e-6
     assert gain > 0 or said.get("rebalance") is True or not expected
     decision = report.decision
     assert len(decision.reasoning) <= 4000

@@ -175,7 +175,7 @@ REFUSED: dict[str, tuple[list[tuple[str, float]], str]] = {
     ),
     "too large a step": (
         [(f"{i}.mlp.down_proj", 0.1) for i in range(4)],
-        "adds 0.1000 to the model's sparsity, above the limit of 0.0500: "
+        "adds 0.10000 to the model's sparsity, above the limit of 0.05000: "
         "choose fewer layers, or multiply every delta by 0.500",
     ),
 }
