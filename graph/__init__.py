@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prunewright.graph.builder import build_graph
-    from prunewright.graph.runner import RunResult, baseline, resume, run
+    from prunewright.graph.runner import RunResult, baseline, fork, resume, run
 
-__all__ = ["RunResult", "baseline", "build_graph", "resume", "run"]
+__all__ = ["RunResult", "baseline", "build_graph", "fork", "resume", "run"]
 
 
 def __getattr__(name: str) -> Any:

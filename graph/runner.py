@@ -1,5 +1,6 @@
 """Start, resume and fork runs in this process: what the command line and notebooks call."""
 
+import shutil
 import sqlite3
 import uuid
 from collections.abc import Callable, Iterator
@@ -10,20 +11,30 @@ from pathlib import Path
 from typing import Any, cast
 
 from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.base import CheckpointTuple
 from langgraph.checkpoint.sqlite import SqliteSaver
+from langgraph.types import Command
+from pydantic_core import to_jsonable_python
 
 from prunewright.graph.agents import check_agent
 from prunewright.graph.builder import build_graph
+from prunewright.graph.routing import termination
 from prunewright.graph.stopping import check_stop, iterate_stoppable, stop_on_signals
 from prunewright.state import (
+    STATUS_WORDS,
     InputError,
     PruneConfig,
     PruneInput,
+    PruneState,
+    ReviewAnswer,
+    ReviewPendingError,
+    ReviewRequest,
     StoreError,
     load_config,
     validate_config,
 )
 from prunewright.state.metrics import Metrics
+from prunewright.state.review import HOW
 from prunewright.tools.baseline import BASELINE, prune_once
 from prunewright.tools.rundir import RunDirectory
 from prunewright.tools.storage import write_atomic
@@ -61,7 +72,7 @@ def run(
     config: PruneConfig | dict[str, Any] | str | Path,
     out: str | Path | None = None,
     on_event: OnEvent | None = None,
-    review: Reviewer | None = None,
+    reviewer: Reviewer | None = None,
 ) -> RunResult:
     """Prune a model step by step, as the configuration says, and save the result.
 
@@ -69,12 +80,12 @@ def run(
         config: a `PruneConfig`, its keys as a dict, or the path of a YAML file.
         out: run directory, new or empty; default ``runs/<time>-<id>``.
         on_event: told of progress and updates.
-        review: asked before each decision is applied, where the configuration says ``review``.
+        reviewer: asked before each decision is applied, where the configuration says ``review``.
 
     Raises:
         InputError: the configuration, the model, a text or the directory cannot be used.
         AgentError: the agent could not be asked; `resume` goes on from there.
-        ReviewPendingError: a decision waits for a person and there is no ``review``; `resume`
+        ReviewPendingError: a decision waits for a person and there is no reviewer; `resume`
             goes on from there.
         PrunewrightError: another failure; its message says what to do.
     """
@@ -84,7 +95,7 @@ def run(
     directory = RunDirectory(out or settled.out or Path("runs") / thread)
     directory.create(settled)
     with _abandoned_if_refused(directory):
-        return _drive(directory, settled, thread, on_event, review)
+        return _drive(directory, settled, thread, on_event, reviewer)
 
 
 def resume(
@@ -98,35 +109,176 @@ def resume(
     Args:
         run_directory: the run's directory.
         on_event: told of progress and updates.
+        reviewer: as for `run`; a decision that waits is asked about first.
         changes: keys of the config's context to change (agent, guard, max_steps ...).
 
     Raises:
         InputError: no run there, or a change to what defines the run.
         StoreError: a file of the run is missing or damaged.
+        ReviewPendingError: as for `run`.
     """
     directory = RunDirectory(run_directory)
-    config = directory.config()
-    if changes:
-        changed = validate_config(config.model_dump() | changes)
-        if changed.request != config.request:
-            raise InputError(
-                "only who decides and how can change on a resumed run (agent, guard, "
-                "max_steps ...); what defines it, such as model or target, needs a new run"
-            )
-        config = changed
+    config = _changed(directory, changes)
     thread = directory.thread() or _new_thread()
-    if not directory.begun_with(config.request):
-        raise StoreError(
-            f"{directory.config_file} is not what the run began with: put back the values that "
-            f"{directory.manifest_file} holds under request"
-        )
     if config.agent == BASELINE:
         if directory.metrics_file.exists():
             return RunResult(directory.path, load_metrics(directory))
         return _prune_once(directory, config, thread, on_event)
     if directory.started:
         _check_database(directory, thread)
-    return _drive(directory, config, thread, on_event)
+    return _drive(directory, config, thread, on_event, reviewer)
+
+
+def fork(
+    run_directory: str | Path,
+    step: int,
+    out: str | Path | None = None,
+    on_event: OnEvent | None = None,
+    reviewer: Reviewer | None = None,
+    **changes: Any,
+) -> RunResult:
+    """Go on from just after a step of a run, in a directory of its own, with the model as it was.
+
+    The run stays as it is, and may be going on in another process meanwhile.
+
+    Args:
+        run_directory: of a step-by-step run, finished or not; a fork, too.
+        step: steps of it that are taken over, rolled-back and empty ones included; 0 starts
+            from the dense model.
+        out: the new run's directory, new or empty; default: beside the run's, ``<time>-<id>``.
+        on_event: told of progress and updates.
+        reviewer: as for `run`.
+        changes: keys of the config's context to change (agent, guard, max_steps ...).
+
+    Raises:
+        InputError: no run there, a baseline, no such step, a change to what defines the run, or
+            nothing is left to do after that step.
+        StoreError: a file of the run is missing or damaged.
+        ReviewPendingError: as for `run`.
+    """
+    parent = RunDirectory(run_directory)
+    if parent.config().agent == BASELINE:
+        raise InputError(f"{parent.path} holds a baseline: it has no steps to fork from")
+    config = _changed(parent, changes | {"out": None})
+    check_agent(config.context)
+    before = parent.thread()
+    if before is None or step < 0:
+        what = "nothing was computed in it yet" if before is None else "steps count from 0"
+        raise InputError(f"{parent.path} cannot be forked after step {step}: {what}")
+    chain = _checkpoints(parent, before, step) if step else []
+    state = cast(PruneState, chain[0].checkpoint["channel_values"]) if chain else None
+    if state is not None:
+        _check_open(parent, state, config)
+    thread = _new_thread()
+    directory = RunDirectory(out or parent.path.parent / thread)
+    directory.check_free()
+    revisions = {
+        values[name]
+        for values in (found.checkpoint["channel_values"] for found in chain)
+        for name in _REVISIONS
+        if values.get(name)
+    }
+    scratch = RunDirectory(directory.path.with_name(f".forking-{thread}"))
+    try:
+        history = state["history"] if state is not None else []
+        parent.branch(scratch, config, thread, history, revisions)
+        if chain:
+            _write_checkpoints(scratch, thread, chain)
+        try:
+            if directory.path.exists():
+                directory.path.rmdir()
+            scratch.path.rename(directory.path)
+        except OSError as error:
+            raise StoreError(f"cannot write {directory.path}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(scratch.path, ignore_errors=True)
+    return _drive(directory, config, thread, on_event, reviewer)
+
+
+def _changed(directory: RunDirectory, changes: dict[str, Any]) -> PruneConfig:
+    """A run's configuration with some keys of its context changed."""
+    config = directory.config()
+    if changes:
+        changed = validate_config(config.model_dump() | changes)
+        if changed.request != config.request:
+            raise InputError(
+                "only who decides and how can change on a resumed or forked run (agent, guard, "
+                "max_steps ...); what defines it, such as model or target, needs a new run"
+            )
+        config = changed
+    if not directory.begun_with(config.request):
+        raise StoreError(
+            f"{directory.config_file} is not what the run began with: put back the values that "
+            f"{directory.manifest_file} holds under request"
+        )
+    return config
+
+
+def _checkpoints(directory: RunDirectory, thread: str, step: int) -> list[CheckpointTuple]:
+    """A run's checkpoints from the one just after a step back to its first.
+
+    Only those that the newest one descends from: what was forked off inside the thread, as Studio
+    does, is another story.
+
+    Raises:
+        InputError: there is none just after that step.
+        StoreError: the database is damaged.
+    """
+    if not directory.database.exists():
+        raise InputError(
+            f"{directory.path} has no checkpoints of its own: a run of LangGraph's server is "
+            "forked there"
+        )
+    chain: list[CheckpointTuple] = []
+    most = 0
+    with read_checkpoints(directory) as saver:
+        found = saver.get_tuple({"configurable": {"thread_id": thread}})
+        while found is not None:
+            values = found.checkpoint["channel_values"]
+            # A step ends with `reflect`, which leaves no profile.
+            ended = values["step"] if values.get("profile") is None and "step" in values else 0
+            most = max(most, ended)
+            if chain or ended == step:
+                chain.append(found)
+            found = saver.get_tuple(found.parent_config) if found.parent_config else None
+    if not chain:
+        raise InputError(f"{directory.path} has {most} steps so far, so no step {step}")
+    return chain
+
+
+def _check_open(directory: RunDirectory, state: PruneState, config: PruneConfig) -> None:
+    """Refuse to fork where nothing would be left to do.
+
+    Raises:
+        InputError: saying why.
+    """
+    status = termination(
+        sparsity=state["sparsity"],
+        target=config.target,
+        steps=state["step"],
+        max_steps=config.max_steps,
+        stalls=state["stalls"],
+        max_stalls=config.max_stalls,
+    )
+    if status != "running":
+        raise InputError(
+            f"nothing is left to do after step {state['step']} of {directory.path}: "
+            f"{STATUS_WORDS[status]}. Fork from an earlier step, or change what ends it "
+            "(max_steps, max_stalls)"
+        )
+
+
+def _write_checkpoints(directory: RunDirectory, thread: str, chain: list[CheckpointTuple]) -> None:
+    """Give a fork its history: the newest checkpoint first, from which it goes on."""
+    with closing(sqlite3.connect(directory.database, check_same_thread=False)) as connection:
+        saver = SqliteSaver(connection)
+        at: RunnableConfig = {"configurable": {"thread_id": thread, "checkpoint_ns": ""}}
+        for found in reversed(chain):
+            # No writes of the nodes after it: they are the other run's.
+            at = saver.put(at, found.checkpoint, found.metadata, {})
+        if chain[0].checkpoint["channel_values"]["status"] != "running":
+            # It was the last step: what follows is decided anew.
+            build_graph(saver).update_state(at, {"status": "running"}, as_node="reflect")
 
 
 def baseline(
@@ -253,7 +405,11 @@ def _check_database(directory: RunDirectory, thread: str) -> None:
 
 
 def _drive(
-    directory: RunDirectory, config: PruneConfig, thread: str, on_event: OnEvent | None
+    directory: RunDirectory,
+    config: PruneConfig,
+    thread: str,
+    on_event: OnEvent | None,
+    reviewer: Reviewer | None,
 ) -> RunResult:
     context = config.context.model_copy(update={"out": str(directory.path)})
     options: RunnableConfig = {
@@ -265,7 +421,6 @@ def _drive(
     }
     try:
         with (
-            stop_on_signals(),
             directory.locked(),
             closing(sqlite3.connect(directory.database, check_same_thread=False)) as connection,
         ):
@@ -285,22 +440,50 @@ def _drive(
                 write_atomic(directory.config_file, config.to_yaml().encode())
             # JSON, as Studio sends it: the state holds plain values only.
             request: Any = config.request.model_dump(mode="json")
-            start: PruneInput | None = None if started else {"request": request}
-            stream = partial(
-                graph.stream,
-                start,
-                options,
-                context=context,
-                stream_mode=["updates", "custom"],
-                durability="sync",
-            )
-            with closing(iterate_stoppable(stream)) as events:
-                for mode, event in events:
-                    if on_event is not None:
-                        on_event(str(mode), cast(dict[str, Any], event))
+            given: PruneInput | Command[Any] | None = None if started else {"request": request}
+            while True:
+                stream = partial(
+                    graph.stream,
+                    given,
+                    options,
+                    context=context,
+                    stream_mode=["updates", "custom"],
+                    durability="sync",
+                )
+                with stop_on_signals(), closing(iterate_stoppable(stream)) as events:
+                    for mode, event in events:
+                        if on_event is not None:
+                            on_event(str(mode), cast(dict[str, Any], event))
+                waiting = graph.get_state(options).interrupts
+                if not waiting:
+                    break
+                given = Command(resume=_ask_person(directory, reviewer, waiting[0].value))
     except sqlite3.Error as error:
         raise StoreError(
             f"{directory.database}: {error}. Nothing recorded so far is lost: free some space "
             f"if the disk is full, then: prunewright resume {directory.path}"
         ) from error
     return RunResult(directory.path, load_metrics(directory))
+
+
+def _ask_person(directory: RunDirectory, reviewer: Reviewer | None, waiting: Any) -> dict[str, Any]:
+    """The answer to a review's request, as JSON values.
+
+    Raises:
+        ReviewPendingError: there is nobody to ask.
+        InputError: the reviewer gives no answer, or again the one that was just refused.
+    """
+    request = ReviewRequest.model_validate(waiting)
+    if reviewer is None:
+        raise ReviewPendingError(
+            f"the decision of step {request.step} waits for a review, and nothing is pruned until "
+            "then. Go on with someone to ask, prunewright resume "
+            f"{directory.path} in a terminal or resume({str(directory.path)!r}, reviewer=...) in "
+            "Python, or without a review: --set review=false"
+        )
+    answer = to_jsonable_python(reviewer(request))
+    if not isinstance(answer, dict):
+        raise InputError(f"the reviewer answered {type(answer).__name__}: {HOW}")
+    if request.problems and answer == request.refused:
+        raise InputError(f"the reviewer's answer was refused: {'; '.join(request.problems)}")
+    return answer

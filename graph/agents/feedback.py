@@ -99,7 +99,8 @@ def _last(observation: Observation, record: StepRecord) -> list[str]:
     if record.decision.expected_ppl_change is not None:
         lines.append(f"You expected {percent(record.decision.expected_ppl_change)} % of it.")
     if record.review is not None and record.review.verdict == "rejected":
-        return [*lines, f"A person rejected your last decision: {_one_line(record.review.words, 1000)}"]
+        words = _one_line(record.review.words, 1000)
+        return [*lines, f"A person rejected your last decision: {words}"]
     if record.review is not None and record.review.verdict == "edited":
         lines.append("A person edited your decision before it was applied.")
     if record.decision.reasoning:
