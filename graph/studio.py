@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from langgraph.runtime import Runtime
@@ -15,7 +15,7 @@ from prunewright.graph.agents import check_agent
 from prunewright.graph.builder import build_graph
 from prunewright.graph.nodes import Node, run_directory
 from prunewright.graph.stopping import call_cancellable
-from prunewright.state import InputError, PruneContext, PruneState, PruneUpdate
+from prunewright.state import InputError, PruneContext, PruneState, PruneUpdate, PrunewrightError
 from prunewright.state.config import CriterionName
 
 DATABASE_VARIABLE = "PRUNEWRIGHT_STUDIO_DB"
@@ -43,6 +43,10 @@ def _offer_at_nodes(schema: dict[str, Any]) -> None:
         schema["properties"][name]["langgraph_nodes"] = [node]
 
 
+class RunError(RuntimeError):
+    """A `PrunewrightError` for a client: of others than Python's own the server hides the words."""
+
+
 class StudioContext(PruneContext):
     """Who decides and how, and what an assistant brings to the runs that it starts."""
 
@@ -62,19 +66,22 @@ def served(node: Node) -> Callable[[PruneState, Runtime[StudioContext]], Awaitab
     def work(state: PruneState, runtime: Runtime[StudioContext]) -> PruneUpdate:
         given = runtime.context or StudioContext()
         context = PruneContext(**given.model_dump(exclude={"criterion"}))
-        plain: Runtime[PruneContext] = runtime.override(context=context)
+        plain = cast("Runtime[PruneContext]", runtime).override(context=context)
         directory = run_directory(plain)
-        with directory.locked():
-            try:
-                if "revision" not in state:
-                    check_agent(context)
-                    if given.criterion is not None:
-                        request = {**dict(state["request"]), "criterion": given.criterion}
-                        state = {**state, "request": request}
-                return node(state, plain)
-            except InputError:
-                directory.abandon()
-                raise
+        try:
+            with directory.locked():
+                try:
+                    if "revision" not in state:
+                        check_agent(context)
+                        if given.criterion is not None:
+                            request = {**dict(state["request"]), "criterion": given.criterion}
+                            state = {**state, "request": request}
+                    return node(state, plain)
+                except InputError:
+                    directory.abandon()
+                    raise
+        except PrunewrightError as error:
+            raise RunError(str(error)) from error
 
     async def wrapper(state: PruneState, runtime: Runtime[StudioContext]) -> PruneUpdate:
         return await call_cancellable(partial(work, state, runtime))
