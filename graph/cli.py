@@ -321,6 +321,38 @@ def show_command(
         show.print_story(screen, story)
 
 
+@app.command("report")
+def report_command(
+    ctx: typer.Context,
+    run_directory: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR", help="Directory of the run.", show_default=False)
+    ],
+    others: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[OTHER_DIR]...",
+            help="Runs and baselines to show beside it.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The file. Default: report.html in RUN_DIR."),
+    ] = None,
+    _json: _JsonOption = False,
+) -> None:
+    """Write a run, finished or not, as one web page: plots, decisions, and runs side by side.
+
+    Each finished run has one already; name a baseline after it to compare. Opens without a network.
+    """
+    session: Session = ctx.obj
+    from prunewright.tools.report import write_report
+
+    path = write_report([run_directory, *(others or [])], out)
+    session.emit({"report": str(path)})
+    session.screen.pairs([("report", f"{path} ({console.size(path.stat().st_size)})")])
+
+
 @app.command("ask")
 def ask_command(
     ctx: typer.Context,

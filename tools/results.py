@@ -1,5 +1,6 @@
 """What a finished run leaves: the verified model directory, its card, metrics.json."""
 
+import logging
 import math
 import resource
 import shutil
@@ -20,6 +21,8 @@ from prunewright.tools.revisions import DENSE
 from prunewright.tools.rundir import RunDirectory
 from prunewright.tools.storage import write_atomic, write_json
 from prunewright.tools.workbench import Workbench
+
+_log = logging.getLogger("prunewright")
 
 VERIFY_WINDOWS = 2
 """Guard windows on which the saved model is scored again after reloading."""
@@ -51,7 +54,7 @@ def finish(
     outcome: Outcome,
     progress: Progress | None = None,
 ) -> Metrics:
-    """Measure the test text, save and verify the model, write card and metrics.
+    """Measure the test text, save and verify the model, write card, metrics and report.
 
     May run again after a crash: the model directory appears whole or not at all.
 
@@ -96,7 +99,24 @@ def finish(
     seconds["total"] = sum(v for k, v in seconds.items() if k != "total")
     metrics = metrics.model_copy(update={"seconds": seconds, "peak_memory_bytes": peak_memory()})
     write_json(run.metrics_file, metrics.model_dump())
+    _write_report(run)
     return metrics
+
+
+def _write_report(run: RunDirectory) -> None:
+    """The page for people; the run is whole without it, so no failure of it is the run's."""
+    # Not at the top: the report's parts need this module.
+    from prunewright.tools.report import write_report
+
+    try:
+        write_report([run.path])
+    except Exception as error:
+        _log.warning(
+            "The run is finished and saved, but without its report: %s. What writes it: "
+            "prunewright report %s",
+            error or type(error).__name__,
+            run.path,
+        )
 
 
 def save_model(run: RunDirectory, bench: Workbench, outcome: Outcome, metrics: Metrics) -> None:

@@ -1,0 +1,262 @@
+"""report.html: a run, or several side by side, as one page that needs no network."""
+
+import base64
+import hashlib
+import importlib.metadata
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from prunewright.state import STATUS_WORDS, InputError, PruneConfig, StoreError
+from prunewright.tools.baseline import BASELINE
+from prunewright.tools.models import cache_directory
+from prunewright.tools.report.charts import VERDICTS, heat_maps, prediction_chart, step_charts
+from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.signatures import failure_signatures
+from prunewright.tools.storage import write_atomic
+from prunewright.tools.trace import Story, read_story
+
+FILE = "report.html"
+"""Its name in a run directory."""
+SAME_SPARSITY = 0.002
+"""How far two sparsities may lie apart that are compared as equal."""
+NAMED = 300
+"""Layers of a step that the page names, the largest deltas first."""
+
+_PLOTTER = "vl-convert-python"
+_GLOBALS = "window.vegaEmbed = vegaEmbed;"
+# Two runs can only be compared where these are equal; the rest is told.
+_COMPARABLE = {"model": "the model", "texts.test": "the test text", "dtype": "the dtype"}
+_TOLD = {
+    "texts.calibration": "the calibration text",
+    "texts.guard": "the guard text",
+    "seed": "the seed",
+}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A run beside the first one.
+
+    Attributes:
+        label: what the page calls it.
+        story: the run.
+        manifest: what it stands on; empty before it began.
+        obstacles: what makes its perplexities say nothing about the first run's.
+        differences: what else differs.
+        ratio: test perplexity of the first run over this one's, below 1 if the first is better;
+            None where obstacles or an unfinished run forbid it.
+    """
+
+    label: str
+    story: Story
+    manifest: dict[str, Any]
+    obstacles: list[str]
+    differences: list[str]
+    ratio: float | None
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is uniform one-shot pruning."""
+        return self.story.config.agent == BASELINE
+
+    @property
+    def method(self) -> str:
+        """Who decided."""
+        if self.is_baseline:
+            return "uniform, one shot"
+        agents = dict.fromkeys(record.agent for record in self.story.records)
+        return ", then ".join(agents) or self.story.config.agent
+
+
+def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write the report of a run, finished or not, and of others beside it.
+
+    Args:
+        run_dirs: the run that is reported, then those that it is compared with.
+        out: the file; default ``report.html`` in the first run's directory.
+
+    Returns:
+        The file.
+
+    Raises:
+        InputError: no run there, a newer version made it, or the extra ``report`` is missing.
+        StoreError: a file is damaged, or the page cannot be written.
+    """
+    path = Path(out) if out is not None else Path(run_dirs[0]) / FILE
+    write_atomic(path, build_report(run_dirs).encode("utf-8", "backslashreplace"))
+    return path
+
+
+def build_report(run_dirs: Sequence[str | Path]) -> str:
+    """The page of `write_report`.
+
+    Whatever a model, a file or an LLM wrote stands in it as text: the template escapes all, and
+    the page's own policy lets no script run but the page's, and nothing be loaded.
+
+    Raises:
+        InputError: no run there, a newer version made it, or the extra ``report`` is missing.
+        StoreError: a file is damaged.
+    """
+    stories = [read_story(RunDirectory(path)) for path in run_dirs]
+    runs = _compare(stories)
+    first = stories[0]
+    named = [(run.label, run.story) for run in runs]
+    charts = step_charts(named)
+    prediction = prediction_chart(first.records)
+    if prediction is not None:
+        charts["prediction"] = prediction
+    scripts = [plotting_script(), _page_file("page.js")]
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
+    try:
+        return environment.from_string(_page_file("page.html")).render(
+            runs=runs,
+            run=runs[0],
+            uniform=_uniform_words(runs),
+            charts=charts | {f"heat-{k}": spec for k, spec in heat_maps(first).items()},
+            signatures=failure_signatures(first.records),
+            verdicts=VERDICTS,
+            statuses=STATUS_WORDS | {BASELINE: "uniform pruning in one shot"},
+            options=_flat(first.config),
+            named=NAMED,
+            style=_page_file("page.css"),
+            scripts=scripts,
+            hashes=" ".join(_hash(script) for script in scripts),
+        )
+    except ValueError as error:
+        raise StoreError(
+            f"{first.directory.path} holds a number that is not finite, which no plot can show: "
+            f"{error}"
+        ) from error
+
+
+def plotting_script() -> str:
+    """Vega-Lite as one script, made once by vl-convert-python and kept in the cache directory.
+
+    Raises:
+        InputError: vl-convert-python is not installed.
+    """
+    try:
+        version = importlib.metadata.version(_PLOTTER)
+    except importlib.metadata.PackageNotFoundError:
+        raise InputError(
+            f"the report needs {_PLOTTER}: pip install 'prunewright[report]'"
+        ) from None
+    kept = cache_directory() / f"vega-{version}.js"
+    with suppress(OSError, UnicodeDecodeError):
+        return kept.read_text(encoding="utf-8")
+    import vl_convert
+
+    # Inside a page neither may stand in a script, not even in a string.
+    script = re.sub(r"<(?=/script|!--)", r"\\x3c", vl_convert.javascript_bundle(_GLOBALS))
+    with suppress(StoreError):  # it is made again next time
+        write_atomic(kept, script.encode())
+    return script
+
+
+def _page_file(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(script: str) -> str:
+    """The source expression that allows a script in a Content-Security-Policy."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _compare(stories: list[Story]) -> list[Compared]:
+    names = [story.directory.path.resolve().name for story in stories]
+    labels = [
+        name if names.count(name) == 1 else str(story.directory.path)
+        for name, story in zip(names, stories, strict=True)
+    ]
+    if len(set(labels)) < len(labels):
+        raise InputError("the same run is named twice: name each run once")
+    first = stories[0]
+    manifest = _manifest(first)
+    found = []
+    for label, story in zip(labels, stories, strict=True):
+        own = _manifest(story)
+        obstacles = _differing(manifest, own, _COMPARABLE)
+        ratio = None
+        if first.metrics is not None and story.metrics is not None and not obstacles:
+            ratio = first.metrics.perplexity.test.final / story.metrics.perplexity.test.final
+        differences = _differing(manifest, own, _TOLD)
+        found.append(Compared(label, story, own, obstacles, differences, ratio))
+    return found
+
+
+def _manifest(story: Story) -> dict[str, Any]:
+    directory = story.directory
+    return directory.manifest() if directory.manifest_file.exists() else {}
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any], facts: dict[str, str]) -> list[str]:
+    return [words for key, words in facts.items() if _fact(one, key) != _fact(other, key)]
+
+
+def _fact(manifest: dict[str, Any], key: str) -> Any:
+    """A fact by its dotted key; its hash, where it has one."""
+    value: Any = manifest
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value.get("sha256", value) if isinstance(value, dict) else value
+
+
+def _uniform_words(runs: list[Compared]) -> list[str]:
+    """What the measured uniform controls say of the first run, or how to measure one."""
+    run, others = runs[0], runs[1:]
+    if run.is_baseline:
+        return ["This is the uniform control itself."]
+    words = [_against(run, other) for other in others if other.is_baseline]
+    path = run.story.directory.path
+    out = path.with_name(f"{path.resolve().name}-uniform")
+    control = f"{shlex.quote(str(path))} {shlex.quote(str(out))}"
+    config = shlex.quote(str(run.story.directory.config_file))
+    return words or [
+        "Uniform pruning was not measured here, so nothing on this page says that the run is "
+        f"better than it. To measure it: prunewright baseline --config {config} --out "
+        f"{shlex.quote(str(out))} and then: prunewright report {control}"
+    ]
+
+
+def _against(run: Compared, control: Compared) -> str:
+    name = f"uniform pruning ({control.story.config.criterion}, {control.label})"
+    own, other = run.story.metrics, control.story.metrics
+    if control.obstacles:
+        return f"Not comparable with {name}: other are {', '.join(control.obstacles)}."
+    if own is None or other is None or control.ratio is None:
+        return f"Not compared with {name}: one of the two is not finished."
+    better = "better" if control.ratio < 1 else "not better"
+    words = (
+        f"Against {name}: test perplexity {own.perplexity.test.final:.3f} at sparsity "
+        f"{own.sparsity:.4f}, uniform {other.perplexity.test.final:.3f} at {other.sparsity:.4f}; "
+        f"ratio {control.ratio:.3f}, so this run is {better}."
+    )
+    if abs(own.sparsity - other.sparsity) > SAME_SPARSITY:
+        words += " The sparsities differ: the ratio is no fair comparison."
+    if control.differences:
+        words += f" Other are {', '.join(control.differences)}."
+    return words
+
+
+def _flat(config: PruneConfig) -> list[tuple[str, str]]:
+    """Each key of a configuration, dotted, with its value as JSON writes it."""
+
+    def walk(prefix: str, value: Any) -> list[tuple[str, str]]:
+        if isinstance(value, dict) and value:
+            return [row for key, inner in value.items() for row in walk(f"{prefix}.{key}", inner)]
+        shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        return [(prefix.removeprefix("."), shown)]
+
+    return walk("", config.model_dump(mode="json"))
