@@ -23,11 +23,13 @@ from typer.core import TyperGroup
 from prunewright.graph import console
 from prunewright.graph.console import Live, Screen
 from prunewright.graph.stopping import stop_requested
-from prunewright.state import InputError, PruneConfig, PrunewrightError, load_config
+from prunewright.state import InputError, PruneConfig, PrunewrightError, StepRecord, load_config
 
 if TYPE_CHECKING:
     from prunewright.graph.runner import RunResult
+    from prunewright.graph.terminal import TerminalReviewer
     from prunewright.tools.plan import Plan
+    from prunewright.tools.rundir import RunDirectory
 
 DONE, FAILURE, BAD_INPUT, ENDED_EARLY = 0, 1, 2, 3
 _GOOD_ENDS = ("target_reached", "baseline")
@@ -46,11 +48,13 @@ class Session:
     Attributes:
         debug: show tracebacks.
         json: standard output carries one JSON object and nothing else.
+        lines: it carries several, a line each.
         run: the run directory that is worked on, once known.
     """
 
     debug: bool = False
     json: bool = False
+    lines: bool = False
     run: Path | None = None
 
     @property
@@ -61,7 +65,9 @@ class Session:
     def emit(self, value: dict[str, Any]) -> None:
         """Print the JSON object, if one was asked for."""
         if self.json:
-            sys.stdout.write(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+            indent = None if self.lines else 2
+            sys.stdout.write(json.dumps(_finite(value), indent=indent, allow_nan=False) + "\n")
+            sys.stdout.flush()
 
     def resume_command(self) -> str | None:
         """The command that goes on with the run; None if there is nothing to go on with."""
@@ -133,6 +139,11 @@ def _keep_stdout(ctx: typer.Context, value: bool) -> bool:
     return value
 
 
+def _print_lines(ctx: typer.Context, value: bool) -> bool:
+    ctx.find_root().obj.lines = value
+    return _keep_stdout(ctx, value)
+
+
 _JsonOption = Annotated[
     bool,
     typer.Option(
@@ -198,9 +209,10 @@ def run_command(
     resolved = resolve_agent(settled.agent, settled.agent_options)
     session.run = _directory(settled, out)
     screen = session.screen
+    _check_person(settled)
     _print_head(screen, settled, session.run, f"{resolved.name} ({resolved.why})")
     with _live(screen, settled, session.run) as live:
-        result = runner.run(settled, session.run, live.on_event)
+        result = runner.run(settled, session.run, live.on_event, _reviewer(screen, live))
     _report(session, screen, result)
 
 
@@ -226,13 +238,11 @@ def resume_command(
 
     _quiet_transformers(session.debug)
     directory = RunDirectory(run_directory)
-    before = directory.config()
     session.run = run_directory
-    settled = load_config(directory.config_file, overrides) if overrides else before
-    old = before.model_dump()
-    changes = {key: value for key, value in settled.model_dump().items() if value != old[key]}
+    settled, changes = _changes(directory, overrides)
     screen = session.screen
     if not directory.metrics_file.exists():
+        _check_person(settled)
         who = settled.agent
         if who != BASELINE:
             resolved = resolve_agent(who, settled.agent_options)
@@ -243,8 +253,106 @@ def resume_command(
             screen.pairs([("resumed", f"after step {records[-1].step + 1}")])
             screen.line(*console.step_line(records[-1]))
     with _live(screen, settled, run_directory) as live:
-        result = runner.resume(run_directory, live.on_event, **changes)
+        reviewer = _reviewer(screen, live)
+        result = runner.resume(run_directory, live.on_event, reviewer, **changes)
     _report(session, screen, result)
+
+
+@app.command("fork")
+def fork_command(
+    ctx: typer.Context,
+    run_directory: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR", help="Directory of the run.", show_default=False)
+    ],
+    step: Annotated[
+        int,
+        typer.Option(
+            "--step",
+            min=0,
+            help="Steps to take over, rolled-back ones included; 0 starts from the dense model.",
+            show_default=False,
+        ),
+    ],
+    overrides: _SetOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Run directory, new or empty. Default: <time>-<id> beside RUN_DIR."
+        ),
+    ] = None,
+    _json: _JsonOption = False,
+) -> None:
+    """Go on from just after a step of a run, in a new directory; the run stays as it is.
+
+    It may be finished, or going on elsewhere. --set changes what `resume` may change.
+    """
+    session: Session = ctx.obj
+    from prunewright.graph import runner
+    from prunewright.graph.agents import resolve_agent
+    from prunewright.tools.rundir import RunDirectory
+
+    _quiet_transformers(session.debug)
+    parent = RunDirectory(run_directory)
+    settled, changes = _changes(parent, overrides)
+    _check_person(settled)
+    session.run = out or run_directory.parent / _fresh_name()
+    resolved = resolve_agent(settled.agent, settled.agent_options)
+    screen = session.screen
+    _print_head(screen, settled, session.run, f"{resolved.name} ({resolved.why})")
+    screen.pairs([("forked", f"from {run_directory} after step {step}")])
+    with _live(screen, settled, session.run, parent.read_trace()[:step]) as live:
+        result = runner.fork(
+            run_directory, step, session.run, live.on_event, _reviewer(screen, live), **changes
+        )
+    _report(session, screen, result)
+
+
+@app.command("watch")
+def watch_command(
+    ctx: typer.Context,
+    run_directory: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR", help="Directory of the run.", show_default=False)
+    ],
+    _lines: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            callback=_print_lines,
+            help="Print JSON lines on standard output: each step, who works on the run, and the "
+            "results; all else goes to standard error.",
+        ),
+    ] = False,
+) -> None:
+    """Follow a run that another terminal, a notebook or Studio drives, until it ends or Ctrl-C.
+
+    Only its files are read. Ends with the exit code of the run.
+    """
+    session: Session = ctx.obj
+    from prunewright.graph.runner import RunResult
+    from prunewright.graph.watch import follow
+    from prunewright.tools.rundir import RunDirectory
+    from prunewright.tools.trace import load_metrics
+
+    directory = RunDirectory(run_directory)
+    config = directory.config()
+    screen = session.screen
+    _print_head(screen, config, run_directory, config.agent)
+    command = f"prunewright resume {shlex.quote(str(run_directory))}"
+    try:
+        with Live(screen) as live:
+            for mode, event in follow(directory):
+                live.on_event(mode, event)
+                if mode == "holder":
+                    number = event["process"]
+                    words = f"nobody works on it; go on with: {command}"
+                    screen.pairs([("at work", f"process {number}" if number else words)])
+                    live.say("" if number else "waiting for someone to go on with it")
+                if mode == "holder" or "step" in event:
+                    session.emit(event)
+    except KeyboardInterrupt:
+        Screen(stderr=True).line("No longer watching; the run is left as it is.")
+        raise typer.Exit(128 + signal.SIGINT) from None
+    _report(session, screen, RunResult(run_directory, load_metrics(directory)))
 
 
 @app.command("baseline")
@@ -515,7 +623,34 @@ def _directory(config: PruneConfig, out: Path | None) -> Path:
     """The run directory, named now so that every message can name it."""
     if out is not None or config.out is not None:
         return Path(out or config.out or "")
-    return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{os.urandom(3).hex()}"
+    return Path("runs") / _fresh_name()
+
+
+def _fresh_name() -> str:
+    return f"{datetime.now():%Y%m%d-%H%M%S}-{os.urandom(3).hex()}"
+
+
+def _changes(
+    directory: "RunDirectory", overrides: list[str] | None
+) -> tuple[PruneConfig, dict[str, Any]]:
+    """A run's configuration with --set applied, and what that changes."""
+    before = directory.config()
+    settled = load_config(directory.config_file, overrides) if overrides else before
+    old = before.model_dump()
+    return settled, {k: v for k, v in settled.model_dump().items() if v != old[k]}
+
+
+def _check_person(config: PruneConfig) -> None:
+    if config.review:
+        from prunewright.graph.terminal import check_terminal
+
+        check_terminal()
+
+
+def _reviewer(screen: Screen, live: Live) -> "TerminalReviewer":
+    from prunewright.graph.terminal import TerminalReviewer
+
+    return TerminalReviewer(screen, live)
 
 
 def _model_of(name: str) -> str:
@@ -536,7 +671,12 @@ def _print_head(screen: Screen, config: PruneConfig, directory: Path, agent: str
 
 
 @contextmanager
-def _live(screen: Screen, config: PruneConfig, directory: Path) -> Iterator[Live]:
+def _live(
+    screen: Screen,
+    config: PruneConfig,
+    directory: Path,
+    records: list[StepRecord] | None = None,
+) -> Iterator[Live]:
     from prunewright.tools.rundir import RunDirectory
     from prunewright.tools.storage import read_json
 
@@ -563,7 +703,7 @@ def _live(screen: Screen, config: PruneConfig, directory: Path) -> Iterator[Live
                 ]
             )
 
-    with Live(screen, loaded, RunDirectory(directory).read_trace()) as live:
+    with Live(screen, loaded, records or RunDirectory(directory).read_trace()) as live:
         yield live
 
 

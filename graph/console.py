@@ -6,7 +6,8 @@ markup, and with control characters written out.
 
 import math
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -137,6 +138,20 @@ class Live:
     ) -> None:
         self._progress.stop()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside the block the screen is someone else's."""
+        self._progress.stop()
+        try:
+            yield
+        finally:
+            self._progress.start()
+
+    def say(self, words: str) -> None:
+        """Put some words beside the spinner."""
+        self._label = ""
+        self._progress.reset(self._task, total=None, description=words)
+
     def progress(self, label: str, done: int, total: int) -> None:
         """Move the bar."""
         words = _LABELS.get(label, label)
@@ -174,8 +189,7 @@ class Live:
             self._loaded(update.get("dense_perplexity"))
             self._loaded = None
         if node in _NEXT:
-            self._label = ""
-            self._progress.reset(self._task, total=None, description=_NEXT[node])
+            self.say(_NEXT[node])
 
 
 def step_line(record: StepRecord) -> list[str | tuple[str, str]]:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import yaml
 from filelock import FileLock, Timeout
@@ -209,6 +210,20 @@ class RunDirectory:
         finally:
             self.holder_file.unlink(missing_ok=True)
             lock.release()
+
+    def holder(self) -> int | None:
+        """The process of this machine that works here; None for nobody.
+
+        The lock is not touched: to try it would keep a run from starting, if only for a moment.
+        """
+        try:
+            number = int(self.holder_file.read_text())
+            process, written = psutil.Process(number), self.holder_file.stat().st_mtime
+            # A killed process leaves the file, and another may have its number since.
+            alive = process.status() != psutil.STATUS_ZOMBIE
+            return number if alive and process.create_time() <= written + 1 else None
+        except (OSError, ValueError, psutil.Error):
+            return None
 
     def collect_garbage(self, keep: set[str]) -> tuple[int, int]:
         """Delete revisions not in ``keep`` nor in the trace, and what a killed process left.
