@@ -21,6 +21,13 @@ from prunewright.graph.correction import predicted_costs
 from prunewright.graph.review import review
 from prunewright.graph.routing import guard_reason, step_price, termination
 from prunewright.graph.stopping import call_stoppable, check_stop
+from prunewright.graph.summary import (
+    applied_words,
+    decision_words,
+    evaluated_words,
+    profile_words,
+    step_words,
+)
 from prunewright.state import (
     AppliedDecision,
     Decision,
@@ -107,6 +114,7 @@ def profile(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     path = run.write_step_file(step, "profile", signals.model_dump(mode="json"))
     return {
         **update,
+        "summary": profile_words(step, signals),
         # Whole and as plain values, however the request came in.
         "request": request.model_dump(mode="json"),
         "gradient_revision": gradient_revision,
@@ -146,6 +154,7 @@ def agent_decide(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpda
     )
     assert state["profile"] is not None
     return {
+        "summary": decision_words(report),
         "decision": report.model_dump(mode="json"),
         # Its table was for whoever watches the decision.
         "profile": {"path": state["profile"]["path"]},
@@ -191,6 +200,9 @@ def apply_prune(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdat
         costs = predicted_costs(applied, observation.profile)
         changes = {"applied": applied, "predicted_costs": costs, "notes": notes}
         outcome = outcome.model_copy(update=changes)
+    update["summary"] = applied_words(
+        outcome.applied, state["sparsity"], update["candidate_sparsity"]
+    )
     update["applied"] = run.write_step_file(
         state["step"], "applied", outcome.model_dump(mode="json")
     )
@@ -216,12 +228,14 @@ def evaluate_ppl(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpda
     if context.guard.max_price is not None and math.isfinite(sum(change)):
         predicted = sum(run.read_applied(state["applied"]).predicted_costs.values())
         price = step_price(change, predicted, run.read_records(state["history"]))
+    reason = guard_reason(
+        state["perplexity"], value, state["dense_perplexity"], context.guard, price
+    )
     return {
+        "summary": evaluated_words(state["perplexity"], value, reason),
         "candidate_perplexity": value if finite else None,
         "candidate_losses": losses if finite else [],
-        "rollback_reason": guard_reason(
-            state["perplexity"], value, state["dense_perplexity"], context.guard, price
-        ),
+        "rollback_reason": reason,
         "tokens": tokens,
     }
 
@@ -233,7 +247,8 @@ def rollback(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     with workbench(request, run.path) as bench:
         run.check(request, bench)
         bench.sync(state["revision"])
-    return {"rollbacks": state["rollbacks"] + 1}
+    words = f"back at revision {state['revision'][:12]}: {state['rollback_reason']}"
+    return {"summary": words, "rollbacks": state["rollbacks"] + 1}
 
 
 @timed
@@ -260,6 +275,7 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     # A person who rejects can stop the run, too: that is not the run's to do.
     stalls = 0 if accepted else state["stalls"] + (not _rejected(record.review))
     update: PruneUpdate = {
+        "summary": step_words(record),
         "step": state["step"] + 1,
         "revision": record.revision,
         "sparsity": record.sparsity,

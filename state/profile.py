@@ -84,8 +84,8 @@ class ModelProfile(BaseModel):
         return math.expm1(min(max(loss, -20.0), 50.0))
 
     def table(self) -> dict[str, str]:
-        """Compact rows ``{short name: "sparsity z_s z_g z_c"}`` for the checkpointed state."""
-        return {
+        """Compact rows by short name, under a head, for the checkpointed state."""
+        return {"layer": "sparsity z_s z_g z_c"} | {
             p.short_name: f"{p.sparsity:.3f} {p.z_s:.2f} {p.z_g:.2f} {p.z_c:.2f}"
             for p in self.layers
         }

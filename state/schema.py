@@ -32,6 +32,8 @@ class PruneInput(TypedDict):
 class PruneState(TypedDict):
     """All that is checkpointed. Revisions and files are named, never contained."""
 
+    summary: str
+    """What the last node did, in words for whoever watches."""
     request: dict[str, Any]
     step: int
     status: Status
@@ -69,6 +71,7 @@ class PruneState(TypedDict):
 class PruneUpdate(TypedDict, total=False):
     """What a node returns: a part of `PruneState`."""
 
+    summary: str
     request: dict[str, Any]
     step: int
     status: Status

@@ -59,7 +59,10 @@ def test_a_prediction_stays_finite() -> None:
 
 def test_the_table_is_compact() -> None:
     profile = ModelProfile(revision="r", gradient_revision="r", layers=[layer()])
-    assert profile.table() == {"7.mlp.down_proj": "0.250 -0.50 1.23 0.00"}
+    assert profile.table() == {
+        "layer": "sparsity z_s z_g z_c",
+        "7.mlp.down_proj": "0.250 -0.50 1.23 0.00",
+    }
 
 
 def test_it_survives_json() -> None:
