@@ -378,8 +378,9 @@ class RunDirectory:
         if not self.trace_file.exists():
             return []
         try:
-            lines = self.trace_file.read_text(encoding="utf-8").splitlines()
-            return [StepRecord.model_validate_json(line) for line in lines]
+            # Not splitlines: a reasoning may hold other line ends, such as U+2028.
+            lines = self.trace_file.read_text(encoding="utf-8").split("\n")
+            return [StepRecord.model_validate_json(line) for line in lines if line]
         except (ValidationError, ValueError) as error:
             raise StoreError(f"{self.trace_file} is damaged: {error}") from error
 
