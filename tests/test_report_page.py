@@ -1,0 +1,114 @@
+"""report.html in a real browser: Debian's chromium, driven by Playwright."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from page import make_runs
+from playwright.sync_api import Browser, sync_playwright
+
+from prunewright.tools.report import write_report
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium here: apt-get install chromium"
+)
+WAIT = 240_000  # milliseconds; a busy machine takes long to draw
+
+
+@pytest.fixture(scope="module")
+def report(pico_models: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("page")
+    return write_report(make_runs(pico_models(), directory), directory / "report.html")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    # Chromium's sandbox refuses root.
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments, timeout=WAIT)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser: Browser, report: Path) -> Iterator[Callable[..., Any]]:
+    """Opens the page as a device; ends with a look at what it complained of or asked for."""
+    complaints: list[str] = []
+    asked: list[str] = []
+    contexts = []
+
+    def open_page(**device: Any) -> Any:
+        context = browser.new_context(**device)
+        contexts.append(context)
+        context.set_default_timeout(WAIT)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(report.as_uri())
+        page.wait_for_selector("body[data-drawn]", state="attached")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []
+    assert asked == [report.as_uri()] * len(contexts)
+
+
+def test_it_draws_filters_and_keeps_hostile_text_text(opened: Callable[..., Any]) -> None:
+    page = opened(viewport={"width": 1100, "height": 800})
+    charts = page.locator("figure[data-chart] svg")
+    assert charts.count() == 5
+    assert "rolled back" in page.locator("[data-chart=perplexity] svg").text_content()
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("img").count() == 0
+    assert "<script>window.hacked" in page.locator("#decisions").text_content()
+
+    rows = page.locator("#decisions tbody tr:visible")
+    total = rows.count()
+    page.fill("#filter-words", "STEP 3, plain")
+    assert rows.count() == 1
+    assert "step 3, plain" in rows.first.text_content()
+    page.fill("#filter-words", "")
+    page.select_option("#filter-verdict", "rolled_back")
+    assert rows.count() == 1
+    assert "rolled back" in rows.first.text_content()
+    assert page.text_content("#filter-shown") == f"1 of {total} steps shown"
+    page.select_option("#filter-verdict", "")
+    assert rows.count() == total > 2
+
+    heat = page.locator("[data-chart=heat] svg")
+    before = heat.text_content()
+    page.select_option("#heat-measure", "z_c")
+    page.wait_for_function(
+        "old => (document.querySelector('[data-chart=heat] svg') || {textContent: old})"
+        ".textContent !== old",
+        arg=before,
+    )
+
+
+def test_it_fits_a_phone_and_is_dark_where_the_device_is(opened: Callable[..., Any]) -> None:
+    page = opened(viewport={"width": 360, "height": 740}, color_scheme="dark")
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    assert page.locator("body").get_attribute("data-drawn") == "dark"
+
+    def lightness(script: str) -> float:
+        """Mean of the red, green and blue of a computed colour."""
+        words = page.evaluate(script)
+        return sum(float(part) for part in words[words.index("(") + 1 : -1].split(",")[:3]) / 3
+
+    back = lightness("getComputedStyle(document.body).backgroundColor")
+    text = lightness("getComputedStyle(document.body).color")
+    plot = lightness("getComputedStyle(document.querySelector('[data-chart] svg text')).fill")
+    assert back < 60 < 180 < min(text, plot)
+    page.emulate_media(color_scheme="light")
+    page.wait_for_selector("body[data-drawn=light]", state="attached")
+    assert lightness("getComputedStyle(document.body).backgroundColor") > 200
+    assert lightness("getComputedStyle(document.querySelector('[data-chart] svg text')).fill") < 90

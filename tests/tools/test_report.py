@@ -1,0 +1,273 @@
+"""report.html as an HTML parser reads it, and `load_trace`."""
+
+import base64
+import hashlib
+import importlib.metadata
+import json
+import logging
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from page import HOSTILE, Page, make_runs
+from typer.testing import CliRunner
+
+from prunewright.graph import run
+from prunewright.graph.cli import app
+from prunewright.state import InputError, StoreError
+from prunewright.tools import load_trace
+from prunewright.tools.report import build_report, write_report
+
+
+@pytest.fixture(scope="module")
+def runs(
+    pico_models: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    return make_runs(pico_models(), tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def copy(runs: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A copy of the run that a test may spoil."""
+    shutil.copytree(runs[0], tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def steps_of(directory: Path) -> list[dict[str, Any]]:
+    lines = (directory / "trace.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
+
+
+def change(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    content = read(path)
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def test_the_page_has_the_numbers_of_metrics_and_trace(runs: tuple[Path, Path]) -> None:
+    page = Page(build_report([runs[0]]))
+    metrics = read(runs[0] / "metrics.json")
+    perplexity = metrics["perplexity"]
+    expected = [
+        metrics["sparsity"],
+        metrics["rollbacks"],
+        metrics["seconds"]["total"],
+        *(perplexity[text][which] for text in perplexity for which in perplexity[text]),
+        *metrics["tokens"].values(),
+    ]
+    for record in steps_of(runs[0]):
+        expected += [
+            record["step"] + 1,
+            record["sparsity"],
+            record["candidate_perplexity"],
+            record["change"],
+            record["change_stderr"],
+            record["predicted_change"],
+            *record["applied"].values(),
+        ]
+    assert {value for value in expected if value is not None} <= set(page.numbers)
+    assert " answers were invalid" in page.text
+    manifest = read(runs[0] / "manifest.json")
+    for fact in (
+        manifest["model"]["sha256"],
+        *(text["sha256"] for text in manifest["texts"].values()),
+        manifest["versions"]["torch"],
+        metrics["revision"],
+        "texts.windows.length",
+    ):
+        assert fact in page.text
+
+
+def test_the_plots_have_the_numbers_of_the_trace(runs: tuple[Path, Path]) -> None:
+    charts = json.loads(Page(build_report(list(runs))).scripts[0])
+    records = steps_of(runs[0])
+    rows = [row for row in charts["sparsity"]["data"]["values"] if row["run"] == runs[0].name]
+    assert [row["sparsity"] for row in rows[1:]] == [100 * r["sparsity"] for r in records]
+    assert [row["verdict"] for row in rows[1:]][:2] == ["accepted", "rolled back"]
+    # The line stays where it was when a step is rolled back.
+    assert rows[2]["accepted"] == records[1]["perplexity_before"]
+    assert rows[2]["measured"] == records[1]["candidate_perplexity"]
+    assert {row["run"] for row in charts["tradeoff"]["data"]["values"]} == {p.name for p in runs}
+    profile = read(runs[0] / records[-1]["profile"])
+    for signal in ("z_s", "z_g", "z_c"):
+        values = {r["layer"]: r["value"] for r in charts[f"heat-{signal}"]["data"]["values"]}
+        assert values == {layer["name"]: layer[signal] for layer in profile["layers"]}
+    final = {r["layer"]: r["value"] for r in charts["heat-sparsity"]["data"]["values"]}
+    sizes = {layer["name"]: layer["parameters"] for layer in profile["layers"]}
+    total = sum(final[name] * size for name, size in sizes.items()) / sum(sizes.values())
+    assert total / 100 == pytest.approx(read(runs[0] / "metrics.json")["sparsity"])
+
+
+def test_hostile_text_stays_text_and_nothing_is_loaded(runs: tuple[Path, Path]) -> None:
+    html = build_report(list(runs))
+    page = Page(html)
+    assert page.text.count(HOSTILE) == 3  # a reasoning, a refused answer, a note
+    assert page.tags.count("script") == 3
+    assert not {"img", "b", "iframe", "link", "object", "base", "form"} & set(page.tags)
+    assert page.links == []
+    assert not set("<\u2028\u2029") & set(page.scripts[0])
+    # Only the page's own scripts may run: the policy names their hashes.
+    digests = [hashlib.sha256(script.encode()).digest() for script in page.scripts[1:]]
+    allowed = re.findall(r"'sha256-([^']+)'", page.policy)
+    assert allowed == [base64.b64encode(digest).decode() for digest in digests]
+    directives = dict(part.strip().split(" ", 1) for part in page.policy.split(";"))
+    assert directives.pop("style-src") == "'unsafe-inline'"
+    assert directives.pop("script-src").split() == [f"'sha256-{digest}'" for digest in allowed]
+    assert set(directives.values()) == {"'none'"}
+    assert "default-src" in directives
+
+
+def test_it_is_compared_with_uniform_pruning_or_says_that_it_is_not(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    alone = Page(build_report([runs[0]])).text
+    assert "Uniform pruning was not measured here" in alone
+    assert "prunewright baseline --config" in alone
+    together = Page(build_report(list(runs)))
+    own, other = (read(path / "metrics.json")["perplexity"]["test"]["final"] for path in runs)
+    assert own / other in together.numbers
+    assert f"ratio {own / other:.3f}" in together.text
+    assert ("is better." in together.text) == (own < other)
+    # Another test text: the numbers say nothing about each other.
+    shutil.copytree(runs[1], tmp_path / "other")
+    change(
+        tmp_path / "other" / "manifest.json", lambda m: m["texts"]["test"].update(sha256="0" * 64)
+    )
+    apart = Page(build_report([runs[0], tmp_path / "other"]))
+    assert "Not comparable" in apart.text
+    assert own / other not in apart.numbers
+
+
+def test_a_baseline_has_a_page(runs: tuple[Path, Path]) -> None:
+    page = Page((runs[1] / "report.html").read_text(encoding="utf-8"))
+    assert read(runs[1] / "metrics.json")["perplexity"]["test"]["final"] in page.numbers
+    assert "This is the uniform control itself." in page.text
+    assert "heat-z_s" not in json.loads(page.scripts[0])
+
+
+def test_a_run_that_has_not_ended_has_a_page(copy: Path) -> None:
+    (copy / "metrics.json").unlink()
+    lines = (copy / "trace.jsonl").read_text(encoding="utf-8").split("\n")
+    # As an older version wrote it, without what has a default since.
+    record = json.loads(lines[0])
+    for name in ("predicted_costs", "repairs", "llm_calls", "probes"):
+        del record[name]
+    (copy / "trace.jsonl").write_text(json.dumps(record) + "\n")
+    page = Page(build_report([copy]))
+    assert "not finished" in page.text
+    assert record["sparsity"] in page.numbers
+    for name in ("trace.jsonl", "manifest.json"):
+        (copy / name).unlink()
+    shutil.rmtree(copy / "steps")
+    page = Page(build_report([copy]))
+    assert "No step had ended yet" in page.text
+    assert json.loads(page.scripts[0]) == {}
+
+
+def test_what_cannot_be_read_is_refused(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a run directory"):
+        build_report([tmp_path])
+    with pytest.raises(InputError, match="named twice"):
+        build_report([copy, copy])
+    trace = (copy / "trace.jsonl").read_text(encoding="utf-8")
+    (copy / "trace.jsonl").write_text(trace.replace('"change":0.3', '"change":1e999'))
+    with pytest.raises(StoreError, match="not finite"):
+        build_report([copy])
+    (copy / "trace.jsonl").write_text(trace[:500])
+    with pytest.raises(StoreError, match=r"trace\.jsonl is damaged"):
+        write_report([copy])
+    with pytest.raises(StoreError, match=r"trace\.jsonl is damaged"):
+        load_trace(copy)
+    change(copy / "manifest.json", lambda m: m["versions"].update(prunewright="999.0"))
+    with pytest.raises(InputError, match=r"made by prunewright 999\.0"):
+        build_report([copy])
+    with pytest.raises(InputError, match=r"made by prunewright 999\.0"):
+        load_trace(copy)
+
+
+def test_the_command_writes_it(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    arguments = ["report", *map(str, runs), "--out", str(out), "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == {"report": str(out)}
+    assert "Side by side" in Page(out.read_text(encoding="utf-8")).text
+
+
+def test_a_finished_run_is_kept_where_its_report_cannot_be_written(
+    pico_config: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "vl-convert-python":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with caplog.at_level(logging.WARNING, "prunewright"):
+        result = run(pico_config, out=tmp_path / "run")
+    assert result.metrics.status == "target_reached"
+    assert (result.model_directory / "model.safetensors").is_file()
+    assert not (tmp_path / "run" / "report.html").exists()
+    assert "pip install 'prunewright[report]'" in caplog.text
+    assert f"prunewright report {tmp_path / 'run'}" in caplog.text
+
+
+def test_frames_hold_what_the_trace_holds(
+    runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = load_trace(runs[0])
+    records = steps_of(runs[0])
+    history = trace.history
+    assert list(history["step"]) == [record["step"] + 1 for record in records]
+    for column, key in (
+        ("verdict", "verdict"),
+        ("sparsity", "sparsity"),
+        ("perplexity", "candidate_perplexity"),
+        ("change", "change"),
+        ("stderr", "change_stderr"),
+        ("predicted", "predicted_change"),
+        ("tokens", "llm_tokens"),
+    ):
+        values = [None if value != value else value for value in history[column]]
+        assert values == [record[key] for record in records], column
+    assert history["reasoning"][0] == HOSTILE
+    assert history["gained"].sum() == pytest.approx(
+        sum(record["sparsity"] - record["sparsity_before"] for record in records)
+    )
+    applied = [
+        (record["step"] + 1, name, delta)
+        for record in records
+        for name, delta in record["applied"].items()
+    ]
+    rows = trace.decisions[["step", "layer", "delta"]]
+    assert list(rows.itertuples(index=False, name=None)) == applied
+    for row in trace.decisions.itertuples():
+        assert row.layer == f"model.layers.{row.block}.{row.projection}"
+    second = trace.profiles[trace.profiles["step"] == 2].set_index("layer")
+    layers = read(runs[0] / records[1]["profile"])["layers"]
+    assert len(second) == len(layers)
+    for layer in layers:
+        row = second.loc[layer["name"]]
+        for key in ("block", "projection", "parameters", "sparsity", "s", "g", "z_s", "z_g", "z_c"):
+            assert row[key] == layer[key], key
+        for key in ("loss_cost", "regrow_gain"):
+            assert [row[f"{key}_{delta}"] for delta in ("0.05", "0.10", "0.15")] == layer[key]
+    control = load_trace(runs[1])
+    assert (len(control.history), len(control.profiles)) == (1, 0)
+    assert "z_c" in control.profiles.columns
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(InputError, match="pip install"):
+        load_trace(runs[0])
