@@ -709,6 +709,7 @@ def _live(
 
 def _report(session: Session, screen: Screen, result: "RunResult") -> NoReturn:
     """Print how a run ended, and leave with the exit code that says it."""
+    from prunewright.tools.report import FILE
     from prunewright.tools.rundir import RunDirectory
     from prunewright.tools.signatures import failure_signatures
 
@@ -716,6 +717,9 @@ def _report(session: Session, screen: Screen, result: "RunResult") -> NoReturn:
     records = RunDirectory(result.directory).read_trace()
     signatures = failure_signatures(records)
     console.print_metrics(screen, metrics, str(result.directory), str(result.model_directory))
+    page = result.directory / FILE
+    if page.is_file():
+        screen.pairs([("report", str(page))])
     for words in signatures:
         screen.line(("warning    ", "yellow"), words)
     reached = metrics.status in _GOOD_ENDS

@@ -51,6 +51,7 @@ from prunewright.tools.perplexity import Progress, change_with_error, perplexity
 from prunewright.tools.results import Outcome, finish
 from prunewright.tools.revisions import DENSE
 from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.trace import accepted_perplexity
 from prunewright.tools.workbench import Workbench, workbench
 
 PROBE_WINDOWS = 2
@@ -264,7 +265,7 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
         "record": run.write_step_file(record.step, "record", record.model_dump(mode="json")),
         "verdict": record.verdict,
         "sparsity": record.sparsity,
-        "perplexity": _accepted_perplexity(record),
+        "perplexity": accepted_perplexity(record),
         "change": record.change,
         "layers": len(record.applied),
     }
@@ -500,12 +501,6 @@ def _record(state: PruneState, outcome: AppliedDecision) -> StepRecord:
 
 def _rejected(review: Review | None) -> bool:
     return review is not None and review.verdict == "rejected"
-
-
-def _accepted_perplexity(record: StepRecord) -> float:
-    if record.verdict == "accepted" and record.candidate_perplexity is not None:
-        return record.candidate_perplexity
-    return record.perplexity_before
 
 
 def _fresh_state(dense: float, losses: list[float], sparsity: float) -> PruneUpdate:

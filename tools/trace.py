@@ -42,6 +42,7 @@ _HISTORY = (
     "tokens",
     "reasoning",
     "notes",
+    "review",
     "revision",
 )
 _DECISIONS = ("step", "verdict", "layer", "block", "projection", "delta")
@@ -75,7 +76,8 @@ class Trace:
             prunable weights; ``perplexity`` is what the step's candidate measured on the guard
             text, ``accepted_perplexity`` that of the revision it left; ``change``, ``stderr``,
             ``predicted`` (by the profile) and ``expected`` (by the agent) are relative
-            perplexity changes; ``tokens`` are those exchanged with an LLM.
+            perplexity changes; ``tokens`` are those exchanged with an LLM; ``review`` is what a
+            person said to the decision.
         decisions: a row a step and layer: the ``delta`` of sparsity that was applied. Those of a
             rolled-back step were taken back.
         profiles: a row a step and layer: all signals of `LayerProfile` before the step, with
@@ -195,6 +197,7 @@ def _history_row(record: StepRecord) -> dict[str, Any]:
         "tokens": record.llm_tokens,
         "reasoning": record.decision.reasoning,
         "notes": "\n".join(record.notes),
+        "review": record.review.verdict if record.review is not None else None,
         "revision": record.revision,
     }
 

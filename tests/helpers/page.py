@@ -6,6 +6,7 @@ from typing import Any
 
 from prunewright.graph import baseline, run
 from prunewright.state import Decision, LayerDelta
+from prunewright.state.review import Review
 from prunewright.tools.rundir import RunDirectory
 
 HOSTILE = (
@@ -52,6 +53,7 @@ def make_runs(model: Path, directory: Path) -> tuple[Path, Path]:
         "sparsity": records[0].sparsity,
         "invalid_answers": [HOSTILE],
         "notes": [HOSTILE],
+        "review": Review(verdict="edited", words=HOSTILE),
     }
     stored.write_trace([records[0], records[1].model_copy(update=broken), *records[2:]])
     baseline(config, out=other)

@@ -109,7 +109,7 @@ def test_the_plots_have_the_numbers_of_the_trace(runs: tuple[Path, Path]) -> Non
 def test_hostile_text_stays_text_and_nothing_is_loaded(runs: tuple[Path, Path]) -> None:
     html = build_report(list(runs))
     page = Page(html)
-    assert page.text.count(HOSTILE) == 3  # a reasoning, a refused answer, a note
+    assert page.text.count(HOSTILE) == 4  # reasoning, refused answer, note, words of a review
     assert page.tags.count("script") == 3
     assert not {"img", "b", "iframe", "link", "object", "base", "form"} & set(page.tags)
     assert page.links == []
