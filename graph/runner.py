@@ -417,7 +417,12 @@ def _drive(
         "recursion_limit": 6 * config.max_steps + 10,
         "run_name": "prunewright",
         "tags": [config.criterion, config.agent],
-        "metadata": {"model": config.model, "target": config.target},
+        "metadata": {
+            "model": config.model,
+            "agent": config.agent,
+            "criterion": config.criterion,
+            "target": config.target,
+        },
     }
     try:
         with (
@@ -482,8 +487,8 @@ def _ask_person(directory: RunDirectory, reviewer: Reviewer | None, waiting: Any
             "Python, or without a review: --set review=false"
         )
     answer = to_jsonable_python(reviewer(request))
-    if not isinstance(answer, dict):
-        raise InputError(f"the reviewer answered {type(answer).__name__}: {HOW}")
+    if not isinstance(answer, dict) or not answer:
+        raise InputError(f"the reviewer answered {answer!r:.80}: {HOW}")
     if request.problems and answer == request.refused:
         raise InputError(f"the reviewer's answer was refused: {'; '.join(request.problems)}")
     return answer
