@@ -180,12 +180,7 @@ def apply_prune(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdat
             run.check(request, bench)
             before = dict(bench.tokens)
             bench.sync(state["revision"])
-            zeros = bench.zeros()
-            sizes = {name: layer.numel for name, layer in bench.loaded.layers.items()}
-            counts, notes = land(
-                deltas, zeros, sizes, request.target, request.max_layer_sparsity, request.step
-            )
-            counts = {name: count for name, count in counts.items() if count != zeros[name]}
+            counts, notes = _changed_counts(bench, deltas)
             applied = {}
             if counts:
                 earlier = bench.sparsities()
@@ -356,12 +351,9 @@ def _probes(
             run.check(request, bench)
             before = dict(bench.tokens)
             bench.sync(state["revision"])
+            counts, _ = _changed_counts(bench, deltas)
             zeros = bench.zeros()
             sizes = {name: layer.numel for name, layer in bench.loaded.layers.items()}
-            counts, _ = land(
-                deltas, zeros, sizes, request.target, request.max_layer_sparsity, request.step
-            )
-            counts = {name: count for name, count in counts.items() if count != zeros[name]}
             if not counts:
                 return ProbeReport(refused="the deltas come to no weight")
             losses = bench.trial_losses(
@@ -378,6 +370,16 @@ def _probes(
         )
 
     return Probes(count, measure)
+
+
+def _changed_counts(bench: Workbench, deltas: dict[str, float]) -> tuple[dict[str, int], list[str]]:
+    """As `land` at the live revision, of the layers whose number of zeros changes."""
+    request, zeros = bench.request, bench.zeros()
+    sizes = {name: layer.numel for name, layer in bench.loaded.layers.items()}
+    counts, notes = land(
+        deltas, zeros, sizes, request.target, request.max_layer_sparsity, request.step
+    )
+    return {name: count for name, count in counts.items() if count != zeros[name]}, notes
 
 
 def land(
