@@ -35,7 +35,9 @@ def review(report: DecisionReport, observation: Observation) -> DecisionReport:
             assert settled.review is not None
             found = settled.review.model_copy(update={"refused": refused})
             return settled.model_copy(update={"review": found})
-        refused.append("; ".join(problems))
+        # A run that is resumed while it waits is given the last answer once more by LangGraph.
+        if answer != asked.refused:
+            refused.append("; ".join(problems))
 
 
 def _request(

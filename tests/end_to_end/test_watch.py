@@ -1,0 +1,182 @@
+"""Watching a run from its files; run directories of other versions."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+from typer.testing import CliRunner
+
+from prunewright.graph import fork, resume
+from prunewright.graph.cli import app
+from prunewright.graph.watch import follow
+from prunewright.state import (
+    AppliedDecision,
+    InputError,
+    ModelProfile,
+    PruneConfig,
+    PruneRequest,
+    StepRecord,
+)
+from prunewright.tools.rundir import RunDirectory
+
+Submit = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def trace(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (path / "trace.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def stopped(
+    reference_config: dict[str, Any], submit: Submit, config: dict[str, Any], tmp_path: Path
+) -> Path:
+    """A run that died in its third step, before its decision."""
+    assert config["agent"] == "greedy"  # the fixture makes the agents of the tests importable
+    out = tmp_path / "run"
+    kill = {"at": "prunewright.graph.nodes:ask", "when": "before", "nth": 3}
+    submit({"do": "run", "config": reference_config, "out": str(out), "kill": kill})
+    return out
+
+
+def test_a_run_is_followed_from_another_process_until_it_ends(stopped: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "prunewright.graph.cli", "watch", str(stopped), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ},
+    ) as watching:
+        assert watching.stdout is not None
+        assert watching.stderr is not None
+        lines = (json.loads(line) for line in watching.stdout)
+        first = list(islice(lines, 3))
+        assert [event["step"]["verdict"] for event in first[:2]] == ["accepted", "rolled_back"]
+        assert first[2] == {"process": None}  # whoever had the run was killed
+        resume(stopped)
+        rest = list(lines)
+        words = watching.stderr.read()
+        assert watching.wait() == 0
+    # Whether it saw this process at work depends on how long that took.
+    steps = [event["step"] for event in [*first, *rest] if "step" in event]
+    assert steps == trace(stopped)
+    assert {event["process"] for event in rest if "process" in event} <= {os.getpid(), None}
+    metrics = json.loads((stopped / "metrics.json").read_text())
+    assert rest[-1].items() >= metrics.items()
+    assert rest[-1]["exit_code"] == 0
+    assert f"nobody works on it; go on with: prunewright resume {stopped}" in words
+    assert "step   2  rolled back" in words
+
+
+def test_ctrl_c_ends_the_watching_and_nothing_else(
+    stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = iter([None, None])
+
+    def sleep(_: float) -> None:
+        if next(looks, "pressed") == "pressed":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("prunewright.graph.watch.time.sleep", sleep)
+    directory = RunDirectory(stopped)
+    assert directory.holder() is None  # the file that a killed process left says nothing
+    with directory.locked():
+        result = CliRunner().invoke(app, ["watch", str(stopped)])
+        assert directory.holder() == os.getpid()
+    assert result.exit_code == 128 + signal.SIGINT
+    assert f"process {os.getpid()}" in result.stdout
+    assert "step   2  rolled back" in result.stdout
+    assert "the run is left as it is" in result.stderr
+
+
+def events(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    return follow(RunDirectory(path), poll=0.01)
+
+
+def test_a_step_that_was_taken_again_is_told_again(reference: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(reference, tmp_path / "run"))
+    metrics = (out / "metrics.json").rename(tmp_path / "metrics.json")
+    lines = (out / "trace.jsonl").read_text().splitlines(keepends=True)
+    (out / "trace.jsonl").write_text("".join(lines[:2]))
+    seen = events(out)
+
+    def steps(count: int) -> list[dict[str, Any]]:
+        """The next steps; nothing else that is told meanwhile."""
+        told = (event["step"] for mode, event in seen if mode == "custom" and "step" in event)
+        return list(islice(told, count))
+
+    assert steps(2) == [json.loads(line) for line in lines[:2]]
+    # Somebody went back in time: the second step is another one.
+    other = json.loads(lines[1]) | {"reason": "another"}
+    new = tmp_path / "new"
+    new.write_text("".join([lines[0], json.dumps(other) + "\n", lines[2]]))
+    new.rename(out / "trace.jsonl")
+    assert steps(2) == [other, json.loads(lines[2])]
+    metrics.rename(out / "metrics.json")
+    assert [mode for mode, event in seen if "metrics" in event] == ["custom"]
+
+
+def test_only_a_run_can_be_watched(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a run directory"):
+        next(events(tmp_path))
+
+
+def trim(path: Path, model: type[BaseModel]) -> None:
+    """Leave only the keys without which the first version would not have read a file."""
+    value = model.model_validate_json(path.read_text())
+    path.write_text(value.model_dump_json(exclude_defaults=True))
+
+
+def test_a_run_of_an_older_version_is_read_and_goes_on(
+    stopped: Path, reference: Path, same_run: Callable[[Path, Path], None], tmp_path: Path
+) -> None:
+    facts = json.loads((stopped / "manifest.json").read_text())
+    request = PruneRequest.model_validate(facts["request"])
+    facts["request"] = request.model_dump(mode="json", exclude_defaults=True)
+    assert "max_layer_sparsity" not in facts["request"]
+    facts["versions"]["prunewright"] = "0.0.1"
+    (stopped / "manifest.json").write_text(json.dumps(facts))
+    config = PruneConfig.model_validate(yaml.safe_load((stopped / "config.yaml").read_text()))
+    values = config.model_dump(mode="json", exclude_defaults=True)
+    assert "review" not in values
+    (stopped / "config.yaml").write_text(yaml.safe_dump(values))
+    kinds = {"record": StepRecord, "applied": AppliedDecision, "profile": ModelProfile}
+    for path in (stopped / "steps").iterdir():
+        trim(path, kinds[path.name.split("-")[1]])
+    assert "review" not in next((stopped / "steps").glob("0000-record-*")).read_text()
+    records = [StepRecord.model_validate(step) for step in trace(stopped)]
+    lines = [record.model_dump_json(exclude_defaults=True) for record in records]
+    (stopped / "trace.jsonl").write_text("".join(line + "\n" for line in lines))
+    fork(stopped, 2, out=tmp_path / "fork")
+    resume(stopped)
+    for out in (stopped, tmp_path / "fork"):
+        # The configuration keeps its old form where nothing of it changes.
+        (out / "config.yaml").write_text((reference / "config.yaml").read_text())
+        same_run(reference, out)
+
+
+def test_a_run_of_a_newer_version_is_refused(reference: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(reference, tmp_path / "run"))
+    facts = json.loads((out / "manifest.json").read_text())
+    facts["versions"]["prunewright"] = "99.1"
+    (out / "manifest.json").write_text(json.dumps(facts))
+    with (out / "config.yaml").open("a") as file:
+        file.write("a_key_of_the_future: 1\n")
+    acts: list[Callable[[], Any]] = [
+        lambda: resume(out),
+        lambda: fork(out, 1, out=tmp_path / "fork"),
+        lambda: next(events(out)),
+    ]
+    for act in acts:
+        with pytest.raises(InputError, match=r"made by prunewright 99\.1, and this is .*upgrade"):
+            act()
+    assert not (tmp_path / "fork").exists()
