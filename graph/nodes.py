@@ -403,7 +403,7 @@ def land(
         target: sparsity that is never exceeded.
         ceiling: sparsity that no layer exceeds, to the next whole weight: agents count in
             fractions, and a fraction that could never be taken would be offered for ever.
-        step: sparsity that is added to the model at most, to the next whole weight.
+        step: sparsity that is added to the model at most.
 
     Returns:
         Counts of the layers named in ``deltas``, and a note where they were scaled.
@@ -416,14 +416,14 @@ def land(
     total = sum(numel.values())
     bounds = {
         "land on the target": math.floor(target * total) - sum(zeros.values()),
-        "keep to the step": math.floor(step * total) + 1,
+        "keep to the step": step * total,
     }
     purpose = min(bounds, key=lambda words: bounds[words])
     left = max(0, bounds[purpose] + sum(back.values()))
     shares = {name: delta * numel[name] for name, delta in deltas.items() if delta >= 0}
     wanted = sum(shares.values())
     notes = []
-    if wanted > left:
+    if wanted > left + 1e-6:
         scale = left / wanted
         shares = {name: scale * share for name, share in shares.items()}
         notes.append(f"deltas scaled by {scale:.4f} to {purpose}")
