@@ -1,0 +1,269 @@
+"""LangGraph's server, really started on the graph that langgraph.json names."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from langgraph_sdk import get_sync_client
+
+from prunewright.state import PruneContext, PruneRequest
+from prunewright.tools.rundir import RunDirectory
+
+ROOT = Path(__file__).resolve().parents[2]
+NODES = {"profile", "agent_decide", "apply_prune", "evaluate_ppl", "rollback", "reflect"}
+GREEDY = {"agent": "greedy"}
+
+
+class Server:
+    """The server of `make studio`, in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.client = get_sync_client(url=f"http://127.0.0.1:{self.port}")
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [
+            str(Path(sysconfig.get_path("scripts")) / "langgraph"),
+            *("dev", "--no-browser", "--no-reload", "--host", "127.0.0.1"),
+            *("--port", str(self.port), "--n-jobs-per-worker", "4"),
+            *("--config", str(ROOT / "langgraph.json")),
+        ]
+        environment = {
+            "LANGGRAPH_CLI_NO_ANALYTICS": "1",
+            "LANGGRAPH_NO_VERSION_CHECK": "true",
+            "LANGSMITH_TRACING": "false",
+            "OMP_NUM_THREADS": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self.folder, env=os.environ | environment, stdout=log, stderr=log
+            )
+        while True:
+            assert self.process.poll() is None, (self.folder / "server.log").read_text()
+            try:
+                if httpx.get(f"http://127.0.0.1:{self.port}/ok", trust_env=False).is_success:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.1)
+
+    def end(self, number: int) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+        self.process.wait()
+
+    def thread(self) -> str:
+        return str(self.client.threads.create()["thread_id"])
+
+    def directory(self, thread: str) -> RunDirectory:
+        return RunDirectory(self.folder / "runs" / thread)
+
+    def run(
+        self,
+        thread: str,
+        request: dict[str, Any] | None,
+        context: dict[str, Any],
+        assistant: str = "prunewright",
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Events of a run on a thread."""
+        for part in self.client.runs.stream(
+            thread,
+            assistant,
+            input=None if request is None else {"request": request},
+            context=context,
+            stream_mode=["updates", "custom"],
+        ):
+            yield part.event, part.data
+
+    def error(self, request: dict[str, Any], context: dict[str, Any], thread: str = "") -> str:
+        """What the server says of a run that fails."""
+        events = dict(self.run(thread or self.thread(), request, context))
+        return str(events["error"]["message"])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    made = Server(tmp_path_factory.mktemp("studio"))
+    made.start()
+    try:
+        yield made
+    finally:
+        made.end(signal.SIGKILL)
+
+
+@pytest.fixture
+def request_(pico_config: dict[str, Any]) -> dict[str, Any]:
+    """What the input form sends."""
+    return {key: value for key, value in pico_config.items() if key in PruneRequest.model_fields}
+
+
+@pytest.fixture(scope="module")
+def whole(server: Server) -> dict[str, Any]:
+    """The finished run that others are compared with, once a test has made it."""
+    return {}
+
+
+@pytest.fixture
+def finished(
+    server: Server, request_: dict[str, Any], whole: dict[str, Any]
+) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
+    """A thread whose run has ended, and its events."""
+    if not whole:
+        thread = server.thread()
+        whole |= {"thread": thread, "events": list(server.run(thread, request_, GREEDY))}
+    return whole["thread"], whole["events"]
+
+
+def revision(server: Server, thread: str) -> str:
+    metrics = json.loads(server.directory(thread).metrics_file.read_text())
+    assert metrics["status"] == "target_reached"
+    return str(metrics["revision"])
+
+
+def test_the_forms_have_descriptions_bounds_and_defaults(server: Server) -> None:
+    assistant = server.client.assistants.search()[0]["assistant_id"]
+    schemas: dict[str, Any] = dict(server.client.assistants.get_schemas(assistant))
+    form = schemas["input_schema"]
+    assert form["properties"]["request"]["$ref"] == "#/$defs/PruneRequest"
+    asked = form["$defs"]["PruneRequest"]["properties"]
+    carried = schemas["context_schema"]["properties"]
+    assert set(asked) == set(PruneRequest.model_fields)
+    assert set(carried) == {*PruneContext.model_fields, "criterion"}
+    for name, field in {**asked, **carried}.items():
+        assert field.get("description"), name
+        assert "default" in field or name == "agent_options", name
+    assert (asked["target"]["default"], asked["target"]["maximum"]) == (0.45, 0.95)
+    assert asked["target"]["exclusiveMinimum"] == 0
+    assert set(asked["criterion"]["enum"]) >= {"magnitude", "wanda", "fisher"}
+    assert carried["agent"]["langgraph_nodes"] == ["agent_decide"]
+    graph: dict[str, Any] = dict(server.client.assistants.get_graph(assistant))
+    drawn = {node["id"] for node in graph["nodes"]}
+    assert drawn == NODES | {"__start__", "__end__"}
+
+
+def test_a_whole_run_is_streamed_and_kept(
+    server: Server, finished: tuple[str, list[tuple[str, dict[str, Any]]]]
+) -> None:
+    thread, events = finished
+    updates = [update for mode, update in events if mode == "updates"]
+    order = [node for update in updates for node in update]
+    steps = order.count("reflect")
+    assert steps >= 3
+    assert order == ["profile", "agent_decide", "apply_prune", "evaluate_ppl", "reflect"] * steps
+    assert all(update[node]["summary"] for update in updates for node in update)
+    decision = updates[1]["agent_decide"]["decision"]["decision"]
+    assert decision["reasoning"].startswith("Lowest predicted cost")
+    table = updates[0]["profile"]["profile"]["table"]
+    assert len(table["0.mlp.down_proj"].split()) == len(table["layer"].split())
+    custom = [data for mode, data in events if mode == "custom"]
+    assert {"progress", "step", "metrics"} == {key for data in custom for key in data}
+    history = server.client.threads.get_history(thread, limit=100)
+    assert [state["next"] for state in history[:2]] == [[], ["reflect"]]
+    assert history[0]["values"]["status"] == "target_reached"  # type: ignore[call-overload]
+    assert history[0]["values"]["revision"] == revision(server, thread)  # type: ignore[call-overload]
+    assert (server.folder / "runs" / "studio" / "state.sqlite").is_file()
+
+
+def test_what_cannot_be_run_is_refused_in_our_words(
+    server: Server,
+    request_: dict[str, Any],
+    finished: tuple[str, list[tuple[str, dict[str, Any]]]],
+) -> None:
+    thread = server.thread()
+    wrong = request_ | {"target": 3, "modell": "x"}
+    message = server.error(wrong, GREEDY, thread)
+    assert "unknown key modell; did you mean model?" in message
+    assert "target: Input should be less than or equal to 0.95" in message
+    assert not server.directory(thread).path.exists()
+    assert "did you mean greedy?" in server.error(request_, {"agent": "gready"})
+    assert "has ended (target_reached)" in server.error(request_, GREEDY, finished[0])
+    with server.directory(thread).locked():
+        message = server.error(request_, GREEDY, thread)
+    assert f"another process (id {os.getpid()}) is working in" in message
+
+
+def test_a_cancelled_run_has_stopped_and_goes_on(server: Server, request_: dict[str, Any]) -> None:
+    windows = {"calibration": 300, "gradient": 1, "guard": 100, "test": 3, "length": 48}
+    request = request_ | {"target": 0.1, "texts": {"windows": windows}}
+    thread = server.thread()
+    cancelled, last = "", {}
+    run = ""
+    for mode, data in server.run(thread, request, GREEDY):
+        if mode == "metadata":
+            run = data["run_id"]
+        if mode == "custom":
+            last = data["progress"]
+            if not cancelled and last["label"] == "activations":
+                cancelled = run
+                server.client.runs.cancel(thread, run)
+    assert (last["label"], last["done"] < 300) == ("activations", True)
+    assert server.client.runs.get(thread, run)["status"] == "interrupted"
+    # Held while a node works: nothing works any more.
+    with server.directory(thread).locked():
+        pass
+    state = server.client.threads.get_state(thread)
+    assert state["next"] == ["profile"]
+    assert not server.directory(thread).started
+    events = list(server.run(thread, None, GREEDY))
+    assert "error" not in dict(events)
+    assert revision(server, thread)
+
+
+def test_two_threads_at_once_each_with_its_assistant(
+    server: Server,
+    request_: dict[str, Any],
+    finished: tuple[str, list[tuple[str, dict[str, Any]]]],
+) -> None:
+    contexts = [GREEDY, {"agent": "uniform", "criterion": "magnitude", "max_steps": 2}]
+    threads = [server.thread() for _ in contexts]
+    runs = []
+    for thread, context in zip(threads, contexts, strict=True):
+        assistant = server.client.assistants.create(
+            "prunewright", context=context, name=str(context["agent"])
+        )
+        runs.append(
+            server.client.runs.create(
+                thread, assistant["assistant_id"], input={"request": request_}
+            )
+        )
+    for thread, run in zip(threads, runs, strict=True):
+        server.client.runs.join(thread, run["run_id"])
+    assert revision(server, threads[0]) == revision(server, finished[0])
+    other = server.directory(threads[1])
+    config, records = other.config(), other.read_trace()
+    assert (config.agent, config.criterion, config.max_steps) == ("uniform", "magnitude", 2)
+    assert [record.agent for record in records] == ["uniform"] * 2
+
+
+def test_a_server_killed_in_the_middle_goes_on_to_the_same_end(
+    server: Server,
+    request_: dict[str, Any],
+    finished: tuple[str, list[tuple[str, dict[str, Any]]]],
+) -> None:
+    thread = server.thread()
+    events = server.run(thread, request_, GREEDY)
+    for mode, data in events:
+        if mode == "updates" and "apply_prune" in data:
+            break
+    server.end(signal.SIGKILL)
+    assert not server.directory(thread).metrics_file.exists()
+    server.start()
+    # Its list of threads is written every ten seconds only; the checkpoints are always there.
+    server.client.threads.create(thread_id=thread, graph_id="prunewright", if_exists="do_nothing")
+    begun = server.client.threads.get_state(thread)["values"]
+    assert begun["request"]["model"] == request_["model"]  # type: ignore[call-overload]
+    assert "error" not in dict(server.run(thread, None, GREEDY))
+    assert revision(server, thread) == revision(server, finished[0])
