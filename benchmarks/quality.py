@@ -37,6 +37,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "global-fisher": {"agent": None, "criterion": "fisher"},
     "greedy-wanda": {"agent": "greedy", "criterion": "wanda"},
     "greedy-fisher": {"agent": "greedy", "criterion": "fisher"},
+    "adaptive-wanda": {"agent": "adaptive", "criterion": "wanda"},
+    "adaptive-fisher": {"agent": "adaptive", "criterion": "fisher"},
     "zscore-wanda": {"agent": "zscore", "criterion": "wanda", **UNGUARDED},
     "zscore-wanda-cap-0.6": {
         "agent": "zscore",
