@@ -1,11 +1,9 @@
 """The live model of a process, brought to whichever revision a node needs."""
 
 import ctypes
-import itertools
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,7 +13,6 @@ from torch import Tensor
 from prunewright.state import InputError, PruneRequest, StoreError, parse_pattern
 from prunewright.state.profile import ModelProfile
 from prunewright.tools.criteria import CRITERIA, LayerStatistics, prune_mask
-from prunewright.tools.layers import Layer
 from prunewright.tools.models import LoadedModel, load_model
 from prunewright.tools.perplexity import Head, Progress, window_losses
 from prunewright.tools.profiling import (
@@ -80,44 +77,27 @@ class Workbench:
             )
         names = [n for n in self.loaded.layers if target.get(n) != self._at.get(n)]
         layers = [self.loaded.layers[name] for name in names]
+        # All of them read and checked before any weight changes.
+        bits = {
+            name: self.store.bits(target[name], layer.shape)
+            for name, layer in zip(names, layers, strict=True)
+            if name in target
+        }
         largest = max((layer.numel for layer in layers), default=0)
-        scratch = [
-            torch.empty(largest, dtype=_INTEGERS[self.loaded.dtype.itemsize])
-            for _ in range(_THREADS)
-        ]
-        with ThreadPoolExecutor(_THREADS) as pool:
-            # All of them read and checked before any weight changes.
-            masked = [layer for layer in layers if layer.name in target]
-            found = pool.map(lambda ly: self.store.bits(target[ly.name], ly.shape), masked)
-            bits = dict(zip((layer.name for layer in masked), found, strict=True))
-            dense = zip(layers, self.loaded.dense_layers(layers), strict=True)
-            # A few at a time: on another device each dense layer is a copy.
-            while batch := list(itertools.islice(dense, _THREADS)):
-                for layer, _ in batch:
-                    # No revision's: an interrupt from here on is mended by the next sync.
-                    self._at[layer.name] = ""
-                list(pool.map(lambda b, own: self._write(b[0], b[1], bits, own), batch, scratch))
-                for layer, _ in batch:
-                    self._settle(layer.name, target.get(layer.name))
-
-    def _write(self, layer: Layer, dense: Tensor, bits: dict[str, Tensor], scratch: Tensor) -> None:
-        """Bring one layer to its mask, or to its dense weights if it has none."""
-        weight = self.loaded.weight(layer)
-        if layer.name in bits:
-            _write_masked(weight, dense, bits[layer.name], scratch)
-        else:
-            weight.copy_(dense)
-
-    def _settle(self, name: str, digest: str | None) -> None:
-        """Note which mask a layer has now, and its zeros, which are counted once a mask."""
-        if digest is None:
-            self._at.pop(name, None)
-        else:
-            self._at[name] = digest
-        key = (name, digest)
-        if key not in self._counted:
-            self._counted[key] = _zeros(self.loaded, name)
-        self._zeros[name] = self._counted[key]
+        scratch = torch.empty(largest, dtype=_INTEGERS[self.loaded.dtype.itemsize])
+        for name, layer, dense in zip(names, layers, self.loaded.dense_layers(layers), strict=True):
+            weight = self.loaded.weight(layer)
+            self._at[name] = ""  # no revision's: an interrupt from here on is mended by the next
+            if name in bits:
+                _write_masked(weight, dense, bits[name], scratch)
+                self._at[name] = target[name]
+            else:
+                weight.copy_(dense)
+                self._at.pop(name, None)
+            key = (name, target.get(name))
+            if key not in self._counted:
+                self._counted[key] = _zeros(self.loaded, name)
+            self._zeros[name] = self._counted[key]
 
     def sparsities(self) -> dict[str, float]:
         """Fraction of exact zeros of each layer's live weights."""
@@ -287,8 +267,6 @@ class Workbench:
         return masks
 
 
-_THREADS = 2
-"""Layers written at once: what is left of the time is reading, hashing and unpacking masks."""
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By size, the integers that weights are seen as while they are written."""
 
