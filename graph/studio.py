@@ -9,7 +9,6 @@ from typing import Any, cast
 
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from langgraph.runtime import Runtime
-from langsmith import get_current_run_tree
 from pydantic import ConfigDict, Field
 
 from prunewright.graph.agents import check_agent
@@ -82,7 +81,6 @@ def served(node: Node) -> Callable[[PruneState, Runtime[StudioContext]], Awaitab
                         if given.criterion is not None:
                             request = {**dict(state["request"]), "criterion": given.criterion}
                             state = {**state, "request": request}
-                    _tell_langsmith(dict(state["request"]), context)
                     return node(state, plain)
                 except InputError:
                     directory.abandon()
@@ -94,16 +92,6 @@ def served(node: Node) -> Callable[[PruneState, Runtime[StudioContext]], Awaitab
         return await call_cancellable(partial(work, state, runtime))
 
     return wrapper
-
-
-def _tell_langsmith(request: dict[str, Any], context: PruneContext) -> None:
-    """Put on the node's trace, if there is one, what the runner puts on a whole run's."""
-    traced = get_current_run_tree()
-    if traced is not None:
-        names = ("model", "criterion", "target")
-        told = {"agent": context.agent, **{name: request.get(name) for name in names}}
-        traced.add_metadata(told)
-        traced.add_tags([str(told[name]) for name in ("criterion", "agent") if told[name]])
 
 
 @asynccontextmanager

@@ -227,7 +227,10 @@ def test_two_threads_at_once_each_with_its_assistant(
     request_: dict[str, Any],
     finished: tuple[str, list[tuple[str, dict[str, Any]]]],
 ) -> None:
-    contexts = [GREEDY, {"agent": "uniform", "criterion": "magnitude", "max_steps": 2}]
+    contexts: list[dict[str, Any]] = [
+        GREEDY,
+        {"agent": "uniform", "criterion": "magnitude", "max_steps": 2},
+    ]
     threads = [server.thread() for _ in contexts]
     runs = []
     for thread, context in zip(threads, contexts, strict=True):
