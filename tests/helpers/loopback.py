@@ -7,6 +7,7 @@ goes out in the provider's form, faults included.
 import json
 import re
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -81,7 +82,7 @@ Script = Callable[[Received], Reply]
 
 
 @dataclass
-class FakeLLM:
+class FakeLLM(ABC):
     """The server's script and what it was asked.
 
     Attributes:
@@ -121,21 +122,21 @@ class FakeLLM:
             return self.error(418, "the script has ended")
         return step(received) if callable(step) else step
 
+    @abstractmethod
     def read(self, body: dict[str, Any]) -> tuple[str, list[tuple[str, str]], dict[str, Any]]:
         """System instruction, turns and schema of a request."""
-        raise NotImplementedError
 
+    @abstractmethod
     def text(self, text: str, reason: str | None = "", tokens: int = 100) -> Reply:
         """An answer with some text; the reason is that of a whole answer unless given."""
-        raise NotImplementedError
 
+    @abstractmethod
     def withheld(self) -> Reply:
         """What the provider sends where its model or its filter will not answer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def error(self, code: int, message: str, **headers: str) -> Reply:
         """An error in the provider's form."""
-        raise NotImplementedError
 
     def decision(self, *layers: tuple[str, float], tokens: int = 100) -> Reply:
         """A whole, schema-valid decision."""
