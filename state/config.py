@@ -305,6 +305,18 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     data[last] = value
 
 
+def problem_words(error: ValidationError, whole: str, most: int | None = None) -> str:
+    """What is wrong with a value, on one line: where, and why; never the value itself.
+
+    Args:
+        error: pydantic's.
+        whole: what the value as a whole is called.
+        most: problems that are told; None tells all.
+    """
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    return "; ".join(f"{'.'.join(map(str, e['loc'])) or whole}: {e['msg']}" for e in found[:most])
+
+
 def describe_validation_error(error: ValidationError, model: type[BaseModel]) -> str:
     """One line an error, each with the key's dotted path and, for typos, a suggestion."""
     lines = []

@@ -32,7 +32,7 @@ from prunewright.graph.agents.probing import probe_tool, take_probes, with_resul
 from prunewright.graph.agents.prompt import prompt
 from prunewright.graph.agents.reading import MAX_ANSWER, answer_schema, read_answer
 from prunewright.state import AgentError, Decision, InputError, Spent
-from prunewright.state.config import AskingOptions
+from prunewright.state.config import AskingOptions, problem_words
 
 MAX_WAIT = 120.0
 """Seconds between two tries, whatever a server asks for."""
@@ -171,10 +171,7 @@ class LLMAgent:
         try:
             model = init_chat_model(model_name, model_provider=provider, **{**defaults, **options})
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, e['loc'])) or 'agent_options'}: {e['msg']}"
-                for e in error.errors(include_url=False, include_input=False)
-            )
+            problems = problem_words(error, "agent_options")
             raise InputError(f"cannot use the agent {name}: {redact(problems)}") from None
         except (ImportError, TypeError, ValueError) as error:
             words = redact(str(error)) or type(error).__name__

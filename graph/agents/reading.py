@@ -6,6 +6,7 @@ from pydantic import BaseModel, ValidationError
 
 from prunewright.graph.agents.base import InvalidAnswerError
 from prunewright.state import Decision
+from prunewright.state.config import problem_words
 
 MAX_ANSWER = 200_000
 """Characters of an answer beyond which it is refused unread."""
@@ -84,10 +85,7 @@ def read_strictly(model: type[_Model], text: str) -> _Model:
         found.model_dump_json()
         return found
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'answer'}: {e['msg']}"
-            for e in error.errors(include_url=False, include_input=False, include_context=False)[:8]
-        )
+        problems = problem_words(error, "answer", most=8)
         raise InvalidAnswerError(problems[:2000], text) from None
     except (ValueError, RecursionError) as error:
         raise InvalidAnswerError(f"not valid JSON: {str(error)[:200]}", text) from None

@@ -6,6 +6,7 @@ from pydantic import ValidationError
 
 from prunewright.graph.agents.base import Observation
 from prunewright.state import AgentError, Decision, InputError, StepRecord
+from prunewright.state.config import problem_words
 
 MAX_LINE = 8 * 2**20
 """Bytes of one line of a trace; a step of 4,096 layers takes less than three million."""
@@ -117,10 +118,7 @@ def _record(line: bytes, where: str) -> StepRecord:
         record.decision.model_dump_json()  # lone surrogates are legal JSON that no file can hold
         return record
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'line'}: {e['msg']}"
-            for e in error.errors(include_url=False, include_input=False, include_context=False)[:4]
-        )
+        problems = problem_words(error, "line", most=4)
         raise InputError(f"{where}: not a step of a trace: {problems[:500]}") from None
     except ValueError as error:
         raise InputError(f"{where}: not a step of a trace: {str(error)[:200]}") from None
