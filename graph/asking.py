@@ -1,5 +1,6 @@
 """One checked decision: what the agent sees, what it answers, what is wrong with that."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from prunewright.graph.agents import InvalidAnswerError, Observation, Refusal
@@ -14,15 +15,20 @@ from prunewright.state import (
     PruneRequest,
     PruneState,
     Spent,
+    StepRecord,
     check_decision,
 )
 from prunewright.tools.rundir import RunDirectory
 
 
 def observe(
-    state: PruneState, request: PruneRequest, context: PruneContext, run: RunDirectory
+    state: PruneState,
+    request: PruneRequest,
+    context: PruneContext,
+    run: RunDirectory,
+    records: Sequence[StepRecord],
 ) -> Observation:
-    """What the agent sees at this point of a run."""
+    """What the agent sees at this point of a run; of the earlier steps' records with feedback."""
     assert state["profile"] is not None
     return Observation(
         step=state["step"],
@@ -39,7 +45,7 @@ def observe(
         perplexity=state["perplexity"],
         profile=run.read_profile(state["profile"]["path"]),
         signals=context.signals,
-        history=tuple(run.read_records(state["history"])) if context.feedback else (),
+        history=tuple(records) if context.feedback else (),
         feedback=context.feedback,
         prompts=context.prompts,
         seed=request.seed,

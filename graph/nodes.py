@@ -131,12 +131,12 @@ def agent_decide(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpda
     After the last refusal the decision is empty, which counts as a stall.
     """
     request, context, run = _request(state), _context(runtime), run_directory(runtime)
-    observation = observe(state, request, context, run)
+    step, records = state["step"], run.read_records(state["history"])
+    observation = observe(state, request, context, run, records)
     scored: dict[str, float] = {}
     if context.probes:
         probes = _probes(state, observation, context.probes, runtime, scored)
         observation = replace(observation, probes=probes)
-    step, records = state["step"], run.read_records(state["history"])
     # Of tries of this very step that ended in an error.
     lost = run.read_spent(step)
     spent = sum((Spent(calls=r.llm_calls, tokens=r.llm_tokens) for r in records), lost)
@@ -170,7 +170,8 @@ def apply_prune(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdat
     Before that a person is asked, if the context says so.
     """
     request, context, run = _request(state), _context(runtime), run_directory(runtime)
-    observation = observe(state, request, context, run)
+    # Neither the rules nor a person needs the earlier steps.
+    observation = observe(state, request, context, run, records=())
     report = _checked(state, observation)
     outcome = AppliedDecision(report=review(report, observation) if context.review else report)
     update: PruneUpdate = {"decision": None, "candidate": None, "candidate_sparsity": None}

@@ -70,7 +70,8 @@ def preview(directory: RunDirectory, step: int | None = None) -> Preview:
         about = "the step that the run is at"
     else:
         about = f"the step before the next: step {newest['step'] + 1} has no profile yet"
-    observation = observe(state, config.request, config.context, directory)
+    records = directory.read_records(state["history"])
+    observation = observe(state, config.request, config.context, directory, records)
     return Preview(state["step"], about, prompt(observation), answer_schema())
 
 
