@@ -107,6 +107,9 @@ app = typer.Typer(
     "130 interrupted.",
 )
 
+_RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN_DIR", help="Directory of the run.", show_default=False)
+]
 _ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file with the configuration.")
 ]
@@ -210,7 +213,7 @@ def run_command(
     session.run = _directory(settled, out)
     screen = session.screen
     _check_person(settled)
-    _print_head(screen, settled, session.run, f"{resolved.name} ({resolved.why})")
+    _print_head(screen, settled, session.run, resolved.words)
     with _live(screen, settled, session.run) as live:
         result = runner.run(settled, session.run, live.on_event, _reviewer(screen, live))
     _report(session, screen, result)
@@ -219,9 +222,7 @@ def run_command(
 @app.command("resume")
 def resume_command(
     ctx: typer.Context,
-    run_directory: Annotated[
-        Path, typer.Argument(metavar="RUN_DIR", help="Directory of the run.", show_default=False)
-    ],
+    run_directory: _RunArgument,
     overrides: _SetOption = None,
     _json: _JsonOption = False,
 ) -> None:
@@ -246,7 +247,7 @@ def resume_command(
         who = settled.agent
         if who != BASELINE:
             resolved = resolve_agent(who, settled.agent_options)
-            who = f"{resolved.name} ({resolved.why})"
+            who = resolved.words
         _print_head(screen, settled, run_directory, who)
         records = directory.read_trace()
         if records:
@@ -261,9 +262,7 @@ def resume_command(
 @app.command("fork")
 def fork_command(
     ctx: typer.Context,
-    run_directory: Annotated[
-        Path, typer.Argument(metavar="RUN_DIR", help="Directory of the run.", show_default=False)
-    ],
+    run_directory: _RunArgument,
     step: Annotated[
         int,
         typer.Option(
@@ -298,7 +297,7 @@ def fork_command(
     session.run = out or run_directory.parent / _fresh_name()
     resolved = resolve_agent(settled.agent, settled.agent_options)
     screen = session.screen
-    _print_head(screen, settled, session.run, f"{resolved.name} ({resolved.why})")
+    _print_head(screen, settled, session.run, resolved.words)
     screen.pairs([("forked", f"from {run_directory} after step {step}")])
     with _live(screen, settled, session.run, parent.read_trace()[:step]) as live:
         result = runner.fork(
@@ -310,9 +309,7 @@ def fork_command(
 @app.command("watch")
 def watch_command(
     ctx: typer.Context,
-    run_directory: Annotated[
-        Path, typer.Argument(metavar="RUN_DIR", help="Directory of the run.", show_default=False)
-    ],
+    run_directory: _RunArgument,
     _lines: Annotated[
         bool,
         typer.Option(
@@ -397,9 +394,7 @@ def baseline_command(
 @app.command("show")
 def show_command(
     ctx: typer.Context,
-    run_directory: Annotated[
-        Path, typer.Argument(metavar="RUN_DIR", help="Directory of the run.", show_default=False)
-    ],
+    run_directory: _RunArgument,
     step: Annotated[
         int | None,
         typer.Option("--step", min=1, help="Show this step whole, its reasoning included."),
@@ -432,9 +427,7 @@ def show_command(
 @app.command("report")
 def report_command(
     ctx: typer.Context,
-    run_directory: Annotated[
-        Path, typer.Argument(metavar="RUN_DIR", help="Directory of the run.", show_default=False)
-    ],
+    run_directory: _RunArgument,
     others: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -464,9 +457,7 @@ def report_command(
 @app.command("ask")
 def ask_command(
     ctx: typer.Context,
-    run_directory: Annotated[
-        Path, typer.Argument(metavar="RUN_DIR", help="Directory of the run.", show_default=False)
-    ],
+    run_directory: _RunArgument,
     step: Annotated[
         int | None,
         typer.Option(
@@ -581,9 +572,7 @@ def evaluate_command(
 @app.command("gc")
 def gc_command(
     ctx: typer.Context,
-    run_directory: Annotated[
-        Path, typer.Argument(metavar="RUN_DIR", help="Directory of the run.", show_default=False)
-    ],
+    run_directory: _RunArgument,
     _json: _JsonOption = False,
 ) -> None:
     """Delete the masks that no checkpoint of a run refers to, such as those of a killed step."""

@@ -56,6 +56,11 @@ class ResolvedAgent:
     name: str
     why: str
 
+    @property
+    def words(self) -> str:
+        """The name and why it is this one."""
+        return f"{self.name} ({self.why})"
+
 
 def resolve_agent(name: str, options: Mapping[str, Any] | None = None) -> ResolvedAgent:
     """Turn ``auto`` into a name, and refuse a name that cannot work, before anything costs time.

@@ -41,7 +41,7 @@ def available() -> list[Available]:
     for name, tried in _TRIED.items():
         try:
             found = resolve_agent(tried)
-            words = f"{found.name} ({found.why})" if name == "auto" else found.why
+            words = found.words if name == "auto" else found.why
             rows.append(Available(name, True, words))
         except InputError as error:
             rows.append(Available(name, False, str(error)))
