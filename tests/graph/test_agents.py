@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from records import record
 
 from prunewright.graph.agents import (
     Agent,
@@ -506,28 +507,7 @@ def test_greedy_gives_back_where_weights_have_become_dear(
 
 
 def measured_step(costs: dict[str, float], rise: float) -> StepRecord:
-    return StepRecord(
-        step=0,
-        agent="adaptive",
-        verdict="accepted",
-        reason="",
-        decision=Decision(reasoning="", layers=[]),
-        applied={},
-        predicted_costs=costs,
-        invalid_answers=[],
-        notes=[],
-        profile="",
-        revision="r",
-        candidate="r",
-        sparsity_before=0,
-        sparsity=0,
-        perplexity_before=20,
-        candidate_perplexity=20,
-        change=math.expm1(rise),
-        change_stderr=1e-5,
-        predicted_change=None,
-        llm_tokens=0,
-    )
+    return record(predicted_costs=costs, change=math.expm1(rise), change_stderr=1e-5)
 
 
 def test_adaptive_learns_which_kind_of_layer_costs_more_than_predicted(

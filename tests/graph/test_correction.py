@@ -2,10 +2,10 @@
 
 import math
 import random
-from typing import Any
 
 import numpy as np
 import pytest
+from records import record
 
 from prunewright.graph.correction import (
     DEPTHS,
@@ -14,32 +14,13 @@ from prunewright.graph.correction import (
     depth_of,
     predicted_costs,
 )
-from prunewright.state import Decision, LayerProfile, ModelProfile, StepRecord
+from prunewright.state import LayerProfile, ModelProfile, StepRecord
 
 
 def step(costs: dict[str, float], rise: float | None, stderr: float = 1e-4) -> StepRecord:
     """A measured step; ``rise`` is that of the mean loss, nats."""
-    values: dict[str, Any] = {
-        "step": 0,
-        "agent": "a",
-        "verdict": "accepted",
-        "reason": "",
-        "decision": Decision(reasoning="", layers=[]),
-        "applied": {},
-        "invalid_answers": [],
-        "notes": [],
-        "profile": "p",
-        "revision": "r",
-        "candidate": "r",
-        "sparsity_before": 0.0,
-        "sparsity": 0.0,
-        "perplexity_before": 20.0,
-        "candidate_perplexity": None,
-        "predicted_change": None,
-        "llm_tokens": 0,
-    }
     change = None if rise is None else math.expm1(rise)
-    return StepRecord(**values, change=change, change_stderr=stderr, predicted_costs=costs)
+    return record(change=change, change_stderr=stderr, predicted_costs=costs)
 
 
 def test_without_measured_steps_nothing_is_corrected() -> None:
@@ -81,12 +62,13 @@ def test_it_is_the_ridge_regression_that_it_says() -> None:
     totals = np.array([sum(r.predicted_costs.values()) for r in records])
     c = y.sum() / totals.sum()
     rows, right = [], []
-    for record, rise, total in zip(records, y, totals, strict=True):
+    for measured, rise, total in zip(records, y, totals, strict=True):
         sigma = math.hypot(0.003, 0.1 * c * total)
-        q, up = (sum(v for k, v in record.predicted_costs.items() if k[:-5].startswith(p))
+        q, up = (sum(v for k, v in measured.predicted_costs.items() if k[:-5].startswith(p))
                  for p in ("q", "up"))  # fmt: skip
         by_depth = [
-            sum(v for k, v in record.predicted_costs.items() if k.endswith(f"@{d}")) for d in DEPTHS
+            sum(v for k, v in measured.predicted_costs.items() if k.endswith(f"@{d}"))
+            for d in DEPTHS
         ]
         rows.append([c * value / sigma for value in (q, up, *by_depth)])
         right.append((rise - c * total) / sigma)

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from records import rolled_back
 
 from prunewright.graph.agents import Observation
 from prunewright.graph.agents.base import quote_name
 from prunewright.graph.agents.prompt import prompt
 from prunewright.graph.agents.reading import read_answer
 from prunewright.graph.asking import ask
-from prunewright.state import Decision, DecisionReport, StepRecord
+from prunewright.state import Decision, DecisionReport
 
 MAX_DELTA, CEILING, BUDGET, TARGET = 0.15, 0.9, 0.05, 0.5
 SHOWN = 0.0005
@@ -299,28 +300,14 @@ def test_names_change_nothing_but_themselves(
         full = f"model.layers.0.{name}"
         layers = [make_layer(0, projection=name, name=full)]
         layers += [make_layer(i) for i in range(1, 120 if many else 4)]
-        record = StepRecord(
-            step=0,
-            agent="a",
-            verdict="rolled_back",
-            reason="too much",
+        broke = rolled_back(
             decision=Decision(reasoning="r", layers=[{"name": full[:256], "delta": 0.1}]),
             applied={full: 0.1},
-            invalid_answers=[],
-            notes=[],
-            profile="",
-            revision="",
-            candidate="c",
-            sparsity_before=0.1,
-            sparsity=0.1,
-            perplexity_before=20.0,
+            predicted_costs={},
             candidate_perplexity=30.0,
             change=0.5,
-            change_stderr=0.01,
-            predicted_change=0.1,
-            llm_tokens=0,
         )
-        found = prompt(make_observation(layers, step=1, history=(record,)))
+        found = prompt(make_observation(layers, step=1, history=(broke,)))
         return [str(message.text) for message in found]
 
     # A tame name that no other text holds.

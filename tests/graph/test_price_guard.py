@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from records import record
 
 from prunewright.graph.routing import Price, guard_reason, step_price
-from prunewright.state import Decision, StepRecord
+from prunewright.state import StepRecord
 from prunewright.state.config import GuardOptions
 from prunewright.state.history import Verdict
 
@@ -21,27 +22,14 @@ def step(
     reason: str = "",
 ) -> StepRecord:
     """A step whose mean loss rose by ``rise`` nats with a standard error, as it is recorded."""
-    return StepRecord(
-        step=0,
-        agent="script",
+    return record(
         verdict=verdict,
         reason=reason,
-        decision=Decision(reasoning="", layers=[]),
-        applied={"model.layers.0.mlp.up_proj": 0.1},
         predicted_costs={"mlp.up_proj@early": predicted},
-        invalid_answers=[],
-        notes=[],
-        profile="steps/profile.json",
-        revision="r",
-        candidate="c",
-        sparsity_before=0.1,
-        sparsity=0.15,
-        perplexity_before=20.0,
         candidate_perplexity=None if rise is None else 20.0 * math.exp(rise),
         change=None if rise is None else math.expm1(rise),
         change_stderr=None if rise is None else math.exp(rise) * error,
         predicted_change=math.expm1(predicted),
-        llm_tokens=0,
     )
 
 

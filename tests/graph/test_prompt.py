@@ -132,6 +132,23 @@ def make_history(profile: ModelProfile, steps: int, seed: int = 0) -> tuple[Step
     return tuple(records)
 
 
+def after(
+    profile: ModelProfile,
+    steps: int,
+    signals: tuple[Signal, ...],
+    make_observation: MakeObservation,
+) -> Observation:
+    """What an agent sees of a model after some steps."""
+    return make_observation(
+        profile.layers,
+        target=0.6,
+        step=steps,
+        steps_left=20,
+        signals=signals,
+        history=make_history(profile, steps),
+    )
+
+
 # Size
 
 
@@ -142,14 +159,7 @@ def test_a_prompt_of_252_layers_is_compact(make_observation: MakeObservation) ->
     assert len(profile.layers) == 252
 
     def tokens(steps: int, signals: tuple[Signal, ...]) -> int:
-        observation = make_observation(
-            profile.layers,
-            target=0.6,
-            step=steps,
-            steps_left=20,
-            signals=signals,
-            history=make_history(profile, steps),
-        )
+        observation = after(profile, steps, signals, make_observation)
         return sum(len(tokenizer(text).input_ids) for text in texts(observation))
 
     assert tokens(0, ALL) <= 4_200
@@ -536,14 +546,7 @@ def test_nothing_of_a_hidden_signal_leaks(
 ) -> None:
     count, rows = shape
     profile = MODELS[count]
-    observation = make_observation(
-        profile.layers,
-        target=0.6,
-        step=steps,
-        steps_left=20,
-        signals=signals,
-        history=make_history(profile, steps),
-    )
+    observation = after(profile, steps, signals, make_observation)
     shown = texts(observation, rows=rows)
     assert texts(altered(observation, set(ALL) - set(signals), seed), rows=rows) == shown
     for visible in signals:
