@@ -7,8 +7,10 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any, cast
 
 from prunewright.graph.agents import Observation
@@ -17,9 +19,7 @@ from prunewright.graph.agents.reading import read_answer
 from prunewright.graph.asking import ask, observe
 from prunewright.graph.correction import predicted_costs
 from prunewright.state import (
-    COST_DELTAS,
     Decision,
-    LayerProfile,
     ModelProfile,
     PruneContext,
     PruneRequest,
@@ -29,15 +29,8 @@ from prunewright.state import (
 from prunewright.tools.rundir import RunDirectory
 from prunewright.tools.storage import write_json
 
-PROJECTIONS = {
-    "self_attn.q_proj": 2560 * 4096,
-    "self_attn.k_proj": 2560 * 1024,
-    "self_attn.v_proj": 2560 * 1024,
-    "self_attn.o_proj": 4096 * 2560,
-    "mlp.gate_proj": 2560 * 9728,
-    "mlp.up_proj": 2560 * 9728,
-    "mlp.down_proj": 9728 * 2560,
-}
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
+from profiles import make_model
 
 
 class Prompted:
@@ -49,31 +42,6 @@ class Prompted:
     def decide(self, observation: Observation) -> Decision:
         prompt(observation)
         return read_answer(self._answer)
-
-
-def make_profile(blocks: int) -> ModelProfile:
-    """Signals of a model with Qwen3-4B's projections, drawn at random."""
-    dice = random.Random(0)
-    layers = []
-    for block in range(blocks):
-        for projection, parameters in PROJECTIONS.items():
-            rate = dice.lognormvariate(-9, 0.6)
-            layers.append(
-                LayerProfile(
-                    name=f"model.layers.{block}.{projection}",
-                    block=block,
-                    projection=projection,
-                    parameters=parameters,
-                    sparsity=dice.uniform(0.2, 0.5),
-                    s=1.0,
-                    g=1.0,
-                    loss_cost=cast(Any, tuple(rate * d for d in COST_DELTAS)),
-                    z_s=dice.gauss(0, 1),
-                    z_g=dice.gauss(0, 1),
-                    z_c=dice.gauss(0, 1),
-                )
-            )
-    return ModelProfile(revision="r", gradient_revision="r", layers=layers)
 
 
 def make_record(step: int, profile: ModelProfile, path: str) -> StepRecord:
@@ -118,7 +86,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
-    profile = make_profile(options.blocks)
+    profile = make_model(options.blocks)
     request = PruneRequest(target=0.6)
     context = PruneContext(max_steps=options.steps + 20)
     answer = {
@@ -151,7 +119,7 @@ def main() -> None:
         parts: dict[str, list[float]] = {"observation": [], "prompt": [], "all": []}
         for _ in range(options.repeats + 1):
             began = time.process_time()
-            observation = observe(state, request, context, run)
+            observation = observe(state, request, context, run, run.read_records(history))
             seen = time.process_time()
             report = ask("prompted", agent, observation, repairs=0)
             ended = time.process_time()

@@ -1,0 +1,47 @@
+"""Profiles of models that are not here, with the real sizes of their layers."""
+
+import random
+from collections.abc import Mapping
+
+from prunewright.state import COST_DELTAS, LayerProfile, ModelProfile
+
+QWEN3_4B = {
+    "self_attn.q_proj": 2560 * 4096,
+    "self_attn.k_proj": 2560 * 1024,
+    "self_attn.v_proj": 2560 * 1024,
+    "self_attn.o_proj": 4096 * 2560,
+    "mlp.gate_proj": 2560 * 9728,
+    "mlp.up_proj": 2560 * 9728,
+    "mlp.down_proj": 9728 * 2560,
+}
+
+
+def make_model(blocks: int, seed: int = 0, sizes: Mapping[str, int] = QWEN3_4B) -> ModelProfile:
+    """A profile whose signals and costs are spread as those of a real model half pruned."""
+    dice = random.Random(seed)
+    total = blocks * sum(sizes.values())
+    layers = []
+    for block in range(blocks):
+        for projection, parameters in sizes.items():
+            # Per cent of perplexity for a per cent of the model's sparsity.
+            rate = 2 * dice.lognormvariate(0, 0.6)
+            costs = [
+                rate * d * g * parameters / total
+                for d, g in zip(COST_DELTAS, (1, 1.2, 1.4), strict=True)
+            ]
+            layers.append(
+                LayerProfile(
+                    name=f"model.layers.{block}.{projection}",
+                    block=block,
+                    projection=projection,
+                    parameters=parameters,
+                    sparsity=dice.uniform(0.3, 0.6),
+                    s=1.0,
+                    g=1.0,
+                    loss_cost=(costs[0], costs[1], costs[2]),
+                    z_s=dice.gauss(0, 1),
+                    z_g=dice.gauss(0, 1),
+                    z_c=dice.gauss(0, 1),
+                )
+            )
+    return ModelProfile(revision="r", gradient_revision="r", layers=layers)
