@@ -91,7 +91,7 @@ def fewer_layers(bench: Workbench, old: str, new: str) -> str:
     masks = {}
     for name in names[:: max(1, len(names) // FEW_LAYERS)][:FEW_LAYERS]:
         layer = bench.loaded.layers[name]
-        kept = unpack_kept(bench.store.bits(after[name], layer.shape), layer.numel)
+        kept = unpack_kept(bench.store.read(after[name], layer.shape).bits, layer.numel)
         masks[name] = kept.reshape(layer.shape) == 0
     return bench.store.put(before, masks)
 

@@ -188,6 +188,7 @@ def apply_prune(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdat
                 candidate = bench.prune(
                     state["revision"], state["gradient_revision"], counts, _progress(runtime)
                 )
+                notes = [*notes, *bench.store.about(candidate).get("notes", [])]
                 bench.sync(candidate)
                 now = bench.sparsities()
                 applied = {name: now[name] - earlier[name] for name in counts}

@@ -12,7 +12,7 @@ from prunewright.state.errors import InputError
 
 DEFAULT_AGENT = "google_genai:gemini-3-flash-preview"
 
-CriterionName = Literal["magnitude", "wanda", "fisher"]
+CriterionName = Literal["magnitude", "wanda", "gblm", "fisher", "sparsegpt"]
 Signal = Literal["z_s", "z_g", "z_c"]
 
 
@@ -135,6 +135,10 @@ class PruneRequest(Options):
     max_layer_sparsity: float = Field(0.9, gt=0, le=1, description="ceiling of any one layer")
     criterion: CriterionName = Field("wanda", description="which weights inside a layer go first")
     pattern: str = Field("unstructured", description='unstructured, or "keep_n:group_m": "2:4"')
+    reconstruct: bool = Field(
+        False,
+        description="update the kept weights so that each layer's outputs stay near the dense ones",
+    )
     profile: ProfileOptions = Field(ProfileOptions(), description="how the profile is taken")
     texts: TextOptions = Field(
         TextOptions(), description="texts to calibrate on, to judge steps on and to report on"

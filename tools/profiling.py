@@ -51,10 +51,26 @@ class Gradients:
     Attributes:
         mean_absolute: g, the mean over samples and active weights of |dL_i/dW|.
         gradient_square: E[d_i^2] by layer, float32 [outputs] or [experts, outputs].
+        weight_gradient_square: mean over samples of (dL_i/dW)^2 by layer, float32, in the form
+            [..., outputs, inputs]; empty unless it was asked for.
     """
 
     mean_absolute: dict[str, float]
     gradient_square: dict[str, Tensor]
+    weight_gradient_square: dict[str, Tensor]
+
+
+def statistics_of(
+    name: str, activations: Activations, gradients: Gradients | None
+) -> LayerStatistics:
+    """What is known of one layer."""
+    if gradients is None:
+        return LayerStatistics(activations.input_square[name])
+    return LayerStatistics(
+        activations.input_square[name],
+        gradients.gradient_square[name],
+        gradients.weight_gradient_square.get(name),
+    )
 
 
 @torch.no_grad()
@@ -108,6 +124,7 @@ def measure_gradients(
     windows: Tensor,
     *,
     checkpointing: bool = True,
+    by_weight: bool = False,
     progress: Progress | None = None,
 ) -> Gradients:
     """g and E[d_i^2] of every layer, each window one sample.
@@ -120,6 +137,7 @@ def measure_gradients(
         head: its head.
         windows: token ids [windows, length].
         checkpointing: recompute activations block by block: less memory, more time.
+        by_weight: keep the mean square of each weight's gradient, too: 4 bytes a weight.
         progress: told after each window.
 
     Raises:
@@ -128,6 +146,7 @@ def measure_gradients(
     model = loaded.model
     squares, counts = _accumulators(loaded, inputs=False)
     sums = dict.fromkeys(loaded.layers, 0.0)
+    kept = {n: torch.zeros(ly.shape) for n, ly in loaded.layers.items()} if by_weight else {}
     tokens = windows.shape[1] - 1
 
     def on_product(layer: Layer, expert: int | None, _: Tensor, outputs: Tensor) -> None:
@@ -146,6 +165,9 @@ def measure_gradients(
             active = parameter != 0
             total = parameter.grad.abs().mul_(active).sum(dtype=torch.float32)
             sums[name] += float(total / active.sum().clamp(min=1)) / tokens
+            if by_weight:
+                gradient = parameter.grad.float().div_(tokens).cpu()
+                kept[name].addcmul_(gradient, gradient, value=1 / len(windows))
             parameter.grad = None
 
         return reduce
@@ -172,6 +194,7 @@ def measure_gradients(
     return Gradients(
         {name: value / len(windows) for name, value in sums.items()},
         {name: _finished(means[name], ly, "gradients") for name, ly in loaded.layers.items()},
+        {name: loaded.layers[name].matrix(values) for name, values in kept.items()},
     )
 
 
@@ -235,9 +258,7 @@ def build_profile(
     rows = []
     mean = sum(sparsities[n] * ly.numel for n, ly in loaded.layers.items()) / loaded.prunable
     for name, layer in loaded.layers.items():
-        statistics = LayerStatistics(
-            activations.input_square[name], gradients.gradient_square[name]
-        )
+        statistics = statistics_of(name, activations, gradients)
         live = layer.matrix(loaded.weight(layer))
         dense = layer.matrix(loaded.dense(layer))
         middle, span = sparsities[name], (0.0, *COST_DELTAS)
@@ -378,8 +399,7 @@ def predict_losses(
             step = min(math.ceil(matrix.numel() / SAMPLE), matrix.shape[0])
             rows = slice(step // 2, None, step)
             part = matrix[rows]
-            picked = LayerStatistics(stats.input_square, stats.gradient_square[rows])
-            order = rule.score(part, picked).argsort(dim=1)
+            order = rule.score(part, stats.rows(rows)).argsort(dim=1)
             saliency = fisher.saliency(part, stats.input_square, factors[rows])
             running = saliency.gather(1, order).cumsum(dim=1).sum(dim=0, dtype=wide)
             whole = matrix.float().square() @ stats.input_square @ factors

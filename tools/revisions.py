@@ -1,10 +1,12 @@
 """The store of revisions: immutable, content-addressed masks of a pruned model.
 
 A revision is a manifest ``{layer: digest}``; a digest names one file, the layer's mask with one
-bit a weight. The manifest's own hash is the revision's name, so equal masks have equal names
+bit a weight and, where the kept weights are no longer the dense ones (SparseGPT, reconstruction),
+their values. The manifest's own hash is the revision's name, so equal masks have equal names
 wherever they were made, equal layers are stored once, and nothing is ever altered.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,19 @@ Manifest = dict[str, str]
 """Digest of the mask of each layer that has one."""
 
 
+@dataclass(frozen=True)
+class StoredLayer:
+    """What a revision holds of a layer.
+
+    Attributes:
+        bits: its mask, eight weights a byte.
+        kept: values of the weights that are left, in the parameter's order; None: the dense ones.
+    """
+
+    bits: Tensor
+    kept: Tensor | None = None
+
+
 class RevisionStore:
     """Revisions in a directory: ``masks/<digest>`` and ``manifests/<revision>.json``."""
 
@@ -32,7 +47,11 @@ class RevisionStore:
         self.directory = directory
 
     def put(
-        self, parent: Manifest, masks: dict[str, Tensor], about: dict[str, Any] | None = None
+        self,
+        parent: Manifest,
+        masks: dict[str, Tensor],
+        about: dict[str, Any] | None = None,
+        weights: dict[str, Tensor] | None = None,
     ) -> str:
         """Store ``parent`` with some layers' masks replaced, and return the revision's name.
 
@@ -40,6 +59,7 @@ class RevisionStore:
             parent: manifest of the revision that is changed.
             masks: bool masks by layer, True where pruned.
             about: what else to note in the file (criterion, parent); not part of the name.
+            weights: the weights of those layers whose kept ones are no longer the dense ones.
 
         Raises:
             StoreError: cannot write (disk full, no permission).
@@ -49,7 +69,7 @@ class RevisionStore:
             if not mask.any():  # a dense layer has no mask, so that equal models have equal names
                 layers.pop(name, None)
                 continue
-            data = pack_mask(mask)
+            data = pack_layer(mask, (weights or {}).get(name))
             digest = sha256_bytes(data)
             path = self._mask(digest)
             if not path.exists():
@@ -77,8 +97,18 @@ class RevisionStore:
             raise StoreError(f"{path} is damaged: its content does not match its name")
         return layers
 
-    def bits(self, digest: str, shape: tuple[int, ...]) -> Tensor:
-        """A mask by digest as it is stored, eight weights a byte, for a layer of a shape.
+    def about(self, revision: str) -> dict[str, Any]:
+        """What was noted of a revision when it was first stored.
+
+        Raises:
+            StoreError: no such revision.
+        """
+        content = {} if revision == DENSE else read_json(self._manifest(revision))
+        about = content.get("about") if isinstance(content, dict) else None
+        return about if isinstance(about, dict) else {}
+
+    def read(self, digest: str, shape: tuple[int, ...]) -> StoredLayer:
+        """What a digest names, for a layer of a shape.
 
         Raises:
             StoreError: missing, or its content does not match its name or the shape.
@@ -91,12 +121,17 @@ class RevisionStore:
         if sha256_bytes(data) != digest:
             raise StoreError(f"{path} is damaged: its content does not match its name")
         try:
-            bits = load_tensors(data)["mask"]
+            tensors = load_tensors(data)
+            bits, kept = tensors["mask"], tensors.get("kept")
         except (SafetensorError, KeyError) as error:
             raise StoreError(f"{path} is damaged: {error}") from error
-        if bits.dtype != torch.uint8 or bits.shape != ((torch.Size(shape).numel() + 7) // 8,):
+        numel = torch.Size(shape).numel()
+        fits = bits.dtype == torch.uint8 and bits.shape == ((numel + 7) // 8,)
+        if fits and kept is not None:
+            fits = kept.shape == (int(unpack_kept(bits, numel).count_nonzero()),)
+        if not fits:
             raise StoreError(f"{path} is not the mask of a layer of shape {list(shape)}")
-        return bits
+        return StoredLayer(bits, kept)
 
     def collect(self, keep: set[str]) -> tuple[int, int]:
         """Delete every file that none of the given revisions needs.
@@ -139,10 +174,12 @@ def _hex(digest: str) -> str:
     return digest
 
 
-def pack_mask(mask: Tensor) -> bytes:
-    """A bool mask as safetensors bytes, one bit a weight."""
-    bits = np.packbits(mask.reshape(-1).cpu().numpy())
-    return save_tensors({"mask": torch.from_numpy(bits)})
+def pack_layer(mask: Tensor, weight: Tensor | None = None) -> bytes:
+    """A bool mask as safetensors bytes, one bit a weight, and the weights it keeps, if given."""
+    tensors = {"mask": torch.from_numpy(np.packbits(mask.reshape(-1).cpu().numpy()))}
+    if weight is not None:
+        tensors["kept"] = weight.cpu().masked_select(~mask.cpu())
+    return save_tensors(tensors)
 
 
 def unpack_kept(bits: Tensor, numel: int) -> Tensor:

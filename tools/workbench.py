@@ -12,7 +12,8 @@ from torch import Tensor
 
 from prunewright.state import InputError, PruneRequest, StoreError, parse_pattern
 from prunewright.state.profile import ModelProfile
-from prunewright.tools.criteria import CRITERIA, LayerStatistics, prune_mask
+from prunewright.tools.criteria import CRITERIA, prune_mask
+from prunewright.tools.layers import Layer
 from prunewright.tools.models import LoadedModel, load_model
 from prunewright.tools.perplexity import Head, Progress, window_losses
 from prunewright.tools.profiling import (
@@ -21,8 +22,10 @@ from prunewright.tools.profiling import (
     build_profile,
     measure_activations,
     measure_gradients,
+    statistics_of,
 )
-from prunewright.tools.revisions import Manifest, RevisionStore, unpack_kept
+from prunewright.tools.revisions import Manifest, RevisionStore, StoredLayer, unpack_kept
+from prunewright.tools.solving import PASSES, Wanted, solve_blocks
 from prunewright.tools.texts import EMBEDDED, Windows, load_windows
 
 
@@ -52,7 +55,8 @@ class Workbench:
             (name, None): zeros for name, zeros in self._zeros.items()
         }
         """Zeros of a layer by the mask that it had: a rollback need not count them again."""
-        self.tokens = {"calibration": 0, "gradient": 0, "guard": 0, "probe": 0, "test": 0}
+        uses = ("calibration", "gradient", "solve", "guard", "probe", "test")
+        self.tokens = dict.fromkeys(uses, 0)
         """Tokens run through the model so far, by use."""
         self._activations: tuple[str, Activations] | None = None
         self._gradients: tuple[str, Gradients] | None = None
@@ -78,8 +82,8 @@ class Workbench:
         names = [n for n in self.loaded.layers if target.get(n) != self._at.get(n)]
         layers = [self.loaded.layers[name] for name in names]
         # All of them read and checked before any weight changes.
-        bits = {
-            name: self.store.bits(target[name], layer.shape)
+        stored = {
+            name: self._stored(target[name], layer)
             for name, layer in zip(names, layers, strict=True)
             if name in target
         }
@@ -88,8 +92,12 @@ class Workbench:
         for name, layer, dense in zip(names, layers, self.loaded.dense_layers(layers), strict=True):
             weight = self.loaded.weight(layer)
             self._at[name] = ""  # no revision's: an interrupt from here on is mended by the next
-            if name in bits:
-                _write_masked(weight, dense, bits[name], scratch)
+            if name in stored:
+                _write_masked(weight, dense, stored[name].bits, scratch)
+                if (kept := stored[name].kept) is not None:
+                    places = unpack_kept(stored[name].bits, layer.numel).bool()
+                    places = places.view(weight.shape).to(weight.device)
+                    weight.masked_scatter_(places, kept.to(weight.device))
                 self._at[name] = target[name]
             else:
                 weight.copy_(dense)
@@ -98,6 +106,15 @@ class Workbench:
             if key not in self._counted:
                 self._counted[key] = _zeros(self.loaded, name)
             self._zeros[name] = self._counted[key]
+
+    def _stored(self, digest: str, layer: Layer) -> StoredLayer:
+        found = self.store.read(digest, layer.shape)
+        if found.kept is not None and found.kept.dtype != self.loaded.dtype:
+            raise StoreError(
+                f"the weights that a revision holds of {layer.name} are {found.kept.dtype}, and "
+                f"the model is loaded in {self.loaded.dtype}"
+            )
+        return found
 
     def sparsities(self) -> dict[str, float]:
         """Fraction of exact zeros of each layer's live weights."""
@@ -130,6 +147,7 @@ class Workbench:
                 self.head,
                 windows,
                 checkpointing=self.request.profile.gradient_checkpointing,
+                by_weight=CRITERIA[self.request.criterion].by_weight,
                 progress=progress,
             )
             self._gradients = (revision, measured)
@@ -190,9 +208,58 @@ class Workbench:
             StoreError: cannot write.
         """
         request = self.request
-        masks = self._masks(revision, gradient_revision, counts, progress)
+        manifest = self.store.manifest(revision)
         about = {"parent": revision, "criterion": request.criterion, "pattern": request.pattern}
-        return self.store.put(self.store.manifest(revision), masks, about)
+        if not (CRITERIA[request.criterion].solves or request.reconstruct):
+            masks = self._masks(revision, gradient_revision, counts, progress)
+            return self.store.put(manifest, masks, about)
+        wanted = self._wanted(revision, gradient_revision, counts, progress)
+        try:
+            self._at |= dict.fromkeys(wanted, "")  # no revision's, so that the sync restores them
+            solved, notes = solve_blocks(
+                self.loaded,
+                self.windows.calibration,
+                wanted,
+                reconstruct=request.reconstruct,
+                progress=progress,
+            )
+        except ValueError as error:
+            raise InputError(f"the layers cannot be pruned so: {error}") from error
+        finally:
+            self.sync(revision)
+        self.tokens["solve"] += (PASSES + request.reconstruct) * self.windows.calibration.numel()
+        return self.store.put(
+            manifest,
+            {name: layer.mask for name, layer in solved.items()},
+            about | {"reconstruct": request.reconstruct, "notes": notes},
+            {name: layer.weight for name, layer in solved.items()},
+        )
+
+    def _wanted(
+        self,
+        revision: str,
+        gradient_revision: str,
+        counts: dict[str, int] | None,
+        progress: Progress | None,
+    ) -> dict[str, Wanted]:
+        """What a solve is asked for: the layers that change and, if reconstructed, all pruned."""
+        wanted = {}
+        if not CRITERIA[self.request.criterion].solves:
+            masks = self._masks(revision, gradient_revision, counts, progress)
+            wanted = {name: Wanted(mask=mask) for name, mask in masks.items()}
+        elif counts is None:
+            pattern = parse_pattern(self.request.pattern)
+            wanted = {name: Wanted(pattern=pattern) for name in self.loaded.layers}
+        else:
+            wanted = {name: Wanted(pruned=count) for name, count in counts.items()}
+        if self.request.reconstruct:
+            for name, digest in self.store.manifest(revision).items():
+                if name not in wanted:
+                    layer = self.loaded.layers[name]
+                    kept = unpack_kept(self._stored(digest, layer).bits, layer.numel)
+                    wanted[name] = Wanted(mask=kept.view(layer.shape) == 0)
+        self.sync(revision)
+        return wanted
 
     def trial_losses(
         self,
@@ -205,6 +272,8 @@ class Workbench:
         """Losses of the first guard windows if some layers had a given number of zeros.
 
         Masks are those of `prune`, but none is stored, and the live model is left at ``revision``.
+        Nothing is solved: with SparseGPT or ``reconstruct`` the mask is that of its ``score``, the
+        weights that are left keep their values, and the losses are higher than they would be.
 
         Args:
             revision: the revision to change; statistics are taken at it.
@@ -223,7 +292,9 @@ class Workbench:
                 layer = self.loaded.layers[name]
                 weight = self.loaded.weight(layer)
                 self._at[name] = ""  # no revision's, so that the sync below restores it
-                weight.copy_(self.loaded.dense(layer)).masked_fill_(mask.to(weight.device), 0)
+                # What is left keeps the values that it has, which a solve may have changed.
+                weight.copy_(torch.where(weight != 0, weight, self.loaded.dense(layer)))
+                weight.masked_fill_(mask.to(weight.device), 0)
             self.tokens["probe"] += guard.numel()
             return window_losses(self.loaded.model, self.head, guard, progress)
         finally:
@@ -247,14 +318,10 @@ class Workbench:
         masks = {}
         for index, name in enumerate(names):
             layer = self.loaded.layers[name]
-            statistics = LayerStatistics(
-                activations.input_square[name],
-                None if gradients is None else gradients.gradient_square[name],
-            )
             try:
                 mask = prune_mask(
                     layer.matrix(self.loaded.dense(layer)),
-                    statistics,
+                    statistics_of(name, activations, gradients),
                     request.criterion,
                     pruned=None if counts is None else counts[name],
                     pattern=pattern,

@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from prunewright.state import StoreError
-from prunewright.tools.revisions import DENSE, RevisionStore, pack_mask, unpack_kept
+from prunewright.tools.revisions import DENSE, RevisionStore, pack_layer, unpack_kept
 
 
 def unpacked(bits: Tensor, *shape: int) -> Tensor:
@@ -43,17 +43,17 @@ def files(store: RevisionStore) -> dict[str, bytes]:
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(0, 999))
 def test_a_mask_survives_packing(shape: list[int], seed: int) -> None:
     original = mask(seed, *shape)
-    assert torch.equal(unpacked(load(pack_mask(original))["mask"], *shape), original)
+    assert torch.equal(unpacked(load(pack_layer(original))["mask"], *shape), original)
 
 
 def test_a_mask_takes_one_bit_a_weight() -> None:
-    small, large = (len(pack_mask(mask(0, 64, n))) for n in (64, 128))
+    small, large = (len(pack_layer(mask(0, 64, n))) for n in (64, 128))
     assert large - small == pytest.approx(64 * 64 / 8, abs=8)
 
 
 def test_a_view_is_packed_in_its_own_order() -> None:
     original = mask(1, 5, 7)
-    assert torch.equal(unpacked(load(pack_mask(original.T))["mask"], 7, 5), original.T)
+    assert torch.equal(unpacked(load(pack_layer(original.T))["mask"], 7, 5), original.T)
 
 
 def test_masks_come_back_from_a_revision(store: RevisionStore) -> None:
@@ -62,7 +62,7 @@ def test_masks_come_back_from_a_revision(store: RevisionStore) -> None:
     manifest = RevisionStore(store.directory).manifest(revision)
     assert set(manifest) == {"a", "b"}
     for name, original in masks.items():
-        bits = store.bits(manifest[name], tuple(original.shape))
+        bits = store.read(manifest[name], tuple(original.shape)).bits
         assert torch.equal(unpacked(bits, *original.shape), original)
 
 
@@ -120,7 +120,7 @@ def test_a_damaged_mask_is_named(damage: str, store: RevisionStore) -> None:
     data[-3] ^= 4
     path.write_bytes({"flip": bytes(data), "cut": bytes(data[:-9]), "empty": b""}[damage])
     with pytest.raises(StoreError, match=rf"{digest} is damaged"):
-        store.bits(digest, (50, 70))
+        store.read(digest, (50, 70))
 
 
 def test_a_missing_mask_or_revision_is_named(store: RevisionStore) -> None:
@@ -128,7 +128,7 @@ def test_a_missing_mask_or_revision_is_named(store: RevisionStore) -> None:
     digest = store.manifest(revision)["a"]
     (store.directory / "masks" / digest).unlink()
     with pytest.raises(StoreError, match=rf"cannot read the mask .*{digest}: No such file"):
-        store.bits(digest, (5, 7))
+        store.read(digest, (5, 7))
     with pytest.raises(StoreError, match=rf"cannot read .*{'0' * 64}\.json"):
         store.manifest("0" * 64)
 
@@ -136,7 +136,7 @@ def test_a_missing_mask_or_revision_is_named(store: RevisionStore) -> None:
 def test_a_mask_of_another_shape_is_refused(store: RevisionStore) -> None:
     digest = store.manifest(store.put({}, {"a": mask(1, 5, 7)}))["a"]
     with pytest.raises(StoreError, match=r"not the mask of a layer of shape \[50, 70\]"):
-        store.bits(digest, (50, 70))
+        store.read(digest, (50, 70))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_a_file_that_is_no_mask_is_refused(data: bytes, store: RevisionStore) ->
     (store.directory / "masks").mkdir(parents=True)
     (store.directory / "masks" / digest).write_bytes(data)
     with pytest.raises(StoreError, match="is damaged"):
-        store.bits(digest, (5, 7))
+        store.read(digest, (5, 7))
 
 
 TAMPERED: dict[str, Any] = {
@@ -185,7 +185,7 @@ NO_DIGEST = ["../../secret", "/etc/passwd", "", "abc", "F" * 64, "0" * 63 + "/",
 @pytest.mark.parametrize("name", NO_DIGEST)
 def test_what_is_no_digest_never_becomes_a_path(name: str, store: RevisionStore) -> None:
     with pytest.raises(StoreError, match="not the name of a revision or mask"):
-        store.bits(name, (5, 7))
+        store.read(name, (5, 7))
     with pytest.raises(StoreError, match="not the name of a revision or mask"):
         store.manifest(name)
 

@@ -1,13 +1,13 @@
 """Criteria: which weights inside a layer go. One file each, one line each in the registry."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from prunewright.state.config import CriterionName
-from prunewright.tools.criteria import fisher, magnitude, wanda
+from prunewright.tools.criteria import fisher, gblm, magnitude, sparsegpt, wanda
 from prunewright.tools.masks import Group, nm_mask, unstructured_mask
 
 
@@ -18,32 +18,67 @@ class LayerStatistics:
     Attributes:
         input_square: E[x_j^2] over the tokens that reached the layer [inputs], float32.
         gradient_square: E[d_i^2] [outputs], float32; None where no gradients were taken.
+        weight_gradient_square: mean over samples of the squared gradient of the mean token loss
+            [outputs, inputs], float32; None where it was not asked for.
     """
 
     input_square: Tensor
     gradient_square: Tensor | None = None
+    weight_gradient_square: Tensor | None = None
+
+    def expert(self, index: int) -> "LayerStatistics":
+        """Those of one matrix of a fused tensor of experts."""
+        values = (getattr(self, item.name) for item in fields(self))
+        return LayerStatistics(*(None if value is None else value[index] for value in values))
+
+    def rows(self, part: slice) -> "LayerStatistics":
+        """Those of some outputs of a matrix."""
+        ours = (self.gradient_square, self.weight_gradient_square)
+        return LayerStatistics(self.input_square, *(None if v is None else v[part] for v in ours))
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """A scoring function of one matrix and the group inside which its scores compete."""
+    """A scoring function of one matrix and the group inside which its scores compete.
+
+    Attributes:
+        group: inside which scores compete.
+        score: of a matrix [outputs, inputs] and its statistics.
+        needs_gradients: whether ``gradient_square`` or ``weight_gradient_square`` is read.
+        by_weight: whether it is the latter, which takes a number a weight to keep.
+        solves: whether masks come out of a solve that changes the kept weights, too
+            (`tools.solving`); ``score`` then only stands in where a mask's effect is predicted.
+    """
 
     group: Group
-    needs_gradients: bool
     score: Callable[[Tensor, LayerStatistics], Tensor]
+    needs_gradients: bool = False
+    by_weight: bool = False
+    solves: bool = False
 
 
-def _gradients(statistics: LayerStatistics) -> Tensor:
-    if statistics.gradient_square is None:
+def _taken(gradients: Tensor | None) -> Tensor:
+    if gradients is None:
         raise ValueError("this criterion needs gradients, which were not taken")
-    return statistics.gradient_square
+    return gradients
 
 
 CRITERIA: dict[CriterionName, Criterion] = {
-    "magnitude": Criterion(magnitude.GROUP, False, lambda w, _: magnitude.score(w)),
-    "wanda": Criterion(wanda.GROUP, False, lambda w, s: wanda.score(w, s.input_square)),
+    "magnitude": Criterion(magnitude.GROUP, lambda w, _: magnitude.score(w)),
+    "wanda": Criterion(wanda.GROUP, lambda w, s: wanda.score(w, s.input_square)),
+    "gblm": Criterion(
+        gblm.GROUP,
+        lambda w, s: gblm.score(w, s.input_square, _taken(s.weight_gradient_square)),
+        needs_gradients=True,
+        by_weight=True,
+    ),
     "fisher": Criterion(
-        fisher.GROUP, True, lambda w, s: fisher.score(w, s.input_square, _gradients(s))
+        fisher.GROUP,
+        lambda w, s: fisher.score(w, s.input_square, _taken(s.gradient_square)),
+        needs_gradients=True,
+    ),
+    "sparsegpt": Criterion(
+        sparsegpt.GROUP, lambda w, s: sparsegpt.score(w, s.input_square), solves=True
     ),
 }
 
@@ -79,9 +114,14 @@ def prune_mask(
             masks.append(nm_mask(scores, *pattern))
         else:
             assert pruned is not None
-            share = pruned * (index + 1) // len(matrices) - pruned * index // len(matrices)
+            share = expert_share(pruned, index, len(matrices))
             masks.append(unstructured_mask(scores, share, rule.group))
     return masks[0] if weight.ndim == 2 else torch.stack(masks)
+
+
+def expert_share(pruned: int, index: int, experts: int) -> int:
+    """How many of a layer's pruned weights one of its experts gives: equal, to one weight."""
+    return pruned * (index + 1) // experts - pruned * index // experts
 
 
 def split_experts(
@@ -90,8 +130,4 @@ def split_experts(
     """The single matrices of a layer with their statistics: one, or one an expert."""
     if weight.ndim == 2:
         return [(weight, statistics)]
-    gradients = statistics.gradient_square
-    return [
-        (matrix, LayerStatistics(inputs, None if gradients is None else gradients[index]))
-        for index, (matrix, inputs) in enumerate(zip(weight, statistics.input_square, strict=True))
-    ]
+    return [(matrix, statistics.expert(index)) for index, matrix in enumerate(weight)]

@@ -1,0 +1,190 @@
+"""Blocks run one by one give what the model gives, and layers are solved on just those inputs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from prunewright.state import InputError
+from prunewright.tools.blocks import BlockRunner
+from prunewright.tools.criteria import sparsegpt
+from prunewright.tools.layers import find_blocks
+from prunewright.tools.models import LoadedModel
+from prunewright.tools.perplexity import hidden_states
+from prunewright.tools.solving import Wanted, solve_blocks
+
+Loader = Callable[..., LoadedModel]
+
+
+def windows(count: int = 4, length: int = 24, seed: int = 0) -> Tensor:
+    return torch.randint(2, 500, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def masks_of(loaded: LoadedModel, sparsity: float = 0.4, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.rand(layer.shape, generator=generator) < sparsity
+        for name, layer in loaded.layers.items()
+    }
+
+
+def weights(loaded: LoadedModel) -> dict[str, Tensor]:
+    return {name: loaded.weight(layer).clone() for name, layer in loaded.layers.items()}
+
+
+def watch(loaded: LoadedModel, ids: Tensor, *names: str) -> dict[str, Tensor]:
+    """Inputs [tokens, inputs] of some Linear modules in whole forward passes, by hooks."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+    handles = []
+    for name in names:
+
+        def hook(_: Any, inputs: tuple[Tensor, ...], name: str = name) -> None:
+            seen[name].append(inputs[0].reshape(-1, inputs[0].shape[-1]))
+
+        handles.append(loaded.model.get_submodule(name).register_forward_pre_hook(hook))
+    with torch.no_grad():
+        for row in ids:
+            loaded.model(input_ids=row.unsqueeze(0), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+def test_blocks_one_by_one_give_what_the_whole_model_gives(load: Loader, family: str) -> None:
+    loaded = load(family)
+    ids = windows()
+    runner = BlockRunner(loaded, ids)
+    blocks = find_blocks(loaded.model)[1]
+    leaving: list[Tensor] = []
+    handle = blocks[-1].register_forward_hook(
+        lambda _, __, out: leaving.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with torch.no_grad():
+        for row in ids:
+            hidden_states(loaded.model, row.unsqueeze(0))
+    handle.remove()
+    for window, expected in enumerate(leaving):
+        hidden = runner.first[window]
+        for index in range(len(blocks)):
+            hidden = runner.run(index, window, hidden)
+        assert torch.equal(hidden, expected)
+
+
+def test_a_model_that_works_between_its_blocks_is_refused(load: Loader) -> None:
+    loaded = load()
+    base = loaded.model.base_model
+    scale = lambda module, args, kwargs: ((args[0] * 2, *args[1:]), kwargs)  # noqa: E731
+    handle = base.layers[1].register_forward_pre_hook(scale, with_kwargs=True, prepend=True)
+    with pytest.raises(InputError, match="between blocks 0 and 1"):
+        BlockRunner(loaded, windows())
+    handle.remove()
+
+
+def test_reconstruction_solves_each_layer_on_what_the_pruned_blocks_give(load: Loader) -> None:
+    """The last block's first layer: inputs of the solved model now, of the dense one then."""
+    loaded = load()
+    ids, masks = windows(8), masks_of(loaded)
+    name = next(n for n in loaded.layers if loaded.layers[n].block == 1)
+    dense = weights(loaded)
+    y = watch(loaded, ids, name)[name].double()
+    wanted = {n: Wanted(mask=mask) for n, mask in masks.items()}
+    solved, notes = solve_blocks(loaded, ids, wanted, reconstruct=True)
+    assert notes == []
+    x = watch(loaded, ids, name)[name].double()
+    found, mask = solved[name].weight.double(), masks[name]
+
+    ridge = 0.01 * float((x.T @ x).diagonal().mean())
+
+    def objective(values: Tensor) -> float:
+        fit = (values @ x.T - dense[name].double() @ y.T).square().sum()
+        return float(fit + ridge * (values - dense[name].double()).square().sum())
+
+    best = 0.0
+    for i in range(len(found)):
+        kept = ~mask[i]
+        w = dense[name][i].double()
+        part = x[:, kept]
+        left = part.T @ part + ridge * torch.eye(int(kept.sum())).double()
+        row = torch.zeros_like(w)
+        row[kept] = torch.linalg.solve(left, part.T @ (y @ w) + ridge * w[kept])
+        best += float((x @ row - y @ w).square().sum() + ridge * (row - w).square().sum())
+    start = objective(dense[name].double().masked_fill(mask, 0))
+    assert best <= objective(found) < best + 0.02 * (start - best)
+
+
+@pytest.mark.parametrize("reconstruct", [False, True])
+def test_masks_hold_and_the_live_model_has_what_is_returned(
+    load: Loader, family: str, reconstruct: bool
+) -> None:
+    loaded = load(family)
+    ids = windows()
+    counts = {n: int(0.4 * layer.numel) for n, layer in loaded.layers.items()}
+    wanted = {n: Wanted(pruned=count) for n, count in counts.items()}
+    if reconstruct:
+        wanted = {n: Wanted(mask=mask) for n, mask in masks_of(loaded).items()}
+    solved, _ = solve_blocks(loaded, ids, wanted, reconstruct=reconstruct)
+    assert set(solved) == set(wanted)
+    for name, layer in solved.items():
+        live = loaded.weight(loaded.layers[name])
+        assert torch.equal(live, layer.weight)
+        assert not layer.weight[layer.mask].any()
+        if reconstruct:
+            assert torch.equal(layer.mask, wanted[name].mask)
+        else:
+            assert int(layer.mask.sum()) == counts[name]
+
+
+def test_sparsegpt_sees_dense_blocks_behind_pruned_ones(load: Loader) -> None:
+    """Its own result, from inputs taken by hooks from whole passes of the model."""
+    loaded = load()
+    ids = windows(8)
+    names = list(loaded.layers)
+    counts = {n: loaded.layers[n].numel // 2 for n in names}
+    first = [n for n in names if loaded.layers[n].block == 0]
+    second = [n for n in names if loaded.layers[n].block == 1]
+    dense = weights(loaded)
+    expected = {}
+    for part in (first, second):
+        inputs = watch(loaded, ids, *part)  # all layers of a block are dense still
+        for name in part:
+            x = inputs[name].float()
+            found = sparsegpt.prune(dense[name], x.T @ x, pruned=counts[name])
+            assert found is not None
+            expected[name] = found[:2]
+        for name in part:
+            loaded.weight(loaded.layers[name]).copy_(expected[name][1])
+    wanted = {n: Wanted(pruned=counts[n]) for n in names}
+    solved, _ = solve_blocks(loaded, ids, wanted, reconstruct=False)
+    for name in names:
+        same = (solved[name].mask == expected[name][0]).float().mean()
+        assert float(same) > 0.999  # sums in another order may flip a near tie
+        torch.testing.assert_close(solved[name].weight, expected[name][1], rtol=0.05, atol=5e-3)
+
+
+def test_layers_that_are_not_wanted_keep_their_weights(load: Loader) -> None:
+    loaded = load()
+    before = weights(loaded)
+    name = "model.layers.1.mlp.down_proj"
+    solve_blocks(loaded, windows(), {name: Wanted(pruned=500)}, reconstruct=False)
+    after = weights(loaded)
+    assert [n for n in before if not torch.equal(before[n], after[n])] == [name]
+
+
+def test_patterns_and_failures_of_the_solve(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load()
+    name = "model.layers.0.mlp.up_proj"
+    solved, notes = solve_blocks(
+        loaded, windows(), {name: Wanted(pattern=(2, 4))}, reconstruct=False
+    )
+    kept = (~solved[name].mask).reshape(-1, 4).sum(-1)
+    assert set(kept.tolist()) == {2}
+    assert notes == []
+    # With no damping to try, every matrix is one that cannot be factored.
+    monkeypatch.setattr(sparsegpt, "DAMPINGS", ())
+    dense = loaded.dense(loaded.layers[name])
+    solved, notes = solve_blocks(loaded, windows(), {name: Wanted(pruned=700)}, reconstruct=False)
+    assert notes == [f"{name}: cannot be solved with any damping, so its weights are not updated"]
+    assert int(solved[name].mask.sum()) == 700
+    assert torch.equal(solved[name].weight, dense.masked_fill(solved[name].mask, 0))

@@ -1,0 +1,127 @@
+"""SparseGPT against Optimal Brain Surgeon with inverses taken anew for every weight."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from prunewright.tools.criteria import gblm, sparsegpt
+
+
+def layer(
+    rows: int = 6, inputs: int = 20, tokens: int = 200, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """A weight and correlated inputs [tokens, inputs]."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(inputs, inputs, generator=generator) / math.sqrt(inputs)
+    x = torch.randn(tokens, inputs, generator=generator) @ (mixing + torch.eye(inputs))
+    return torch.randn(rows, inputs, generator=generator), x
+
+
+def surgeon(
+    weight: Tensor, gram: Tensor, pruned: int, panel: int
+) -> tuple[list[list[bool]], Tensor]:
+    """Left to right, each pruned weight's error on the weights to its right: all by definition."""
+    rows, inputs = weight.shape
+    h = gram.double() + 0.01 * gram.diagonal().mean().double() * torch.eye(inputs).double()
+    inverses = [torch.linalg.inv(h[j:, j:]) for j in range(inputs)]
+    w = weight.double().clone()
+    mask = [[False] * inputs for _ in range(rows)]
+    for start in range(0, inputs, panel):
+        columns = range(start, min(start + panel, inputs))
+        price = {
+            (i, j): float(w[i, j] ** 2 / inverses[j][0, 0]) for i in range(rows) for j in columns
+        }
+        share = pruned * (columns[-1] + 1) // inputs - pruned * start // inputs
+        for i, j in sorted(price, key=price.__getitem__)[:share]:
+            mask[i][j] = True
+        for j in columns:
+            for i in range(rows):
+                if mask[i][j]:
+                    step = w[i, j] / inverses[j][0, 0]
+                    w[i, j:] = w[i, j:] - step * inverses[j][0]
+    return mask, w
+
+
+@pytest.mark.parametrize("panel", [20, 8, 5])
+@pytest.mark.parametrize("pruned", [0, 1, 53, 60, 120])
+def test_masks_and_weights_are_those_of_optimal_brain_surgeon(pruned: int, panel: int) -> None:
+    weight, x = layer()
+    gram = x.T @ x
+    found = sparsegpt.prune(weight, gram, pruned=pruned, panel=panel)
+    assert found is not None
+    mask, weights, damping = found
+    expected_mask, expected = surgeon(weight, gram, pruned, panel)
+    assert mask.tolist() == expected_mask
+    assert damping == 0.01
+    torch.testing.assert_close(weights, expected.float(), rtol=1e-3, atol=1e-4)
+    assert int(mask.sum()) == pruned
+    assert not weights[mask].any()
+
+
+@pytest.mark.parametrize(("keep_n", "group_m"), [(2, 4), (4, 8), (1, 5)])
+def test_patterns_hold_exactly(keep_n: int, group_m: int) -> None:
+    weight, x = layer(rows=7, inputs=40)
+    found = sparsegpt.prune(weight, x.T @ x, pattern=(keep_n, group_m), panel=16)
+    assert found is not None
+    kept = (~found[0]).reshape(7, 40 // group_m, group_m).sum(-1)
+    assert set(kept.reshape(-1).tolist()) == {keep_n}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_update_lowers_the_error_of_the_mask_alone(seed: int) -> None:
+    weight, x = layer(rows=16, inputs=32, tokens=400, seed=seed)
+    found = sparsegpt.prune(weight, x.T @ x, pruned=16 * 32 // 2)
+    assert found is not None
+    mask, weights, _ = found
+
+    def error(pruned: Tensor) -> float:
+        return float(((pruned - weight) @ x.T).square().sum())
+
+    assert error(weights) < error(weight.masked_fill(mask, 0))
+
+
+def test_an_input_that_is_never_used_goes_first_and_breaks_nothing() -> None:
+    weight, x = layer()
+    x[:, 3] = 0
+    found = sparsegpt.prune(weight, x.T @ x, pruned=40)
+    assert found is not None
+    mask, weights, _ = found
+    assert bool(mask[:, 3].all())
+    assert bool(weights.isfinite().all())
+    assert int((weights == 0).sum()) == 40
+
+
+def test_damping_grows_until_the_matrix_can_be_factored_and_no_further() -> None:
+    weight, x = layer()
+    gram = x.T @ x
+    low = torch.linalg.eigvalsh(gram.double())[0]
+    mean = float(gram.diagonal().mean())
+    # The lowest eigenvalue is then -0.05 of the mean of the diagonal that is left.
+    lowered = gram - torch.eye(20) * (float(low) + 0.05 * mean) / 1.05
+    found = sparsegpt.prune(weight, lowered, pruned=60)
+    assert found is not None
+    assert found[2] == 0.1
+    assert sparsegpt.prune(weight, -gram, pruned=60) is None
+    assert sparsegpt.prune(weight, gram * math.nan, pruned=60) is None
+
+
+def test_a_group_that_does_not_divide_is_refused() -> None:
+    weight, x = layer()
+    with pytest.raises(ValueError, match="do not divide"):
+        sparsegpt.prune(weight, x.T @ x, pattern=(2, 6))
+    with pytest.raises(ValueError, match="or a pattern"):
+        sparsegpt.prune(weight, x.T @ x)
+
+
+def test_gblm_adds_weight_times_gradient_norm_to_wanda() -> None:
+    weight, x = layer(rows=3, inputs=5)
+    gradients = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(9)) * 1e-3
+    score = gblm.score(weight, x.square().mean(0), gradients.square().mean(0))
+    for i in range(3):
+        for j in range(5):
+            norm = math.sqrt(2048 * float(x[:, j].square().mean()))
+            pull = math.sqrt(128 * float(gradients[:, i, j].square().mean()))
+            expected = abs(float(weight[i, j])) * (norm + 100 * pull)
+            assert float(score[i, j]) == pytest.approx(expected, rel=1e-4)

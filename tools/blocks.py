@@ -1,0 +1,160 @@
+"""A model's decoder blocks, run one by one on hidden states that are carried along.
+
+What prunes a block with the inputs that the pruned blocks before it give (SparseGPT, arXiv
+2301.00774) cannot use the model's own forward pass: that would run all blocks again for each.
+"""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunewright.state import InputError
+from prunewright.tools.layers import Layer, find_blocks
+from prunewright.tools.models import LoadedModel
+from prunewright.tools.observe import OnProduct, ProductObserver
+from prunewright.tools.perplexity import Progress, hidden_states
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of a block but for the hidden states."""
+
+    rest: tuple[Any, ...]
+    keywords: dict[str, Any]
+    by_keyword: bool
+    """Whether the hidden states come as ``hidden_states=``."""
+
+
+class BlockRunner:
+    """Runs single blocks of a model on the hidden states of some windows.
+
+    The blocks' other arguments (masks, positions, whatever a family passes) are taken from one
+    pass of the whole model and given back to each block as they were.
+
+    Attributes:
+        blocks: the model's decoder blocks.
+        first: hidden states [1, length, width] that enter the first block, one a window.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, loaded: LoadedModel, windows: Tensor, progress: Progress | None = None
+    ) -> None:
+        """Run the model once over the windows and keep what its blocks were called with.
+
+        Args:
+            loaded: the model, with whatever weights are live.
+            windows: token ids [windows, length].
+            progress: told after each window.
+
+        Raises:
+            InputError: the model does more between its blocks than handing hidden states on.
+        """
+        self._loaded = loaded
+        self.blocks = list(find_blocks(loaded.model)[1])
+        self.first: list[Tensor] = []
+        self._calls: list[list[_Call]] = []
+        for index, window in enumerate(windows):
+            calls, states = self._record(window.to(loaded.device))
+            if index == 0:
+                self._check(calls, states)
+            self.first.append(states[0])
+            self._calls.append(calls if index == 0 else _share(calls, self._calls[0]))
+            if progress is not None:
+                progress("inputs of blocks", index + 1, len(windows))
+
+    def _record(self, window: Tensor) -> tuple[list[_Call], list[Tensor]]:
+        calls: list[_Call] = []
+        states: list[Tensor] = []
+
+        def before(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            rest = dict(keywords)
+            hidden = arguments[0] if arguments else rest.pop("hidden_states")
+            # Only the first block's are kept: the others' are checked, and made anew.
+            calls.append(_Call(tuple(arguments[1:]), rest, not arguments))
+            states.append(hidden)
+
+        with ExitStack() as stack:
+            for block in self.blocks:
+                handle = block.register_forward_pre_hook(before, with_kwargs=True)
+                stack.callback(handle.remove)
+            hidden_states(self._loaded.model, window.unsqueeze(0))
+        if len(calls) != len(self.blocks):
+            raise InputError(
+                f"{len(self.blocks)} blocks were called {len(calls)} times in one pass: this "
+                "model cannot be pruned block by block (criterion sparsegpt, reconstruct)"
+            )
+        return calls, states
+
+    def _check(self, calls: list[_Call], states: list[Tensor]) -> None:
+        for index, entering in enumerate(states[:-1]):
+            left = self._call(index, calls[index], entering)
+            if left.shape != states[index + 1].shape or not torch.equal(left, states[index + 1]):
+                raise InputError(
+                    f"between blocks {index} and {index + 1} the model changes the hidden states: "
+                    "it cannot be pruned block by block (criterion sparsegpt, reconstruct)"
+                )
+
+    @torch.no_grad()
+    def run(
+        self,
+        index: int,
+        window: int,
+        hidden: Tensor,
+        on_product: OnProduct | None = None,
+        layers: list[Layer] | None = None,
+    ) -> Tensor:
+        """What a block makes of hidden states, with its live weights.
+
+        Args:
+            index: which block.
+            window: which window the hidden states are of.
+            hidden: [1, length, width].
+            on_product: told of each product of the observed layers.
+            layers: those that are observed.
+
+        Returns:
+            [1, length, width].
+        """
+        call = self._calls[window][index]
+        if on_product is None:
+            return self._call(index, call, hidden)
+        weights = [(layer, self._loaded.weight(layer)) for layer in layers or []]
+        with ProductObserver(weights, on_product):
+            return self._call(index, call, hidden)
+
+    def _call(self, index: int, call: _Call, hidden: Tensor) -> Tensor:
+        block = self.blocks[index]
+        if call.by_keyword:
+            outputs = block(*call.rest, hidden_states=hidden, **call.keywords)
+        else:
+            outputs = block(hidden, *call.rest, **call.keywords)
+        states: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
+        return states
+
+
+def _share(calls: list[_Call], model: list[_Call]) -> list[_Call]:
+    """The calls with every tensor that equals the first window's replaced by that one.
+
+    Masks and positions are the same for all windows and would take much memory otherwise.
+    """
+
+    def shared(value: Any, other: Any) -> Any:
+        if isinstance(value, Tensor) and isinstance(other, Tensor):
+            same = value.shape == other.shape and value.dtype == other.dtype
+            return other if same and torch.equal(value, other) else value
+        if isinstance(value, tuple) and isinstance(other, tuple) and len(value) == len(other):
+            return tuple(shared(a, b) for a, b in zip(value, other, strict=True))
+        return value
+
+    return [
+        _Call(
+            shared(call.rest, first.rest),
+            {key: shared(value, first.keywords.get(key)) for key, value in call.keywords.items()},
+            call.by_keyword,
+        )
+        for call, first in zip(calls, model, strict=True)
+    ]

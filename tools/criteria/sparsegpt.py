@@ -1,0 +1,105 @@
+"""SparseGPT (arXiv 2301.00774): masks and an update of the kept weights, panel by panel.
+
+Minimises, row by row, the squared error of the layer's outputs over the calibration tokens. The
+error that a pruned weight leaves is made up for by the kept weights to its right (Optimal Brain
+Surgeon with the inverse of X^T X, walked through by its Cholesky factor).
+"""
+
+import torch
+from torch import Tensor
+
+from prunewright.tools.masks import Group, nm_mask, unstructured_mask
+
+GROUP: Group = "layer"
+PANEL = 128
+"""Inputs whose masks are chosen together."""
+DAMPINGS = (0.01, 0.1, 1.0)
+"""Shares of the mean diagonal that are added to it, one after another until it can be factored."""
+
+
+def score(weight: Tensor, input_square: Tensor) -> Tensor:
+    """w_ij^2 * E[x_j^2]: the error of a weight's removal before any update, float32.
+
+    What SparseGPT would take comes out only while it works; this stands in where the effect of a
+    mask is predicted.
+    """
+    return weight.float().square() * input_square.float()
+
+
+def prune(
+    weight: Tensor,
+    gram: Tensor,
+    *,
+    pruned: int | None = None,
+    pattern: tuple[int, int] | None = None,
+    panel: int = PANEL,
+) -> tuple[Tensor, Tensor, float] | None:
+    """The mask of one matrix and its updated weights.
+
+    Args:
+        weight: dense [outputs, inputs].
+        gram: X^T X over the calibration tokens [inputs, inputs], up to a factor, float32.
+        pruned: number of weights to prune; each panel gives its share.
+        pattern: ``(keep_n, group_m)`` instead.
+        panel: inputs whose masks are chosen together, rounded down to whole groups.
+
+    Returns:
+        The mask, True where pruned; the weights in float32, 0 there; and the damping that was
+        needed. None if no damping of `DAMPINGS` made the matrix positive definite.
+
+    Raises:
+        ValueError: neither or both of ``pruned`` and ``pattern``, or the inputs do not divide.
+    """
+    if (pruned is None) == (pattern is None):
+        raise ValueError("give the number of weights to prune, or a pattern")
+    inputs = weight.shape[1]
+    work = weight.float().clone()
+    found = inverse_factor(gram.float())
+    if found is None:
+        return None
+    factor, damping = found
+    mask = torch.zeros(work.shape, dtype=torch.bool, device=work.device)
+    group = pattern[1] if pattern else 1
+    if inputs % group:
+        raise ValueError(f"{inputs} inputs do not divide into groups of {group}")
+    panel = max(panel // group, 1) * group
+    for start in range(0, inputs, panel):
+        end = min(start + panel, inputs)
+        part, corner = work[:, start:end], factor[start:end, start:end]
+        scale = corner.diagonal()
+        if pruned is not None:
+            share = pruned * end // inputs - pruned * start // inputs
+            mask[:, start:end] = unstructured_mask((part / scale).square(), share, "layer")
+        errors = torch.empty_like(part)
+        for j in range(end - start):
+            if pattern is not None and j % group == 0:
+                now = (part[:, j : j + group] / scale[j : j + group]).square()
+                mask[:, start + j : start + j + group] = nm_mask(now, *pattern)
+            errors[:, j] = part[:, j] * mask[:, start + j] / scale[j]
+            part[:, j:].addr_(errors[:, j], corner[j, j:], alpha=-1)
+        work[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
+    return mask, work.masked_fill_(mask, 0.0), damping
+
+
+def inverse_factor(gram: Tensor) -> tuple[Tensor, float] | None:
+    """Upper Cholesky factor of the inverse of a damped matrix, and the damping that was needed.
+
+    Args:
+        gram: symmetric [n, n], float32.
+
+    Returns:
+        U with U^T U = (gram + damping * mean diagonal * I)^-1, and the damping; None if the
+        matrix is not positive definite with any of `DAMPINGS`.
+    """
+    if not bool(gram.isfinite().all()):
+        return None
+    mean = gram.diagonal().mean()
+    for damping in DAMPINGS:
+        damped = gram.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if int(failed) == 0:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if int(failed) == 0 and bool(upper.isfinite().all()):
+                return upper, damping
+    return None

@@ -1,0 +1,65 @@
+"""The kept weights of a mask, updated so that a layer's outputs stay near the dense layer's.
+
+For each output row the best weights on a given mask are a least-squares problem, which Optimal
+Brain Surgeon (Hassibi and Stork 1993) solves in closed form, one inverse a row. Here all rows are
+solved at once by conjugate gradients on the kept weights: nothing but products with X^T X, and
+nothing to invert.
+"""
+
+import torch
+from torch import Tensor
+
+DAMPING = 0.01
+"""Share of the mean diagonal that pulls the weights to the dense ones."""
+ITERATIONS = 20
+
+
+def solve(
+    weight: Tensor,
+    mask: Tensor,
+    gram: Tensor,
+    cross: Tensor | None = None,
+    *,
+    damping: float = DAMPING,
+    iterations: int = ITERATIONS,
+) -> Tensor:
+    """Minimise |V X - W Y|^2 + damping * mean diag(X^T X) * |V - W|^2 over V that is 0 on the mask.
+
+    Starts from the masked dense weights and never leaves them for worse.
+
+    Args:
+        weight: dense weights W [outputs, inputs].
+        mask: True where V is 0 [outputs, inputs].
+        gram: X^T X of the inputs that the layer has now [inputs, inputs], float32.
+        cross: Y^T X with the inputs Y that the dense model's layer has for the same tokens; None:
+            they are X.
+        damping: see above.
+        iterations: of conjugate gradients with the diagonal as the preconditioner.
+
+    Returns:
+        V, float32 [outputs, inputs].
+    """
+    dense = weight.float()
+    kept = ~mask
+    ridge = damping * gram.diagonal().mean()
+    scale = (gram.diagonal() + ridge).clamp(min=torch.finfo(torch.float32).tiny)
+
+    def product(values: Tensor) -> Tensor:
+        return (values @ gram + ridge * values).mul_(kept)
+
+    found = dense * kept
+    wanted = (dense @ (gram if cross is None else cross) + ridge * dense).mul_(kept)
+    residual = wanted.sub_(product(found))
+    direction = residual / scale
+    size = (residual * direction).sum(1, keepdim=True)
+    for _ in range(iterations):
+        moved = product(direction)
+        curvature = (direction * moved).sum(1, keepdim=True)
+        # A row that is solved, or has no weight left, stays where it is.
+        length = torch.where(curvature > 0, size / curvature, 0.0)
+        found.addcmul_(direction, length)
+        residual.addcmul_(moved, length, value=-1)
+        scaled = residual / scale
+        before, size = size, (residual * scaled).sum(1, keepdim=True)
+        direction = scaled.addcmul_(direction, torch.where(before > 0, size / before, 0.0))
+    return found
