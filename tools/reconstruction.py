@@ -18,21 +18,18 @@ def solve(
     weight: Tensor,
     mask: Tensor,
     gram: Tensor,
-    cross: Tensor | None = None,
     *,
     damping: float = DAMPING,
     iterations: int = ITERATIONS,
 ) -> Tensor:
-    """Minimise |V X - W Y|^2 + damping * mean diag(X^T X) * |V - W|^2 over V that is 0 on the mask.
+    """Minimise |(V - W) X|^2 + damping * mean diag(X^T X) * |V - W|^2 over V, 0 on the mask.
 
     Starts from the masked dense weights and never leaves them for worse.
 
     Args:
         weight: dense weights W [outputs, inputs].
         mask: True where V is 0 [outputs, inputs].
-        gram: X^T X of the inputs that the layer has now [inputs, inputs], float32.
-        cross: Y^T X with the inputs Y that the dense model's layer has for the same tokens; None:
-            they are X.
+        gram: X^T X over the calibration tokens [inputs, inputs], float32.
         damping: see above.
         iterations: of conjugate gradients with the diagonal as the preconditioner.
 
@@ -48,8 +45,7 @@ def solve(
         return (values @ gram + ridge * values).mul_(kept)
 
     found = dense * kept
-    wanted = (dense @ (gram if cross is None else cross) + ridge * dense).mul_(kept)
-    residual = wanted.sub_(product(found))
+    residual = product(dense - found)
     direction = residual / scale
     size = (residual * direction).sum(1, keepdim=True)
     for _ in range(iterations):

@@ -1,7 +1,5 @@
 """Pruning block by block with an update of the kept weights, on what the pruned blocks give."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +13,7 @@ from prunewright.tools.models import LoadedModel
 from prunewright.tools.perplexity import Progress
 
 PASSES = 3
-"""Times that the windows go through the blocks; once more, for the dense model, to reconstruct."""
+"""Times that the windows go through the blocks."""
 
 
 @dataclass(frozen=True)
@@ -47,48 +45,31 @@ _Key = tuple[str, int]
 
 @dataclass
 class _Grams:
-    """X^T X, and Y^T X with the dense model's inputs Y, of the layers of a block.
+    """X^T X of the layers of a block, float32.
 
     Layers that are given the same tensor (queries, keys and values) share one.
     """
 
-    gram: dict[_Key, Tensor] = field(default_factory=dict)
-    cross: dict[_Key, Tensor] = field(default_factory=dict)
-    tokens: dict[_Key, int] = field(default_factory=dict)
-    leaders: dict[_Key, _Key] = field(default_factory=dict)
-    dense: dict[_Key, Tensor] = field(default_factory=dict)
-    """Inputs of the dense model's layers for the window in hand."""
+    _grams: dict[_Key, Tensor] = field(default_factory=dict)
+    _leaders: dict[_Key, _Key] = field(default_factory=dict)
     _last: tuple[Tensor, _Key] | None = None
 
-    def see_dense(self, layer: Layer, expert: int | None, inputs: Tensor, _: Tensor) -> None:
-        """Keep what a dense layer is given; experts may be given other tokens, so not theirs."""
-        if expert is None:
-            self.dense[layer.name, 0] = inputs.reshape(-1, inputs.shape[-1])
+    def of(self, key: _Key) -> Tensor | None:
+        """That of a layer; None if no token reached it."""
+        return self._grams[self._leaders[key]] if key in self._leaders else None
 
     def see(self, layer: Layer, expert: int | None, inputs: Tensor, _: Tensor) -> None:
         """Add what a layer is given now."""
         key = (layer.name, expert or 0)
         last, self._last = self._last, (inputs, key)
         if last is not None and _same(last[0], inputs):
-            self.leaders[key] = self.leaders[last[1]]
+            self._leaders[key] = self._leaders[last[1]]
             return
-        self.leaders[key] = key
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        x = rows.float()
-        if key not in self.gram:
-            self.gram[key] = x.new_zeros(x.shape[1], x.shape[1])
-            self.tokens[key] = 0
-        self.gram[key].addmm_(x.T, x)
-        self.tokens[key] += len(x)
-        if (y := self.dense.get(key)) is not None:
-            if key not in self.cross:
-                self.cross[key] = torch.zeros_like(self.gram[key])
-            self.cross[key].addmm_(y.float().T, x)
-
-    def next_window(self) -> None:
-        """Forget what belongs to one window."""
-        self.dense.clear()
-        self._last = None
+        self._leaders[key] = key
+        x = inputs.reshape(-1, inputs.shape[-1]).float()
+        if key not in self._grams:
+            self._grams[key] = x.new_zeros(x.shape[1], x.shape[1])
+        self._grams[key].addmm_(x.T, x)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -110,13 +91,14 @@ def solve_blocks(
 ) -> tuple[dict[str, Solved], list[str]]:
     """Prune some layers block by block, each on what the blocks before it give once pruned.
 
-    A layer whose mask is given is reconstructed: its outputs are drawn to those that the dense
-    model's layer has for the same tokens, so that it makes up for the blocks before it, too. The
-    others are pruned by SparseGPT, and reconstructed on its masks if ``reconstruct`` says so.
+    A layer whose mask is given is reconstructed: its outputs are drawn to what its dense weights
+    make of the same inputs. The others are pruned by SparseGPT, and reconstructed on its masks if
+    ``reconstruct`` says so. (To draw them to the outputs of the dense model, whose inputs are
+    others, was tried: what is fitted to inputs that are half noise shrinks, block after block,
+    and SmolLM2-135M broke.)
 
     Args:
-        loaded: the model; layers that are not wanted keep their live weights. With
-            ``reconstruct`` these are dense.
+        loaded: the model; layers that are not wanted keep their live weights.
         windows: calibration token ids [windows, length].
         wanted: what to prune.
         reconstruct: see above.
@@ -136,36 +118,23 @@ def solve_blocks(
         if layer.name in wanted:
             by_block.setdefault(layer.block, []).append(layer)
     last = max(by_block, default=-1)
-    now = runner.first
-    """What enters the block, by window."""
-    ideal = now
-    """What enters it in the dense model."""
+    states = runner.first
     solved: dict[str, Solved] = {}
     notes: list[str] = []
     for index in range(last + 1):
         layers = by_block.get(index, [])
         dense = {ly.name: d for ly, d in zip(layers, loaded.dense_layers(layers), strict=True)}
         grams = _Grams()
-        following = []
         _start(loaded, layers, dense, wanted)
-        for window, hidden in enumerate(now if layers else []):
-            if reconstruct:
-                with _in_place(loaded, layers, dense):
-                    left = runner.run(index, window, ideal[window], grams.see_dense, layers)
-                following.append(left)
+        for window, hidden in enumerate(states if layers else []):
             runner.run(index, window, hidden, grams.see, layers)
-            grams.next_window()
         for layer in layers:
             found, words = _solve(layer, dense[layer.name], wanted[layer.name], grams, reconstruct)
             loaded.weight(layer).copy_(found.weight)
             solved[layer.name] = Solved(found.mask.cpu(), loaded.weight(layer).cpu().clone())
             notes += words
         if index < last:
-            apart = ideal is not now or bool(following)
-            if apart and not following:
-                following = [runner.run(index, w, hidden) for w, hidden in enumerate(ideal)]
-            now = [runner.run(index, w, hidden) for w, hidden in enumerate(now)]
-            ideal = following if apart else now
+            states = [runner.run(index, window, hidden) for window, hidden in enumerate(states)]
         if progress is not None:
             progress("solving blocks", index + 1, last + 1)
     return solved, notes
@@ -181,22 +150,6 @@ def _start(
             weight.masked_fill_(mask.to(weight.device), 0)
 
 
-@contextmanager
-def _in_place(
-    loaded: LoadedModel, layers: list[Layer], weights: dict[str, Tensor]
-) -> Iterator[None]:
-    """Other tensors in the place of some layers' weights, inside the block."""
-    parameters = {ly.name: loaded.model.get_parameter(ly.parameter) for ly in layers}
-    before = {name: parameter.data for name, parameter in parameters.items()}
-    try:
-        for name, parameter in parameters.items():
-            parameter.data = weights[name]
-        yield
-    finally:
-        for name, parameter in parameters.items():
-            parameter.data = before[name]
-
-
 def _solve(
     layer: Layer, dense: Tensor, wanted: Wanted, grams: _Grams, reconstruct: bool
 ) -> tuple[Solved, list[str]]:
@@ -207,10 +160,8 @@ def _solve(
     given = None if wanted.mask is None else layer.matrix(wanted.mask.to(dense.device))
     masks, weights, notes = [], [], []
     for index, weight in enumerate(experts):
-        key = (layer.name, index)
         name = f"{layer.name}, expert {index}" if fused else layer.name
-        leader = grams.leaders.get(key)
-        gram = None if leader is None else grams.gram[leader]
+        gram = grams.of((layer.name, index))
         if given is not None:
             mask = given[index] if fused else given
             found = weight.float().masked_fill(mask, 0)
@@ -221,8 +172,7 @@ def _solve(
         if not mask.any():
             found = weight  # dense, and stays so
         elif reconstruct and gram is not None:
-            assert leader is not None
-            better = reconstruction.solve(weight, mask, gram, grams.cross.get(leader))
+            better = reconstruction.solve(weight, mask, gram)
             if bool(better.isfinite().all()):
                 found = better
             else:

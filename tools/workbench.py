@@ -227,7 +227,7 @@ class Workbench:
             raise InputError(f"the layers cannot be pruned so: {error}") from error
         finally:
             self.sync(revision)
-        self.tokens["solve"] += (PASSES + request.reconstruct) * self.windows.calibration.numel()
+        self.tokens["solve"] += PASSES * self.windows.calibration.numel()
         return self.store.put(
             manifest,
             {name: layer.mask for name, layer in solved.items()},
