@@ -358,7 +358,8 @@ def baseline_command(
     config: _ConfigOption = None,
     overrides: _SetOption = None,
     criterion: Annotated[
-        str | None, typer.Option("--criterion", help="magnitude, wanda or fisher.")
+        str | None,
+        typer.Option("--criterion", help="magnitude, wanda, gblm, fisher or sparsegpt."),
     ] = None,
     pattern: Annotated[
         str | None,

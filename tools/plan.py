@@ -12,10 +12,13 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
 
 from prunewright.state import PruneRequest
+from prunewright.tools import reconstruction
+from prunewright.tools.criteria import CRITERIA
 from prunewright.tools.layers import Layer, find_blocks, find_layers
 from prunewright.tools.models import model_skeleton, resolve_device, resolve_dtype
 from prunewright.tools.perplexity import TOKENS_AT_ONCE
 from prunewright.tools.results import VERIFY_WINDOWS
+from prunewright.tools.solving import PASSES
 
 _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 EFFICIENCY = 0.5
@@ -42,8 +45,8 @@ class Plan(BaseModel):
         prunable: weights of the prunable layers.
         stored: bytes of the weight files by dtype; empty while they are not on this machine.
         weights: bytes of the weights in memory.
-        disk: ``model`` (saved at the end), ``masks`` (each layer once), ``total`` (masks of
-            all steps included).
+        disk: ``model`` (saved at the end), ``masks`` (each layer once, with its kept weights where
+            they are solved for), ``total`` (masks of all steps included).
         disk_free: free where the run directory would be.
         memory: ``weights``, ``profile`` (backward pass), ``masks``, ``finish`` (the saved
             model is reloaded beside the live one) and ``peak``, the largest in all.
@@ -92,6 +95,10 @@ class _Shape(BaseModel):
     prunable: int
     active: float
     largest: int
+    squares: float
+    """Sum of the layers' inputs squared."""
+    cubes: float
+    """Sum of the layers' outputs times inputs squared."""
 
 
 def make_plan(request: PruneRequest, out: Path = Path()) -> Plan:
@@ -101,6 +108,8 @@ def make_plan(request: PruneRequest, out: Path = Path()) -> Plan:
     token pair for attention; the head 2 a vocabulary entry, width and token where losses are
     taken. A backward pass takes two forward passes, and a third to recompute activations with
     ``gradient_checkpointing``. Experts count by the share of them that a token is routed to.
+    Where weights are solved for, the calibration windows go through the blocks `PASSES` times
+    more, with 2 inputs squared a layer and token for X^T X, and the solve itself.
     The sum is divided by `EFFICIENCY` of the speed of one matrix product in the dtype; to it
     comes the time to score and order every weight `SCORINGS` times. Loading and saving are not
     counted. Read it to within a factor of two, on a machine that does nothing else.
@@ -108,7 +117,7 @@ def make_plan(request: PruneRequest, out: Path = Path()) -> Plan:
     Memory: this process now, the weights, and the largest of a backward pass (activations of
     every block, or with checkpointing every block's input and one block's activations; 256
     tokens' logits three times in float32; one layer's gradient and two temporaries), of a mask
-    (scores, order and mask of the largest layer), and of the reload at the end.
+    (scores, order and mask of the largest layer), of a solve, and of the reload at the end.
 
     Args:
         request: what would be run.
@@ -131,7 +140,7 @@ def make_plan(request: PruneRequest, out: Path = Path()) -> Plan:
     first = flops["guard"] / (EFFICIENCY * rate)
     steps = math.ceil(request.target / min(request.step, request.target))
     memory = _memory(request, shape, dtype)
-    disk = _disk(shape, dtype, steps)
+    disk = _disk(request, shape, dtype, steps)
     available, free = _available(device), _free(out)
     return Plan(
         model=request.model,
@@ -217,6 +226,8 @@ def _shape(model: torch.nn.Module, layers: dict[str, Layer]) -> _Shape:
         prunable=prunable,
         active=prunable - routed + routed * share,
         largest=max(layer.numel for layer in layers.values()),
+        squares=sum(float(_outputs_inputs(ly)[1]) ** 2 for ly in layers.values()),
+        cubes=sum(float(ly.numel) * _outputs_inputs(ly)[1] for ly in layers.values()),
     )
 
 
@@ -226,13 +237,23 @@ def _flops(request: PruneRequest, shape: _Shape) -> dict[str, float]:
     head = 2.0 * shape.vocabulary * shape.width
     passes = 4 if request.profile.gradient_checkpointing else 3
     scored = windows.length * (blocks + head)
+    solve = 0.0
+    if _solves(request):
+        rounds = reconstruction.ITERATIONS if request.reconstruct else 1
+        tokens = windows.calibration * windows.length
+        solve = tokens * (PASSES * blocks + 2 * shape.squares) + rounds * 2 * shape.cubes
     return {
         "activations": windows.calibration * windows.length * blocks,
         "gradients": windows.gradient * windows.length * (passes * blocks + 3 * head)
         / request.profile.gradient_every,
+        "solve": solve,
         "guard": windows.guard * scored,
         "finish": (2 * windows.test + min(VERIFY_WINDOWS, windows.guard)) * scored,
     }  # fmt: skip
+
+
+def _solves(request: PruneRequest) -> bool:
+    return request.reconstruct or CRITERIA[request.criterion].solves
 
 
 def _memory(request: PruneRequest, shape: _Shape, dtype: torch.dtype) -> dict[str, int]:
@@ -250,15 +271,22 @@ def _memory(request: PruneRequest, shape: _Shape, dtype: torch.dtype) -> dict[st
         "profile": kept + logits + 3 * shape.largest * size,
         # Dense values, scores in float32, their order in int64, masks of all layers by then.
         "masks": shape.largest * (size + 4 + 8 + 2) + shape.prunable,
+        # What enters and leaves a block by window; X^T X, its factor and the weights in float32.
+        "solve": (2 * inputs * request.texts.windows.calibration + block)
+        + 4 * (2 * shape.inner**2 + 4 * shape.largest),
         "finish": weights + 2 * block + logits,
     }
+    if not _solves(request):
+        del parts["solve"]
     process = psutil.Process().memory_info().rss
-    peak = process + weights + max(parts["profile"], parts["masks"], parts["finish"])
+    peak = process + weights + max(size for name, size in parts.items() if name != "weights")
     return parts | {"peak": peak}
 
 
-def _disk(shape: _Shape, dtype: torch.dtype, steps: int) -> dict[str, int]:
+def _disk(request: PruneRequest, shape: _Shape, dtype: torch.dtype, steps: int) -> dict[str, int]:
     model, masks = shape.parameters * dtype.itemsize, (shape.prunable + 7) // 8
+    if _solves(request):  # the kept weights of each revision, too
+        masks += math.ceil((1 - request.target / 2) * shape.prunable) * dtype.itemsize
     # While the model is saved anew after a crash, the earlier copy may still be there.
     return {"model": model, "masks": masks, "total": model + masks * steps}
 

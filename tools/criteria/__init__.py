@@ -1,7 +1,7 @@
 """Criteria: which weights inside a layer go. One file each, one line each in the registry."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,8 +28,9 @@ class LayerStatistics:
 
     def expert(self, index: int) -> "LayerStatistics":
         """Those of one matrix of a fused tensor of experts."""
-        values = (getattr(self, item.name) for item in fields(self))
-        return LayerStatistics(*(None if value is None else value[index] for value in values))
+        ours = (self.gradient_square, self.weight_gradient_square)
+        taken = (None if values is None else values[index] for values in ours)
+        return LayerStatistics(self.input_square[index], *taken)
 
     def rows(self, part: slice) -> "LayerStatistics":
         """Those of some outputs of a matrix."""
