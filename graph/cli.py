@@ -367,25 +367,40 @@ def baseline_command(
             help="unstructured, or the number kept of each group, 2:4, which fixes the sparsity.",
         ),
     ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            "--allocation",
+            help="How the layers share the target: uniform, owl, alphapruning, atp, greedy, "
+            "evolutionary, global, or from:RUN_DIR, another run's final one. "
+            "Options: --set allocation_options.lam=0.05.",
+        ),
+    ] = None,
     model: _ModelOption = None,
     target: _TargetOption = None,
     out: _OutOption = None,
     _json: _JsonOption = False,
 ) -> None:
-    """Prune every layer alike in one shot: the control for `run`.
+    """Prune in one shot, every layer alike or by --allocation: the controls for `run`.
 
     The same texts, evaluation and output files as a run.
     """
     session: Session = ctx.obj
     settled = load_config(
-        config, overrides, criterion=criterion, pattern=pattern, model=model, target=target
+        config,
+        overrides,
+        criterion=criterion,
+        pattern=pattern,
+        allocation=allocation,
+        model=model,
+        target=target,
     )
     from prunewright.graph import runner
 
     _quiet_transformers(session.debug)
     session.run = _directory(settled, out)
     screen = session.screen
-    _print_head(screen, settled, session.run, "none: uniform, one shot")
+    _print_head(screen, settled, session.run, f"none: {settled.allocation}, one shot")
     with Live(screen) as live:
         result = runner.baseline(settled, session.run, live.on_event)
     _report(session, screen, result)

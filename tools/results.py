@@ -199,7 +199,7 @@ in the decoder blocks' linear layers are exactly zero. Embeddings, norms and the
 | perplexity, guard text | {ppl.guard.dense:.3f} | {ppl.guard.final:.3f} |
 | perplexity, test text ({request.texts.test}) | {ppl.test.dense:.3f} | {ppl.test.final:.3f} |
 
-Method: {metrics.method["agent"]}, criterion {request.criterion}, pattern {request.pattern};
+Method: {_method_words(metrics.method)}, criterion {request.criterion}, pattern {request.pattern};
 {metrics.steps} steps, {metrics.rollbacks} rolled back; ended because: {metrics.status}.
 Masks: `{metrics.revision}`.
 
@@ -211,6 +211,16 @@ runtime that uses them.
 ```yaml
 {recipe}```
 """
+
+
+def _method_words(method: dict[str, str]) -> str:
+    """Who or what shared the target out over the layers."""
+    words = method["agent"]
+    if "allocation" in method:
+        words += f", allocation {method['allocation']}"
+    if method.get("allocation_options", "{}") != "{}":
+        words += f" {method['allocation_options']}"
+    return words
 
 
 def peak_memory() -> int:
