@@ -55,7 +55,8 @@ def exact_counts(
 
     low = -max(sparsities.values())  # nothing is pruned
     high = ceiling - min(sparsities.values())  # as much as may be
-    while low < (middle := (low + high) / 2) < high:
+    for _ in range(100):
+        middle = (low + high) / 2
         if math.fsum(moved(middle).values()) <= total:
             low = middle
         else:
