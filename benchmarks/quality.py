@@ -18,13 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from prunewright.graph import baseline, run
-from prunewright.state import validate_config
-from prunewright.tools.criteria import CRITERIA, LayerStatistics
 from prunewright.tools.models import load_model
 from prunewright.tools.perplexity import Head, perplexity, window_losses
-from prunewright.tools.revisions import DENSE
 from prunewright.tools.texts import load_test_windows
-from prunewright.tools.workbench import Workbench, workbench
 
 UNGUARDED = {"guard": {"max_increase": 1e9}}
 # What each method changes of the shared configuration; "agent" None is one shot.
@@ -34,7 +30,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "uniform-fisher": {"agent": None, "criterion": "fisher"},
     "wanda-4:8": {"agent": None, "criterion": "wanda", "pattern": "4:8"},
     "wanda-2:4": {"agent": None, "criterion": "wanda", "pattern": "2:4"},
-    "global-fisher": {"agent": None, "criterion": "fisher"},
+    "owl-wanda": {"agent": None, "criterion": "wanda", "allocation": "owl"},
+    "alphapruning-wanda": {"agent": None, "criterion": "wanda", "allocation": "alphapruning"},
+    "atp-wanda": {"agent": None, "criterion": "wanda", "allocation": "atp"},
+    "greedy-oneshot-wanda": {"agent": None, "criterion": "wanda", "allocation": "greedy"},
+    "evolutionary-wanda": {"agent": None, "criterion": "wanda", "allocation": "evolutionary"},
+    "global-wanda": {"agent": None, "criterion": "wanda", "allocation": "global"},
+    "global-fisher": {"agent": None, "criterion": "fisher", "allocation": "global"},
     "greedy-wanda": {"agent": "greedy", "criterion": "wanda"},
     "greedy-fisher": {"agent": "greedy", "criterion": "fisher"},
     "adaptive-wanda": {"agent": "adaptive", "criterion": "wanda"},
@@ -53,42 +55,8 @@ METHODS: dict[str, dict[str, Any]] = {
 def prune(method: str, settings: dict[str, Any], directory: Path) -> dict[str, Any]:
     """Run one method into a directory; return metrics.json's content."""
     config = {k: v for k, v in (settings | METHODS[method]).items() if v is not None}
-    if method == "global-fisher":
-        return prune_globally(config, directory)
     act = baseline if METHODS[method]["agent"] is None else run
     return act(config, out=directory).metrics.model_dump()
-
-
-def prune_globally(config: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """One ranking of all weights by the saliency of ``fisher``, in one shot."""
-    request = validate_config(config).request
-    with workbench(request, directory) as bench:
-        revision = bench.prune(DENSE, DENSE, global_counts(bench, request.target))
-        bench.sync(revision)
-        bench.loaded.model.save_pretrained(directory / "model")
-        bench.loaded.tokenizer.save_pretrained(directory / "model")
-        return {"status": "baseline", "sparsity": bench.sparsity(), "revision": revision}
-
-
-def global_counts(bench: Workbench, target: float) -> dict[str, int]:
-    """How many weights of each layer lie under one threshold for all (found by bisection)."""
-    activations, gradients = bench.activations(DENSE), bench.gradients(DENSE)
-    rule = CRITERIA["fisher"]
-    logs = {}
-    for name, layer in bench.loaded.layers.items():
-        stats = LayerStatistics(activations.input_square[name], gradients.gradient_square[name])
-        scores = rule.score(layer.matrix(bench.loaded.dense(layer)), stats)
-        logs[name] = scores.log2().clamp(min=-126).half()  # one threshold needs no more
-    low, high, total = -126.0, 20.0, bench.loaded.prunable
-    counts: dict[str, int] = {}
-    for _ in range(30):
-        middle = (low + high) / 2
-        tried = {n: int((values <= middle).sum()) for n, values in logs.items()}
-        if sum(tried.values()) <= target * total:
-            low, counts = middle, tried
-        else:
-            high = middle
-    return counts
 
 
 def score(directory: str, tests: dict[str, tuple[str, int]], length: int) -> dict[str, float]:
@@ -154,7 +122,7 @@ def main() -> None:
                 result = score(str(directory / "model"), tests, options.length)
                 shutil.rmtree(directory / "model")
                 keep = ("status", "sparsity", "revision", "steps", "rollbacks", "seconds", "tokens")
-                kept = {k: metrics[k] for k in keep if k in metrics}
+                kept = {k: metrics[k] for k in keep}
                 return kept | {"perplexity": result}
 
             cell(f"{method}-{seed}", make)

@@ -28,6 +28,7 @@ from prunewright.state import InputError, PruneConfig, PrunewrightError, StepRec
 if TYPE_CHECKING:
     from prunewright.graph.runner import RunResult
     from prunewright.graph.terminal import TerminalReviewer
+    from prunewright.tools.packing import Sizes
     from prunewright.tools.plan import Plan
     from prunewright.tools.rundir import RunDirectory
 
@@ -368,25 +369,40 @@ def baseline_command(
             help="unstructured, or the number kept of each group, 2:4, which fixes the sparsity.",
         ),
     ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            "--allocation",
+            help="How the layers share the target: uniform, owl, alphapruning, atp, greedy, "
+            "evolutionary, global, or from:RUN_DIR, another run's final one. "
+            "Options: --set allocation_options.lam=0.05.",
+        ),
+    ] = None,
     model: _ModelOption = None,
     target: _TargetOption = None,
     out: _OutOption = None,
     _json: _JsonOption = False,
 ) -> None:
-    """Prune every layer alike in one shot: the control for `run`.
+    """Prune in one shot, every layer alike or by --allocation: the controls for `run`.
 
     The same texts, evaluation and output files as a run.
     """
     session: Session = ctx.obj
     settled = load_config(
-        config, overrides, criterion=criterion, pattern=pattern, model=model, target=target
+        config,
+        overrides,
+        criterion=criterion,
+        pattern=pattern,
+        allocation=allocation,
+        model=model,
+        target=target,
     )
     from prunewright.graph import runner
 
     _quiet_transformers(session.debug)
     session.run = _directory(settled, out)
     screen = session.screen
-    _print_head(screen, settled, session.run, "none: uniform, one shot")
+    _print_head(screen, settled, session.run, f"none: {settled.allocation}, one shot")
     with Live(screen) as live:
         result = runner.baseline(settled, session.run, live.on_event)
     _report(session, screen, result)
@@ -570,6 +586,54 @@ def evaluate_command(
         )
 
 
+@app.command("pack")
+def pack_command(
+    ctx: typer.Context,
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL_OR_RUN_DIR", help="A model directory or a run's.", show_default=False
+        ),
+    ],
+    archive: Annotated[
+        Path,
+        typer.Argument(metavar="ARCHIVE", help="Directory, new or empty.", show_default=False),
+    ],
+    _json: _JsonOption = False,
+) -> None:
+    """Pack a pruned model without loss: a bit for each weight, and the weights that are not zero.
+
+    Only for storage: `unpack` gives the model's directory back, every file byte for byte.
+    """
+    session: Session = ctx.obj
+    from prunewright.tools.packing import pack_model
+
+    with Live(session.screen) as live:
+        sizes = pack_model(_model_of(str(model)), archive, live.progress)
+    _print_sizes(session, sizes, archive)
+
+
+@app.command("unpack")
+def unpack_command(
+    ctx: typer.Context,
+    archive: Annotated[
+        Path, typer.Argument(metavar="ARCHIVE", help="What `pack` wrote.", show_default=False)
+    ],
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="Directory, new or empty.", show_default=False),
+    ],
+    _json: _JsonOption = False,
+) -> None:
+    """Unpack what `pack` wrote, and check every file against its hash."""
+    session: Session = ctx.obj
+    from prunewright.tools.packing import unpack_model
+
+    with Live(session.screen) as live:
+        sizes = unpack_model(archive, model, live.progress)
+    _print_sizes(session, sizes, model)
+
+
 @app.command("gc")
 def gc_command(
     ctx: typer.Context,
@@ -647,6 +711,20 @@ def _model_of(name: str) -> str:
     """A run directory stands for the model in it."""
     inside = Path(name).expanduser() / "model"
     return str(inside) if (inside / "config.json").is_file() else name
+
+
+def _print_sizes(session: Session, sizes: "Sizes", written: Path) -> None:
+    """What an archive saves."""
+    session.emit({"directory": str(written), **asdict(sizes)})
+    rows = [
+        ("model", f"{console.size(sizes.model)} in all"),
+        ("archive", f"{console.size(sizes.archive)}, {sizes.archive / sizes.model:.3f} of that"),
+    ]
+    if sizes.pruned:
+        before, after = console.size(sizes.pruned), console.size(sizes.packed)
+        words = f"{before} of tensors with zeros became {after}, {sizes.packed / sizes.pruned:.3f}"
+        rows.append(("packed", words))
+    session.screen.pairs([*rows, ("written", str(written))])
 
 
 def _print_head(screen: Screen, config: PruneConfig, directory: Path, agent: str) -> None:

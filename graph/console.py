@@ -35,6 +35,7 @@ _LABELS = {
     "gradients": "gradients",
     "masks": "masks",
     "perplexity": "perplexity",
+    "allocation": "allocation",
 }
 # What follows each node, in words.
 _NEXT = {
@@ -330,7 +331,7 @@ def _pair_row(name: str, pair: Pair) -> list[str]:
 
 def status_words(status: str) -> str:
     """Why a run ended, for people."""
-    return next((w for s, w in STATUS_WORDS.items() if s == status), "one shot, every layer alike")
+    return next((w for s, w in STATUS_WORDS.items() if s == status), "pruned in one shot")
 
 
 def duration(seconds: float) -> str:

@@ -35,6 +35,7 @@ from prunewright.state import (
 )
 from prunewright.state.metrics import Metrics
 from prunewright.state.review import HOW
+from prunewright.tools.allocation import resolve_allocation
 from prunewright.tools.baseline import BASELINE, prune_once
 from prunewright.tools.rundir import RunDirectory
 from prunewright.tools.storage import write_atomic
@@ -286,10 +287,10 @@ def baseline(
     out: str | Path | None = None,
     on_event: OnEvent | None = None,
 ) -> RunResult:
-    """Prune every layer alike in one shot; leaves the same files as `run`.
+    """Prune in one shot, as the allocation says; leaves the same files as `run`.
 
     Args:
-        config: as for `run`; target or pattern, and criterion, say what is done.
+        config: as for `run`; target or pattern, criterion and allocation say what is done.
         out: run directory, new or empty; default ``runs/<time>-<id>``.
         on_event: told of progress.
 
@@ -298,6 +299,7 @@ def baseline(
         PrunewrightError: another failure; its message says what to do.
     """
     settled = _settle(config).model_copy(update={"agent": BASELINE})
+    resolve_allocation(settled.allocation, settled.allocation_options, settled.pattern)
     thread = _new_thread()
     directory = RunDirectory(out or settled.out or Path("runs") / thread)
     directory.create(settled)

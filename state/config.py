@@ -175,6 +175,15 @@ class PruneContext(Options):
         default_factory=dict,
         description="passed to the agent; Gemini's temperature is 0.5 unless it stands here",
     )
+    allocation: str = Field(
+        "uniform",
+        description="how a baseline shares the target out over the layers: uniform, owl, "
+        "alphapruning, atp, greedy, evolutionary, global or from:RUN_DIR; a run's agent does "
+        "this itself, and a run refuses any but uniform",
+    )
+    allocation_options: dict[str, Any] = Field(
+        default_factory=dict, description="passed to the allocation"
+    )
     asking: AskingOptions = Field(AskingOptions(), description="how an LLM is asked")
     feedback: bool = Field(True, description="show the agent what its earlier steps did")
     signals: tuple[Signal, ...] = Field(
@@ -195,7 +204,7 @@ class PruneContext(Options):
     )
     out: str | None = Field(None, description="run directory; null: runs/<thread>")
 
-    @field_validator("agent_options")
+    @field_validator("agent_options", "allocation_options")
     @classmethod
     def _no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
         secret = _find_secret(value)

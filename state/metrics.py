@@ -26,7 +26,7 @@ class Metrics(BaseModel):
 
     Attributes:
         status: why it ended; ``target_reached``, ``max_steps``, ``stalled`` or ``baseline``.
-        method: agent or ``baseline``, and the criterion.
+        method: agent or ``baseline`` with its allocation, and the criterion.
         revision: hash of the final masks.
         sparsity: fraction of exact zeros over all prunable weights.
         steps: steps taken, rolled-back and empty ones included.
@@ -38,8 +38,8 @@ class Metrics(BaseModel):
         llm_calls: requests to the LLM, failed ones too.
         perplexity: see `Perplexities`.
         seconds: wall time, ``total`` and by node.
-        tokens: scored for calibration (forward), gradient (forward and backward), guard, probes
-            and test; exchanged with the LLM.
+        tokens: scored for calibration (forward), gradient (forward and backward), guard, probes,
+            the trials of an allocation, and test; exchanged with the LLM.
         peak_memory_bytes: largest resident size of the process so far.
     """
 

@@ -1,6 +1,8 @@
-"""Uniform one-shot pruning: the control that every run is compared with."""
+"""One-shot pruning at a given allocation: the controls that every run is compared with."""
 
+import json
 import math
+import time
 
 from prunewright.state import (
     Decision,
@@ -11,6 +13,7 @@ from prunewright.state import (
     parse_pattern,
 )
 from prunewright.state.metrics import Metrics
+from prunewright.tools.allocation import resolve_allocation
 from prunewright.tools.layers import Layer
 from prunewright.tools.perplexity import Progress, change_with_error, perplexity
 from prunewright.tools.results import Outcome, finish
@@ -25,33 +28,39 @@ BASELINE = "baseline"
 def prune_once(
     run: RunDirectory, config: PruneConfig, thread: str, progress: Progress | None = None
 ) -> Metrics:
-    """Prune every layer to the target (or the pattern) in one shot and write a run's files.
+    """Prune to the target (or the pattern) in one shot and write a run's files.
 
     Statistics are taken once, on the dense model, with the texts, windows and evaluation of a
     step-by-step run.
 
     Args:
         run: a created run directory.
-        config: its configuration; target, criterion and pattern count, the agent does not.
+        config: its configuration; target, criterion, pattern and allocation count, the agent
+            does not.
         thread: what to call the run.
         progress: told of the parts done.
 
     Raises:
-        InputError: a layer does not divide into the pattern's groups.
+        InputError: a layer does not divide into the pattern's groups, or the allocation cannot
+            be made.
         StoreError: cannot write.
     """
     request = config.request
+    allocate = resolve_allocation(config.allocation, config.allocation_options, request.pattern)
     with workbench(request, run.path) as bench:
         _check_pattern(request.pattern, bench.loaded.layers)
+        bench.forget_statistics()  # those of an earlier baseline of this process
+        tokens = dict(bench.tokens)
+        counts, notes = None, []
+        began = time.perf_counter()
+        if parse_pattern(request.pattern) is None:
+            # Before anything is recorded: what refuses leaves no directory behind.
+            allotment = allocate(bench, progress)
+            counts, notes = allotment.counts, allotment.notes
+        allocated = time.perf_counter()
         run.begin(thread, request, config.context, bench)
         before = bench.guard_losses(DENSE, progress)
         dense_sparsity = bench.sparsity()
-        counts = None
-        if parse_pattern(request.pattern) is None:
-            counts = {
-                name: math.floor(request.target * layer.numel)
-                for name, layer in bench.loaded.layers.items()
-            }
         revision = bench.prune(DENSE, DENSE, counts, progress)
         losses = bench.guard_losses(revision, progress)
         applied = bench.sparsities()
@@ -65,12 +74,13 @@ def prune_once(
                     verdict="accepted",
                     reason="",
                     decision=Decision(
-                        reasoning=f"Uniform, one shot, pattern {request.pattern}.",
+                        reasoning=f"Allocation {config.allocation}, one shot, "
+                        f"pattern {request.pattern}.",
                         layers=[LayerDelta(name=n, delta=s) for n, s in applied.items()],
                     ),
                     applied=applied,
                     invalid_answers=[],
-                    notes=bench.store.about(revision).get("notes", []),
+                    notes=[*notes, *bench.store.about(revision).get("notes", [])],
                     profile="",
                     revision=revision,
                     candidate=revision,
@@ -87,11 +97,19 @@ def prune_once(
         )
         outcome = Outcome(
             status=BASELINE,
-            method={"agent": BASELINE, "criterion": request.criterion, "pattern": request.pattern},
+            method={
+                "agent": BASELINE,
+                "allocation": config.allocation,
+                "allocation_options": json.dumps(config.allocation_options),
+                "criterion": request.criterion,
+                "pattern": request.pattern,
+            },
             revision=revision,
             steps=1,
             guard_dense=perplexity(before),
             guard_losses=losses,
+            seconds={"allocation": allocated - began, "prune": time.perf_counter() - allocated},
+            tokens={use: n - tokens[use] for use, n in bench.tokens.items()},
         )
         return finish(run, bench, outcome, progress)
 

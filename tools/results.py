@@ -199,18 +199,41 @@ in the decoder blocks' linear layers are exactly zero. Embeddings, norms and the
 | perplexity, guard text | {ppl.guard.dense:.3f} | {ppl.guard.final:.3f} |
 | perplexity, test text ({request.texts.test}) | {ppl.test.dense:.3f} | {ppl.test.final:.3f} |
 
-Method: {metrics.method["agent"]}, criterion {request.criterion}, pattern {request.pattern};
+Method: {_method_words(metrics.method)}, criterion {request.criterion}, pattern {request.pattern};
 {metrics.steps} steps, {metrics.rollbacks} rolled back; ended because: {metrics.status}.
 Masks: `{metrics.revision}`.
 
 Zeros alone make a model neither smaller on disk nor faster: that takes a storage format or a
-runtime that uses them.
+runtime that uses them.{_pattern_words(request.pattern)}
 
 ## Recipe
 
 ```yaml
 {recipe}```
 """
+
+
+def _pattern_words(pattern: str) -> str:
+    """What is known of runtimes for an N:M pattern; the sources stand in the project's README."""
+    if pattern == "unstructured":
+        return ""
+    if pattern != "2:4":
+        return f" NVIDIA's sparse tensor cores take 2:4, not {pattern}: it is for research."
+    return """
+
+2:4 is the pattern of NVIDIA's sparse tensor cores (Ampere and later; cuSPARSELt, CUTLASS). This
+directory is dense: it runs no faster until each layer is converted, in PyTorch by
+`torch.sparse.to_sparse_semi_structured`. vLLM and llm-compressor no longer support 2:4."""
+
+
+def _method_words(method: dict[str, str]) -> str:
+    """Who or what shared the target out over the layers."""
+    words = method["agent"]
+    if "allocation" in method:
+        words += f", allocation {method['allocation']}"
+    if method.get("allocation_options", "{}") != "{}":
+        words += f" {method['allocation_options']}"
+    return words
 
 
 def peak_memory() -> int:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class Workbench:
             (name, None): zeros for name, zeros in self._zeros.items()
         }
         """Zeros of a layer by the mask that it had: a rollback need not count them again."""
-        uses = ("calibration", "gradient", "solve", "guard", "probe", "test")
+        uses = ("calibration", "gradient", "solve", "guard", "probe", "allocation", "test")
         self.tokens = dict.fromkeys(uses, 0)
         """Tokens run through the model so far, by use."""
         self._activations: tuple[str, Activations] | None = None
@@ -153,6 +154,10 @@ class Workbench:
             self._gradients = (revision, measured)
             self.tokens["gradient"] += windows.numel()
         return self._gradients[1]
+
+    def forget_statistics(self) -> None:
+        """Let statistics be taken, and their tokens be counted, anew."""
+        self._activations = self._gradients = None
 
     def profile(
         self, revision: str, gradient_revision: str, progress: Progress | None = None
@@ -268,6 +273,8 @@ class Workbench:
         counts: dict[str, int],
         windows: int,
         progress: Progress | None = None,
+        *,
+        use: Literal["probe", "allocation"] = "probe",
     ) -> list[float]:
         """Losses of the first guard windows if some layers had a given number of zeros.
 
@@ -281,6 +288,7 @@ class Workbench:
             counts: zeros wanted by layer.
             windows: how many of the guard windows; all, if there are fewer.
             progress: told after each layer and window.
+            use: what the tokens are counted for.
 
         Returns:
             Mean loss of each window, nats a token.
@@ -289,16 +297,26 @@ class Workbench:
         guard = self.windows.guard[:windows]
         try:
             for name, mask in masks.items():
-                layer = self.loaded.layers[name]
-                weight = self.loaded.weight(layer)
-                self._at[name] = ""  # no revision's, so that the sync below restores it
-                # What is left keeps the values that it has, which a solve may have changed.
-                weight.copy_(torch.where(weight != 0, weight, self.loaded.dense(layer)))
-                weight.masked_fill_(mask.to(weight.device), 0)
-            self.tokens["probe"] += guard.numel()
+                self.try_mask(name, mask, self.loaded.dense(self.loaded.layers[name]))
+            self.tokens[use] += guard.numel()
             return window_losses(self.loaded.model, self.head, guard, progress)
         finally:
             self.sync(revision)
+
+    def try_mask(self, name: str, mask: Tensor, dense: Tensor) -> None:
+        """Give a live layer a mask that is not stored; the next `sync` takes it back.
+
+        Args:
+            name: the layer's.
+            mask: bool, True where pruned, of the weights' shape.
+            dense: its dense weights.
+        """
+        weight = self.loaded.weight(self.loaded.layers[name])
+        self._at[name] = ""  # no revision's
+        # What is left keeps the values that it has, which a solve may have changed.
+        weight.copy_(torch.where(weight != 0, weight, dense)).masked_fill_(
+            mask.to(weight.device), 0
+        )
 
     def _masks(
         self,

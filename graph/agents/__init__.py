@@ -107,14 +107,19 @@ def resolve_agent(name: str, options: Mapping[str, Any] | None = None) -> Resolv
 
 
 def check_agent(context: PruneContext) -> ResolvedAgent:
-    """As `resolve_agent`, and that the agent takes its options: before anything costs time.
+    """As `resolve_agent`, and that agent and options go together: before anything costs time.
 
     An agent is built and dropped, which asks nobody; a class of the user's is not.
 
     Raises:
-        InputError: as `resolve_agent`, an unknown provider, options that do not fit, or
-            templates of the prompt that cannot work.
+        InputError: as `resolve_agent`, an unknown provider, options that do not fit, templates
+            of the prompt that cannot work, or an allocation, which is a baseline's.
     """
+    if context.allocation != "uniform" or context.allocation_options:
+        raise InputError(
+            f"allocation {context.allocation} is for `prunewright baseline`: in a run the agent "
+            "shares the target out. Leave allocation and allocation_options away, or use baseline"
+        )
     resolved = resolve_agent(context.agent, context.agent_options)
     check_prompts(context.prompts)
     if resolved.name.startswith("import:"):

@@ -153,6 +153,20 @@ def test_a_baseline_has_a_page(runs: tuple[Path, Path]) -> None:
     assert "heat-z_s" not in json.loads(page.scripts[0])
 
 
+def test_only_a_uniform_baseline_is_taken_for_one(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    owl = tmp_path / "owl"
+    shutil.copytree(runs[1], owl)
+    config = (owl / "config.yaml").read_text(encoding="utf-8")
+    (owl / "config.yaml").write_text(config.replace("allocation: uniform", "allocation: owl"))
+    together = Page(build_report([runs[0], owl])).text
+    assert "Uniform pruning was not measured here" in together
+    assert "owl, one shot" in together
+    alone = Page(build_report([owl])).text
+    assert "This is the uniform control itself." not in alone
+    assert "--allocation uniform --set 'allocation_options={}' --out" in alone
+    assert "this run is" in Page(build_report([owl, runs[1]])).text
+
+
 def test_a_run_that_has_not_ended_has_a_page(copy: Path) -> None:
     (copy / "metrics.json").unlink()
     lines = (copy / "trace.jsonl").read_text(encoding="utf-8").split("\n")

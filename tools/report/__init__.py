@@ -65,14 +65,19 @@ class Compared:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether it is uniform one-shot pruning."""
+        """Whether it is one-shot pruning."""
         return self.story.config.agent == BASELINE
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether it is one-shot pruning with every layer alike."""
+        return self.is_baseline and self.story.config.allocation == "uniform"
 
     @property
     def method(self) -> str:
         """Who decided."""
         if self.is_baseline:
-            return "uniform, one shot"
+            return f"{self.story.config.allocation}, one shot"
         agents = dict.fromkeys(record.agent for record in self.story.records)
         return ", then ".join(agents) or self.story.config.agent
 
@@ -127,7 +132,7 @@ def build_report(run_dirs: Sequence[str | Path]) -> str:
             charts=charts | {f"heat-{k}": spec for k, spec in heat_maps(first).items()},
             signatures=failure_signatures(first.records),
             verdicts=VERDICTS,
-            statuses=STATUS_WORDS | {BASELINE: "uniform pruning in one shot"},
+            statuses=STATUS_WORDS | {BASELINE: "pruned in one shot"},
             options=_flat(first.config),
             named=NAMED,
             style=_page_file("page.css"),
@@ -216,16 +221,17 @@ def _fact(manifest: dict[str, Any], key: str) -> Any:
 def _uniform_words(runs: list[Compared]) -> list[str]:
     """What the measured uniform controls say of the first run, or how to measure one."""
     run, others = runs[0], runs[1:]
-    if run.is_baseline:
+    if run.is_uniform:
         return ["This is the uniform control itself."]
-    words = [_against(run, other) for other in others if other.is_baseline]
+    words = [_against(run, other) for other in others if other.is_uniform]
     path = run.story.directory.path
     out = path.with_name(f"{path.resolve().name}-uniform")
     control = f"{shlex.quote(str(path))} {shlex.quote(str(out))}"
     config = shlex.quote(str(run.story.directory.config_file))
+    allocation = "--allocation uniform --set 'allocation_options={}' " if run.is_baseline else ""
     return words or [
         "Uniform pruning was not measured here, so nothing on this page says that the run is "
-        f"better than it. To measure it: prunewright baseline --config {config} --out "
+        f"better than it. To measure it: prunewright baseline --config {config} {allocation}--out "
         f"{shlex.quote(str(out))} and then: prunewright report {control}"
     ]
 

@@ -1,0 +1,74 @@
+"""The agent `greedy` in one shot: the cheapest predicted weights first, on dense statistics."""
+
+import math
+from itertools import pairwise
+
+from prunewright.state.config import Options
+from prunewright.tools.allocation.counts import Allotment, exact_counts
+from prunewright.tools.perplexity import Progress
+from prunewright.tools.profiling import crowded_costs, predict_losses, statistics_of
+from prunewright.tools.revisions import DENSE
+from prunewright.tools.workbench import Workbench
+
+WIDTH = 0.025
+"""Sparsity of one slice of a layer."""
+
+
+class GreedyOptions(Options):
+    """None."""
+
+
+def allocate(bench: Workbench, _: GreedyOptions, progress: Progress | None = None) -> Allotment:
+    """The lowest total of the layers' predicted costs, crowding included, at the target.
+
+    Each layer offers slices of sparsity at the rise of the loss that the profile predicts for
+    them; the cheapest a weight are taken first. A later slice of a layer never goes before an
+    earlier one, so its price is at least theirs, and the total is the least there is.
+    """
+    request = bench.request
+    gradients = bench.gradients(DENSE, progress)
+    activations = bench.activations(DENSE, progress)
+    layers = bench.loaded.layers
+    steps = math.ceil(request.max_layer_sparsity / WIDTH - 1e-9)
+    levels = [min(WIDTH * step, request.max_layer_sparsity) for step in range(steps + 1)]
+    slices = []
+    for index, (name, layer) in enumerate(layers.items()):
+        statistics = statistics_of(name, activations, gradients)
+        dense = layer.matrix(bench.loaded.dense(layer))
+        losses = predict_losses(dense, statistics, request.criterion, levels)
+        costs = [0.0, *crowded_costs(levels, losses, request.target)]
+        slices += _slices(name, layer.numel, levels, costs)
+        if progress is not None:
+            progress("allocation", index + 1, len(layers))
+    budget = request.target * bench.loaded.prunable
+    wanted = dict.fromkeys(layers, 0.0)
+    predicted = 0.0
+    for price, start, name, width in sorted(slices):
+        taken = min(width, budget / layers[name].numel)
+        if taken <= 0:
+            break
+        wanted[name] = start + taken
+        predicted += price * taken * layers[name].numel
+        budget -= taken * layers[name].numel
+    found = exact_counts(
+        wanted,
+        {name: layer.numel for name, layer in layers.items()},
+        request.target,
+        request.max_layer_sparsity,
+    )
+    words = (
+        f"greedy: predicted rise of the loss {predicted:.4f} nats a token; sparsities from "
+        f"{min(wanted.values()):.3f} to {max(wanted.values()):.3f}"
+    )
+    return Allotment(found.counts, [words, *found.notes])
+
+
+def _slices(
+    name: str, size: int, levels: list[float], costs: list[float]
+) -> list[tuple[float, float, str, float]]:
+    """A layer's slices: price a weight (nats), where it starts, the layer, its width."""
+    price, found = 0.0, []
+    for (start, cost), (end, next_cost) in pairwise(zip(levels, costs, strict=True)):
+        price = max(price, (next_cost - cost) / (size * (end - start)))
+        found.append((price, start, name, end - start))
+    return found
