@@ -1,6 +1,7 @@
 """Uniform one-shot pruning: the control that every run is compared with."""
 
 import math
+import time
 
 from prunewright.state import (
     Decision,
@@ -41,7 +42,9 @@ def prune_once(
         StoreError: cannot write.
     """
     request = config.request
+    began = time.perf_counter()
     with workbench(request, run.path) as bench:
+        tokens_before = dict(bench.tokens)
         _check_pattern(request.pattern, bench.loaded.layers)
         run.begin(thread, request, config.context, bench)
         before = bench.guard_losses(DENSE, progress)
@@ -92,6 +95,8 @@ def prune_once(
             steps=1,
             guard_dense=perplexity(before),
             guard_losses=losses,
+            seconds={BASELINE: time.perf_counter() - began},
+            tokens={use: n - tokens_before[use] for use, n in bench.tokens.items()},
         )
         return finish(run, bench, outcome, progress)
 
