@@ -125,7 +125,9 @@ def test_help_and_version_need_no_torch() -> None:
     assert re.fullmatch(r"prunewright \d+\.\d+\.\d+\S*\n", done.stdout)
 
 
-@pytest.mark.parametrize("command", ["run", "resume", "baseline", "show", "evaluate", "plan"])
+@pytest.mark.parametrize(
+    "command", ["run", "resume", "baseline", "compare", "show", "evaluate", "plan"]
+)
 def test_every_command_has_help(command: str) -> None:
     result = invoke(command, "--help")
     assert result.exit_code == 0
