@@ -10,25 +10,18 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from comparisons import BROKE, CONTROL, NAME, SEEDS, make_comparison, make_config
 from page import Page
 
 from prunewright.state import InputError, PruneConfig, StoreError, validate_config
 from prunewright.state.comparison import (
     Cell,
-    CellResult,
-    Comparison,
-    ComparisonConfig,
-    DenseCell,
     EvaluationOptions,
-    Scores,
     TextResult,
-    validate_comparison,
 )
 from prunewright.tools import comparison as module
 from prunewright.tools.comparison import (
     Digests,
-    Planned,
-    build_comparison,
     cell_key,
     load_comparison,
 )
@@ -40,59 +33,6 @@ from prunewright.tools.report.comparison import (
     write_tables,
 )
 from prunewright.tools.report.tables import OFF_TARGET, comparison_tables, to_markdown
-
-HOSTILE = "<script>window.hacked = 1</script> | `x` **b** [a](javascript:0) {{ 7 * 7 }} $m$ \\"
-CONTROL = "control"
-SEEDS, TARGETS = (0, 1, 2), (0.3, 0.5)
-
-
-def make_result(seed: int, target: float, factor: float, sparsity: float) -> CellResult:
-    losses = [3.0 + target + 0.1 * seed + math.log(factor), 3.4 + 0.05 * seed]
-    text = TextResult(perplexity=math.exp(sum(losses) / 2), losses=tuple(losses))
-    return CellResult(
-        status="target_reached",
-        sparsity=sparsity,
-        steps=3,
-        rollbacks=1,
-        revision="abc",
-        tokens={"calibration": 100 * (seed + 1), "guard": 50, "test": 999, "llm": 7},
-        tokens_for_choosing=100 * (seed + 1) + 50,
-        seconds=10.0 + seed * factor,
-        peak_memory_bytes=2**30 + seed,
-        scores=Scores(texts={"web <i>": text}),
-    )
-
-
-def make_config(**keys: Any) -> ComparisonConfig:
-    methods = [{"name": CONTROL}, {"name": HOSTILE[:80], "settings": {"agent": "greedy"}}]
-    methods.append({"name": "2:4", "settings": {"pattern": "2:4"}})
-    data = {
-        "methods": methods,
-        "seeds": list(SEEDS),
-        "targets": list(TARGETS),
-        "control": CONTROL,
-        "evaluation": {"texts": [{"name": "web <i>", "source": "embedded", "windows": 2}]},
-    }
-    return validate_comparison(data | keys)
-
-
-def make_comparison(config: ComparisonConfig | None = None) -> Comparison:
-    """All cells done but one, which failed, and one that is off its target."""
-    config = config or make_config()
-    plan, results, errors = [], {}, {}
-    for number, method in enumerate(config.methods):
-        for target in config.targets_of(method):
-            for seed in config.seeds:
-                key = f"{number}-{target}-{seed}"
-                settled = config.settle(method, seed=seed, target=target)
-                plan.append(Planned(method, seed, target, settled, key))
-                if key == "1-0.5-2":
-                    errors[key] = f"it broke: {HOSTILE}"
-                    continue
-                off = 0.0011 if key == "1-0.3-1" else 0.0009
-                results[key] = make_result(seed, target, 1 + 0.1 * number + seed, target - off)
-    dense = DenseCell(key="d", state="done", scores=make_result(0, 0.0, 0.5, 0.0).scores)
-    return build_comparison(config, plan, results, errors, dense)
 
 
 def test_sums_are_those_of_the_numbers_over_seeds() -> None:
@@ -126,7 +66,7 @@ def test_ratios_are_to_the_control_with_the_same_seed_and_target() -> None:
         if cell.result is None:
             assert cell.ratio == {}
             continue
-        number = [CONTROL, HOSTILE[:80].strip(), "2:4"].index(cell.method)
+        number = [CONTROL, NAME, "2:4"].index(cell.method)
         # By construction one of two losses differs by the logarithm of the factors.
         expected = math.sqrt((1 + 0.1 * number + cell.seed) / (1 + cell.seed))
         assert cell.ratio == {"web <i>": pytest.approx(expected)}
@@ -145,17 +85,16 @@ def test_ratios_are_to_the_control_with_the_same_seed_and_target() -> None:
 def test_an_unequal_sparsity_is_marked_everywhere() -> None:
     found = make_comparison()
     off = [(c.method, c.target, c.seed) for c in found.cells if c.result and not c.on_target]
-    hostile = HOSTILE[:80].strip()
-    assert off == [(hostile, 0.3, 1)]
-    assert [(s.method, s.target) for s in found.summary if not s.on_target] == [(hostile, 0.3)]
+    assert off == [(NAME, 0.3, 1)]
+    assert [(s.method, s.target) for s in found.summary if not s.on_target] == [(NAME, 0.3)]
     results, ratios, cells = comparison_tables(found)
     for table in (results, ratios, cells):
         marked = [row for row in table.rows if any(OFF_TARGET in word for word in row)]
         assert len(marked) == 1
-        assert marked[0][0] == hostile
+        assert marked[0][0] == NAME
         assert any("not comparable" in note for note in table.notes)
     failed = [row for row in results.rows if "2 of 3" in row]
-    assert [(row[0], row[1]) for row in failed] == [(hostile, "0.5")]
+    assert [(row[0], row[1]) for row in failed] == [(NAME, "0.5")]
 
 
 def test_json_reads_back_as_it_was_written(tmp_path: Path) -> None:
@@ -185,8 +124,8 @@ def test_markdown_holds_hostile_names_as_text() -> None:
     tables = comparison_tables(found)
     assert columns == {len(table.columns) for table in tables}
     assert len(rows) == sum(len(table.rows) + 1 for table in tables)
-    assert page.text.count(HOSTILE[:80].strip()) >= 2 * 2 + 6  # two sums twice, six cells
-    assert f"it broke: {HOSTILE}" in page.text
+    assert page.text.count(NAME) >= 2 * 2 + 6  # two sums twice, six cells
+    assert BROKE in page.text
 
 
 def test_the_page_holds_hostile_names_as_text_and_loads_nothing(tmp_path: Path) -> None:
@@ -196,8 +135,8 @@ def test_the_page_holds_hostile_names_as_text_and_loads_nothing(tmp_path: Path) 
     assert "img" not in page.tags
     assert len(page.scripts) == 3  # the charts' data, Vega and the page's own
     assert "default-src 'none'" in page.policy
-    assert page.text.count(HOSTILE[:80].strip()) >= 2 * 2 + 6
-    assert f"it broke: {HOSTILE}" in page.text
+    assert page.text.count(NAME) >= 2 * 2 + 6
+    assert BROKE in page.text
     assert "window.hacked" not in "".join(page.scripts[1:])
     charts = json.loads(page.scripts[0])
     assert list(charts) == ["1-web-i-sparsity", "1-web-i-tokens", "1-web-i-seconds"]
@@ -228,7 +167,7 @@ def test_a_plot_has_each_sum_with_its_spread_at_its_place(axis: str) -> None:
     svg = ElementTree.fromstring(draw(spec))
     words = "".join(svg.itertext())
     assert "Perplexity, web <i>" in words
-    assert HOSTILE[:40] in words
+    assert NAME[:40] in words
 
 
 @pytest.fixture
@@ -286,7 +225,7 @@ def test_a_text_that_chooses_is_not_scored_on(keys: Callable[..., str], tmp_path
 
 def test_cells_know_their_names_and_errors() -> None:
     found = make_comparison()
-    assert list(found.errors) == [f"{HOSTILE[:80].strip()}, 50 %, seed 2"]
+    assert list(found.errors) == [f"{NAME}, 50 %, seed 2"]
     cell = Cell(method="m", kind="run", seed=3, target=0.45, key="k", state="pending", result=None)
     assert cell.name == "m, 45 %, seed 3"
     assert isinstance(found.config.settle(), PruneConfig)
