@@ -31,6 +31,8 @@ class Cells(Live):
         else:
             number = f"cell {event['number']:>3} of {event['of']}  "
             style = _CELL_STYLES[event["state"]]
+            if event["number"] == event["of"]:
+                self.say("drawing the plots")
             words = _cell_words(event["result"]) if event["result"] else event["error"]
             self.screen.line(
                 number, (f"{event['state']:<8}", style), f"{event['cell']}  {one_line(words, 300)}"
