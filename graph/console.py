@@ -30,7 +30,7 @@ NAMED = 3
 """Layers of a step that its line names."""
 
 _VERDICT_STYLES = {"accepted": "green", "rolled_back": "yellow", "empty": "yellow"}
-_LABELS = {
+LABELS = {
     "activations": "calibration",
     "gradients": "gradients",
     "masks": "masks",
@@ -112,7 +112,7 @@ class Live:
         """
         self._records = list(records)
         self._warned: set[str] = set()
-        self._screen = screen
+        self.screen = screen
         self._loaded = loaded
         self._progress = Progress(
             SpinnerColumn(),
@@ -155,7 +155,7 @@ class Live:
 
     def progress(self, label: str, done: int, total: int) -> None:
         """Move the bar."""
-        words = _LABELS.get(label, label)
+        words = LABELS.get(label, label)
         if words != self._label:
             self._label = words
             self._progress.reset(self._task, total=total, description=words)
@@ -171,7 +171,7 @@ class Live:
             self.progress(part["label"], part["done"], part["total"])
         elif "step" in event:
             record = StepRecord.model_validate(event["step"])
-            self._screen.line(*step_line(record))
+            self.screen.line(*step_line(record))
             self._warn(record)
 
     def _warn(self, record: StepRecord) -> None:
@@ -183,7 +183,7 @@ class Live:
         for kind, words in find_signatures(self._records).items():
             if kind not in self._warned:
                 self._warned.add(kind)
-                self._screen.line(("warning    ", "yellow"), words)
+                self.screen.line(("warning    ", "yellow"), words)
 
     def _node(self, node: str, update: dict[str, Any]) -> None:
         if node == "profile" and self._loaded is not None:

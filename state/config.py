@@ -3,7 +3,7 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -269,6 +269,19 @@ def load_config(
     Raises:
         InputError: unreadable file, unknown key (with a suggestion) or invalid value.
     """
+    data = read_settings(path, overrides)
+    data.update({k: v for k, v in values.items() if v is not None})
+    return validate_config(data)
+
+
+def read_settings(
+    path: str | Path | None = None, overrides: list[str] | None = None
+) -> dict[str, Any]:
+    """The keys and values of a YAML file with ``key=value`` overrides applied, not validated yet.
+
+    Raises:
+        InputError: unreadable file, or an override of another form.
+    """
     data: dict[str, Any] = {}
     if path is not None:
         try:
@@ -282,8 +295,7 @@ def load_config(
         data = loaded or {}
     for override in overrides or []:
         _apply_override(data, override)
-    data.update({k: v for k, v in values.items() if v is not None})
-    return validate_config(data)
+    return data
 
 
 def validate_config(data: dict[str, Any]) -> PruneConfig:
@@ -346,9 +358,11 @@ def describe_validation_error(error: ValidationError, model: type[BaseModel]) ->
 
 
 def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    found: Any = model
     for part in loc:
-        annotation = model.model_fields[str(part)].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return list(model.model_fields)
+        if isinstance(part, int):
+            found = next(iter(get_args(found)), None)
+        elif isinstance(found, type) and issubclass(found, BaseModel):
+            found = found.model_fields[part].annotation
+    is_model = isinstance(found, type) and issubclass(found, BaseModel)
+    return list(found.model_fields) if is_model else []

@@ -1,4 +1,4 @@
-"""report.html in a real browser: Debian's chromium, driven by Playwright."""
+"""report.html and comparison.html in a real browser: Debian's chromium, driven by Playwright."""
 
 import os
 import shutil
@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from comparisons import NAME, make_comparison
 from page import make_runs
 from playwright.sync_api import Browser, sync_playwright
 
 from prunewright.tools.report import write_report
+from prunewright.tools.report.comparison import write_pages
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(
@@ -40,9 +42,10 @@ def opened(browser: Browser, report: Path) -> Iterator[Callable[..., Any]]:
     """Opens the page as a device; ends with a look at what it complained of or asked for."""
     complaints: list[str] = []
     asked: list[str] = []
+    opened: list[str] = []
     contexts = []
 
-    def open_page(**device: Any) -> Any:
+    def open_page(path: Path = report, **device: Any) -> Any:
         context = browser.new_context(**device)
         contexts.append(context)
         context.set_default_timeout(WAIT)
@@ -50,7 +53,8 @@ def opened(browser: Browser, report: Path) -> Iterator[Callable[..., Any]]:
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: asked.append(request.url))
-        page.goto(report.as_uri())
+        page.goto(path.as_uri())
+        opened.append(path.as_uri())
         page.wait_for_selector("body[data-drawn]", state="attached")
         return page
 
@@ -58,7 +62,7 @@ def opened(browser: Browser, report: Path) -> Iterator[Callable[..., Any]]:
     for context in contexts:
         context.close()
     assert complaints == []
-    assert asked == [report.as_uri()] * len(contexts)
+    assert asked == opened
 
 
 def test_it_draws_filters_and_keeps_hostile_text_text(opened: Callable[..., Any]) -> None:
@@ -112,3 +116,18 @@ def test_it_fits_a_phone_and_is_dark_where_the_device_is(opened: Callable[..., A
     page.wait_for_selector("body[data-drawn=light]", state="attached")
     assert lightness("getComputedStyle(document.body).backgroundColor") > 200
     assert lightness("getComputedStyle(document.querySelector('[data-chart] svg text')).fill") < 90
+
+
+def test_a_comparison_draws_its_plots_on_a_phone_and_keeps_names_text(
+    opened: Callable[..., Any], tmp_path: Path
+) -> None:
+    write_pages(make_comparison(), tmp_path)
+    page = opened(tmp_path / "comparison.html", viewport={"width": 360, "height": 740})
+    charts = page.locator("figure[data-chart] svg")
+    assert charts.count() == 3
+    for number in range(3):
+        assert NAME[:30] in charts.nth(number).text_content()
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("td code").count() == 3  # the settings of three methods, and no name's
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert page.evaluate("document.documentElement.scrollWidth") == 360

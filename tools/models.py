@@ -306,6 +306,18 @@ def _fingerprint(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
+def model_digest(name: str) -> str:
+    """sha256 over all files that a model is loaded from, tokenizer and code included.
+
+    Raises:
+        InputError: no such model.
+    """
+    directory = resolve_directory(name)
+    suffixes = {".safetensors", ".json", ".model", ".txt", ".jinja", ".py"}
+    files = sorted(p for p in directory.iterdir() if p.suffix in suffixes and p.is_file())
+    return sha256_bytes(canonical_json([[p.name, sha256_file(p)] for p in files]))
+
+
 def _locate_dense(loaded: LoadedModel, files: list[Path]) -> dict[str, Path]:
     """Which file holds each prunable parameter as it is live: same name, shape and values.
 

@@ -6,6 +6,7 @@ import resource
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -238,5 +239,10 @@ def _method_words(method: dict[str, str]) -> str:
 
 def peak_memory() -> int:
     """Largest resident size of this process so far, in bytes."""
+    # Linux counts the process that started this one in ru_maxrss; VmHWM begins anew with exec.
+    with suppress(OSError), Path("/proc/self/status").open(encoding="ascii") as status:
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -128,6 +128,19 @@ def load_test_windows(
     return torch.tensor(pool[:count], dtype=torch.int64)
 
 
+def source_digest(source: str, role: Role) -> str:
+    """sha256 of a source's documents, as far as a role reads them.
+
+    Raises:
+        InputError: missing or unreadable.
+    """
+    digest = hashlib.sha256()
+    for document in _open(source, role)[1]:
+        data = document.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()
+
+
 def pack(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> list[list[int]]:

@@ -3,7 +3,7 @@
 Reads one job a line from standard input, as JSON, and answers with one line each. What takes
 long to import is imported once, before the forks; nothing of a run is kept between them.
 
-    {"do": "run" | "resume", "config": {...}, "out": "...", "changes": {...},
+    {"do": "run" | "resume" | "compare", "config": {...}, "out": "...", "changes": {...},
      "kill": {"at": "module:Class.function", "when": "before" | "after", "nth": 1,
               "match": "part of an argument", "caller": "function on the stack", "pause": seconds},
      "disk": {... as kill, and "bytes": 100, "for_good": false}}
@@ -30,6 +30,7 @@ import transformers.models.llama.tokenization_llama  # noqa: F401
 import prunewright.graph
 import prunewright.graph.nodes
 import prunewright.graph.runner
+from prunewright.graph.compare import compare
 
 torch.set_num_threads(1)
 
@@ -98,11 +99,15 @@ def work(job: dict[str, Any], answer: Any) -> None:
         fill_disk(job["disk"])
     graph = prunewright.graph
     try:
-        if job["do"] == "run":
-            result = graph.run(job["config"], out=job["out"])
+        if job["do"] == "compare":
+            sys.path.append(job["path"])
+            report = compare(job["config"], job["out"]).errors
         else:
-            result = graph.resume(job["out"], **job.get("changes", {}))
-        report = {"metrics": result.metrics.model_dump(mode="json")}
+            if job["do"] == "run":
+                result = graph.run(job["config"], out=job["out"])
+            else:
+                result = graph.resume(job["out"], **job.get("changes", {}))
+            report = {"metrics": result.metrics.model_dump(mode="json")}
     except BaseException as error:
         report = {
             "error": type(error).__name__,

@@ -126,7 +126,11 @@ def test_help_and_version_need_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
+<<<<<<< HEAD
     "command", ["run", "resume", "baseline", "show", "evaluate", "plan", "pack", "unpack"]
+=======
+    "command", ["run", "resume", "baseline", "compare", "show", "evaluate", "plan"]
+>>>>>>> d
 )
 def test_every_command_has_help(command: str) -> None:
     result = invoke(command, "--help")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from prunewright.state import InputError
+from prunewright.tools import reconstruction
 from prunewright.tools.blocks import BlockRunner
 from prunewright.tools.criteria import sparsegpt
 from prunewright.tools.layers import find_blocks
@@ -94,7 +95,7 @@ def test_reconstruction_solves_each_layer_on_what_the_pruned_blocks_give(load: L
     x = watch(loaded, ids, name)[name].double()
     found, mask = solved[name].weight.double(), masks[name]
 
-    ridge = 0.01 * float((x.T @ x).diagonal().mean())
+    ridge = reconstruction.DAMPING * float((x.T @ x).diagonal().mean())
 
     def objective(values: Tensor) -> float:
         fit = ((values - dense[name].double()) @ x.T).square().sum()

@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from prunewright.state import STATUS_WORDS, InputError, PruneConfig, StoreError
 from prunewright.tools.baseline import BASELINE
@@ -119,13 +119,9 @@ def build_report(run_dirs: Sequence[str | Path]) -> str:
     prediction = prediction_chart(first.records)
     if prediction is not None:
         charts["prediction"] = prediction
-    scripts = [plotting_script(), _page_file("page.js")]
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
     try:
-        return environment.from_string(_page_file("page.html")).render(
+        return render_page(
+            "page.html",
             runs=runs,
             run=runs[0],
             uniform=_uniform_words(runs),
@@ -135,15 +131,36 @@ def build_report(run_dirs: Sequence[str | Path]) -> str:
             statuses=STATUS_WORDS | {BASELINE: "pruned in one shot"},
             options=_flat(first.config),
             named=NAMED,
-            style=_page_file("page.css"),
-            scripts=scripts,
-            hashes=" ".join(_hash(script) for script in scripts),
         )
     except ValueError as error:
         raise StoreError(
             f"{first.directory.path} holds a number that is not finite, which no plot can show: "
             f"{error}"
         ) from error
+
+
+def render_page(template: str, **values: Any) -> str:
+    """A page of one of the templates here, in their common frame.
+
+    Raises:
+        InputError: the extra ``report`` is missing.
+        ValueError: a chart holds a number that is not finite.
+    """
+    scripts = [plotting_script(), _page_file("page.js")]
+    environment = Environment(
+        loader=FunctionLoader(_page_file),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
+    return environment.get_template(template).render(
+        **values,
+        style=_page_file("page.css"),
+        scripts=scripts,
+        hashes=" ".join(_hash(script) for script in scripts),
+    )
 
 
 def plotting_script() -> str:

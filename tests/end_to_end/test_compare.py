@@ -1,0 +1,308 @@
+"""`prunewright compare`, as a user meets it: cells, cache, crash, failure, files."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from prunewright.graph import baseline, run
+from prunewright.graph.cli import app
+from prunewright.state.comparison import Comparison
+from prunewright.tools.comparison import load_comparison
+from prunewright.tools.evaluation import evaluate
+from prunewright.tools.rundir import RunDirectory
+
+HOSTILE = "greedy <b>|`x`"
+AGENTS = '''
+import time
+from pathlib import Path
+
+from prunewright.graph.agents.controls import GreedyAgent
+
+
+class Broken:
+    def decide(self, observation):
+        raise ZeroDivisionError("nobody thought of this")
+
+
+class Patient(GreedyAgent):
+    """Waits at each step but its first until it may go on."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def decide(self, observation):
+        if observation.step:
+            (self.folder / f"waiting-{observation.step}").touch()
+            while not (self.folder / f"go-{observation.step}").exists():
+                time.sleep(0.02)
+        return super().decide(observation)
+'''
+
+
+@pytest.fixture(scope="module")
+def study(
+    pico_models: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """The configuration of two methods over two seeds, with texts of its own."""
+    folder = tmp_path_factory.mktemp("study")
+    for name in ("calibration", "scored"):
+        words = [f"{name} {n} of the many words in {n * n} pieces of text." for n in range(200)]
+        (folder / f"{name}.txt").write_text("\n\n".join(words))
+    return {
+        "base": {
+            "model": str(pico_models()),
+            "dtype": "float32",
+            "device": "cpu",
+            "step": 0.1,
+            "max_delta": 0.5,
+            "guard": {"max_increase": 10.0},
+            "texts": {
+                "calibration": str(folder / "calibration.txt"),
+                "windows": {"calibration": 4, "gradient": 2, "guard": 3, "test": 1, "length": 48},
+            },
+        },
+        "methods": [
+            {"name": "uniform wanda", "settings": {"criterion": "wanda"}},
+            {"name": HOSTILE, "settings": {"agent": "greedy"}},
+        ],
+        "seeds": [0, 1],
+        "targets": [0.2],
+        "control": "uniform wanda",
+        "evaluation": {
+            "length": 48,
+            "texts": [
+                {"name": "own", "source": str(folder / "scored.txt"), "windows": 5},
+                {"name": "embedded", "source": "embedded", "windows": 3},
+            ],
+        },
+    }
+
+
+def write(study: dict[str, Any], folder: Path, **keys: Any) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(study | keys))
+    return path
+
+
+def invoke(*args: str | Path) -> Result:
+    return CliRunner().invoke(app, ["compare", *(str(arg) for arg in args)])
+
+
+@pytest.fixture(scope="module")
+def finished(study: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The directory of the finished study, and what the command printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    result = invoke(write(study, folder), "--out", folder / "out")
+    assert result.exit_code == 0, result.output
+    return folder / "out", result.stdout
+
+
+@pytest.fixture
+def copy(finished: tuple[Path, str], tmp_path: Path) -> Path:
+    """A copy of the finished comparison that a test may go on with."""
+    shutil.copytree(finished[0], tmp_path / "out")
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def agents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    (tmp_path / "agents_of_test_compare.py").write_text(AGENTS)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "import:agents_of_test_compare:"
+    sys.modules.pop("agents_of_test_compare", None)
+
+
+def cells_of(out: Path) -> set[str]:
+    return {path.name for path in (out / "cells").iterdir()}
+
+
+def test_every_cell_is_what_run_and_baseline_come_to(
+    finished: tuple[Path, str], study: dict[str, Any], tmp_path: Path
+) -> None:
+    out, printed = finished
+    found = load_comparison(out)
+    assert [(c.method, c.seed, c.state) for c in found.cells] == [
+        (name, seed, "done") for seed in (0, 1) for name in ("uniform wanda", HOSTILE)
+    ]
+    assert len({cell.key for cell in found.cells} | {found.dense.key}) == 5
+    assert cells_of(out) == {cell.key for cell in found.cells} | {found.dense.key}
+    control, method = found.cells[2:]
+    base = study["base"] | {"seed": 1, "target": 0.2}
+    # The baseline last: in one process it could take over the run's statistics, and vice versa.
+    ours = [
+        (method, run(base | {"agent": "greedy"}, tmp_path / "r")),
+        (control, baseline(base | {"criterion": "wanda"}, tmp_path / "b")),
+    ]
+    scored = {}
+    for cell, result in ours:
+        metrics, own = result.metrics, cell.result
+        assert own is not None
+        assert (own.status, own.revision, own.sparsity, own.steps, own.rollbacks) == (
+            metrics.status,
+            metrics.revision,
+            metrics.sparsity,
+            metrics.steps,
+            metrics.rollbacks,
+        )
+        assert own.tokens == metrics.tokens
+        uses = ("calibration", "gradient", "guard", "probe")
+        assert own.tokens_for_choosing == sum(metrics.tokens[use] for use in uses)
+        assert own.seconds > 0
+        directory = out / "cells" / cell.key
+        assert json.loads((directory / "metrics.json").read_text())["revision"] == own.revision
+        assert not (directory / "model").exists()
+        texts = study["evaluation"]["texts"]
+        for text in texts:
+            (score,) = evaluate(
+                str(result.model_directory),
+                [text["source"]],
+                windows=text["windows"],
+                length=48,
+                dtype="float32",
+                device="cpu",
+            ).texts
+            mine = own.scores.texts[text["name"]]
+            assert mine.perplexity == pytest.approx(score.perplexity)
+            assert len(mine.losses) == text["windows"]
+            scored[cell.method, text["name"]] = mine.perplexity
+    assert method.ratio == {
+        name: pytest.approx(scored[HOSTILE, name] / scored["uniform wanda", name])
+        for name in ("own", "embedded")
+    }
+    # Once for its statistics; the guard before and after.
+    assert control.result is not None
+    assert control.result.tokens["calibration"] == 4 * 48
+    assert control.result.tokens["guard"] == 2 * 3 * 48
+    for name in ("comparison.json", "comparison.md", "comparison.html"):
+        assert (out / name).stat().st_size > 1000
+    assert len(list((out / "plots").glob("*.svg"))) == 6
+    assert HOSTILE in printed
+    assert f"cell   5 of 5  done    {HOSTILE}, 20 %, seed 1" in " ".join(printed.split(" "))
+
+
+def test_a_second_call_computes_nothing(copy: Path, study: dict[str, Any], tmp_path: Path) -> None:
+    before, cells = (copy / "comparison.json").read_bytes(), cells_of(copy)
+    stamps = {p: p.stat().st_mtime_ns for p in (copy / "cells").rglob("*")}
+    result = invoke(write(study, tmp_path), "-o", copy, "--json")
+    assert result.exit_code == 0, result.output
+    assert (copy / "comparison.json").read_bytes() == before
+    assert cells_of(copy) == cells
+    assert {p: p.stat().st_mtime_ns for p in (copy / "cells").rglob("*")} == stamps
+    assert result.stderr.count("cached") == 5
+    found = json.loads(result.stdout)
+    assert (found.pop("directory"), found.pop("exit_code")) == (str(copy), 0)
+    assert Comparison.model_validate(found) == load_comparison(copy)
+
+
+def test_a_failure_a_stop_a_kill_and_a_changed_text(
+    copy: Path,
+    study: dict[str, Any],
+    agents: str,
+    submit: Callable[[dict[str, Any]], dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    texts = study["base"]["texts"]
+    changed = tmp_path / "calibration.txt"
+    changed.write_text(Path(texts["calibration"]).read_text() + " One more word.")
+    base = study["base"] | {"texts": texts | {"calibration": str(changed)}}
+    methods: list[dict[str, Any]] = [
+        {"name": "broken", "settings": {"agent": f"{agents}Broken"}},
+        {
+            "name": "patient",
+            "settings": {
+                "agent": f"{agents}Patient",
+                "step": 0.07,
+                "agent_options": {"folder": str(tmp_path)},
+            },
+        },
+        study["methods"][0],
+    ]
+    path = write(study, tmp_path, base=base, methods=methods, seeds=[0])
+    before, known = load_comparison(copy), cells_of(copy)
+
+    def interrupt() -> None:
+        wait_for((tmp_path / "waiting-1").exists)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    result = invoke(path, "--out", copy)
+    assert result.exit_code == 130, result.output
+    assert "go on with: prunewright" in result.stderr
+    found = load_comparison(copy)
+    assert [cell.state for cell in found.cells] == ["failed", "pending", "pending"]
+    assert found.dense == before.dense
+    broken, patient, control = (copy / "cells" / cell.key for cell in found.cells)
+    assert {broken.name, patient.name, control.name}.isdisjoint(known)  # the text has changed
+    assert "Traceback" in broken.with_suffix(".log").read_text()
+    first = (patient / "trace.jsonl").read_bytes()
+    assert first.count(b"\n") == 1
+
+    config = yaml.safe_load(path.read_text()) | {"methods": [methods[1]], "control": None}
+    (tmp_path / "go-1").touch()
+    told = {"at": "prunewright.graph.compare:json.loads", "match": '{"step"', "when": "after"}
+    job = {"do": "compare", "config": config, "out": str(copy), "path": str(tmp_path)}
+    assert submit(job | {"kill": told}) == {"signal": signal.SIGKILL}
+    wait_for(lambda: RunDirectory(patient).holder() is None)  # though nobody let it go on
+    second = (patient / "trace.jsonl").read_bytes()
+    assert second.startswith(first)
+    assert second.count(b"\n") == 2
+
+    (tmp_path / "go-2").touch()
+    # A process that holds much must not be counted for the small ones that it starts.
+    ballast = bytearray(os.urandom(1024)) * (900 * 1024)
+    result = invoke(path, "--out", copy, "--keep-models")
+    assert result.exit_code == 1
+    words = "broken, 20 %, seed 0: ZeroDivisionError: nobody thought of this"
+    assert f"Error: 1 of 4 cells failed:\n{words}" in result.stderr
+    found = load_comparison(copy)
+    assert [cell.state for cell in found.cells] == ["failed", "done", "done"]
+    assert "ZeroDivisionError" in (copy / "comparison.md").read_text()
+    assert (patient / "trace.jsonl").read_bytes().startswith(second)
+    assert not patient.with_suffix(".log").exists()
+    whole = run(base | {"target": 0.2, "step": 0.07, "agent": "greedy"}, tmp_path / "whole")
+    for cell in found.cells[1:]:
+        assert cell.result is not None
+        assert 2**24 < cell.result.peak_memory_bytes < len(ballast)
+        assert (copy / "cells" / cell.key / "model" / "model.safetensors").is_file()
+    assert found.cells[1].result is not None
+    assert found.cells[1].result.revision == whole.metrics.revision
+
+
+def test_it_refuses_what_is_no_comparison_and_two_at_once(
+    copy: Path, study: dict[str, Any], tmp_path: Path
+) -> None:
+    path = write(study, tmp_path)
+    result = invoke(path, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "holds something else than a comparison" in result.stderr
+    result = invoke(write(study, tmp_path, contol="x"), "--out", copy)
+    assert result.exit_code == 2
+    assert "did you mean control?" in result.stderr
+    path = write(study, tmp_path, base=study["base"] | {"model": str(tmp_path / "none")})
+    result = invoke(path, "--out", tmp_path / "new")
+    assert result.exit_code == 2
+    assert not (tmp_path / "new").exists()
+    damaged = next((copy / "cells").glob("*/cell.json"))
+    damaged.write_text("{}")
+    result = invoke(write(study, tmp_path), "--out", copy)
+    assert result.exit_code == 1
+    assert f"{damaged} is damaged" in result.stderr.replace("\n", " ")
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(6_000):
+        if condition():
+            return
+        time.sleep(0.02)
+    raise AssertionError("it did not come")

@@ -1,0 +1,231 @@
+"""What cells come to together: keys, sums, ratios, marks, and tables that hold hostile names."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from comparisons import BROKE, CONTROL, NAME, SEEDS, make_comparison, make_config
+from page import Page
+
+from prunewright.state import InputError, PruneConfig, StoreError, validate_config
+from prunewright.state.comparison import (
+    Cell,
+    EvaluationOptions,
+    TextResult,
+)
+from prunewright.tools import comparison as module
+from prunewright.tools.comparison import (
+    Digests,
+    cell_key,
+    load_comparison,
+)
+from prunewright.tools.report.comparison import (
+    build_page,
+    comparison_charts,
+    draw,
+    write_pages,
+    write_tables,
+)
+from prunewright.tools.report.tables import OFF_TARGET, comparison_tables, to_markdown
+
+
+def test_sums_are_those_of_the_numbers_over_seeds() -> None:
+    found = make_comparison()
+    cells = {(cell.method, cell.target, cell.seed): cell for cell in found.cells}
+    assert len(found.summary) == 5  # two methods at two targets, and the pattern at its one
+    for item in found.summary:
+        done = [
+            cell.result
+            for seed in SEEDS
+            if (cell := cells[item.method, item.target, seed]).result is not None
+        ]
+        assert (item.seeds, item.missing) == (len(done), 3 - len(done))
+        perplexities = [math.exp(np.mean(r.scores.texts["web <i>"].losses)) for r in done]
+        for spread, values in (
+            (item.perplexity["web <i>"], perplexities),
+            (item.seconds, [r.seconds for r in done]),
+            (item.sparsity, [r.sparsity for r in done]),
+            (item.peak_memory_bytes, [r.peak_memory_bytes for r in done]),
+            (item.tokens_for_choosing, [r.tokens["calibration"] + 50 for r in done]),
+        ):
+            assert spread is not None
+            assert spread.n == len(values)
+            assert spread.mean == pytest.approx(np.mean(values))
+            assert spread.sd == pytest.approx(np.std(values, ddof=1), abs=1e-12)
+
+
+def test_ratios_are_to_the_control_with_the_same_seed_and_target() -> None:
+    found = make_comparison()
+    for cell in found.cells:
+        if cell.result is None:
+            assert cell.ratio == {}
+            continue
+        number = [CONTROL, NAME, "2:4"].index(cell.method)
+        # By construction one of two losses differs by the logarithm of the factors.
+        expected = math.sqrt((1 + 0.1 * number + cell.seed) / (1 + cell.seed))
+        assert cell.ratio == {"web <i>": pytest.approx(expected)}
+    (item,) = [s for s in found.summary if s.method == "2:4"]
+    ratios = [math.sqrt((1.2 + seed) / (1 + seed)) for seed in SEEDS]
+    assert item.ratio["web <i>"].mean == pytest.approx(np.mean(ratios))
+    assert item.ratio["web <i>"].sd == pytest.approx(np.std(ratios, ddof=1))
+
+    without = make_comparison(make_config(targets=[0.3]))
+    (item,) = [s for s in without.summary if s.method == "2:4"]
+    assert item.ratio == {}  # the control was not run at 50 %
+    assert "no ratio" in to_markdown(without)
+    assert make_comparison(make_config(control=None)).cells[0].ratio == {}
+
+
+def test_an_unequal_sparsity_is_marked_everywhere() -> None:
+    found = make_comparison()
+    off = [(c.method, c.target, c.seed) for c in found.cells if c.result and not c.on_target]
+    assert off == [(NAME, 0.3, 1)]
+    assert [(s.method, s.target) for s in found.summary if not s.on_target] == [(NAME, 0.3)]
+    results, ratios, cells = comparison_tables(found)
+    for table in (results, ratios, cells):
+        marked = [row for row in table.rows if any(OFF_TARGET in word for word in row)]
+        assert len(marked) == 1
+        assert marked[0][0] == NAME
+        assert any("not comparable" in note for note in table.notes)
+    failed = [row for row in results.rows if "2 of 3" in row]
+    assert [(row[0], row[1]) for row in failed] == [(NAME, "0.5")]
+
+
+def test_json_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    found = make_comparison()
+    write_tables(found, tmp_path)
+    assert load_comparison(tmp_path) == found
+    content = json.loads((tmp_path / "comparison.json").read_text())
+    assert content["schema_version"] == 1
+    assert len(content["cells"][0]["result"]["scores"]["texts"]["web <i>"]["losses"]) == 2
+    content["schema_version"] = 2
+    (tmp_path / "comparison.json").write_text(json.dumps(content))
+    with pytest.raises(StoreError, match="not a comparison of this version"):
+        load_comparison(tmp_path)
+    with pytest.raises(ValueError, match="finite"):
+        TextResult(perplexity=math.inf, losses=(1.0,))
+
+
+def test_markdown_holds_hostile_names_as_text() -> None:
+    from markdown_it import MarkdownIt
+
+    found = make_comparison()
+    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(to_markdown(found))
+    page = Page(html)
+    assert not {"script", "code", "strong", "em", "a", "i", "img"} & set(page.tags)
+    rows = re.findall(r"<tr>(.*?)</tr>", html, re.DOTALL)
+    columns = {row.count("<td") + row.count("<th") for row in rows}
+    tables = comparison_tables(found)
+    assert columns == {len(table.columns) for table in tables}
+    assert len(rows) == sum(len(table.rows) + 1 for table in tables)
+    assert page.text.count(NAME) >= 2 * 2 + 6  # two sums twice, six cells
+    assert BROKE in page.text
+
+
+def test_the_page_holds_hostile_names_as_text_and_loads_nothing(tmp_path: Path) -> None:
+    found = make_comparison()
+    page = Page(build_page(found, comparison_charts(found)))
+    assert page.links == []
+    assert "img" not in page.tags
+    assert len(page.scripts) == 3  # the charts' data, Vega and the page's own
+    assert "default-src 'none'" in page.policy
+    assert page.text.count(NAME) >= 2 * 2 + 6
+    assert BROKE in page.text
+    assert "window.hacked" not in "".join(page.scripts[1:])
+    charts = json.loads(page.scripts[0])
+    assert list(charts) == ["1-web-i-sparsity", "1-web-i-tokens", "1-web-i-seconds"]
+
+    write_pages(found, tmp_path)
+    assert sorted(path.stem for path in (tmp_path / "plots").iterdir()) == sorted(charts)
+
+
+@pytest.mark.parametrize("axis", ["sparsity", "tokens", "seconds"])
+def test_a_plot_has_each_sum_with_its_spread_at_its_place(axis: str) -> None:
+    found = make_comparison()
+    spec = comparison_charts(found)[f"1-web-i-{axis}"]
+    rows = [row for row in spec["data"]["values"] if row["method"] != "dense"]
+    assert len(rows) == len(found.summary)
+    for row, item in zip(rows, found.summary, strict=True):
+        of_axis = {
+            "sparsity": (item.sparsity, 100),
+            "tokens": (item.tokens_for_choosing, 1),
+            "seconds": (item.seconds, 1),
+        }
+        spread, unit = of_axis[axis]
+        perplexity = item.perplexity["web <i>"]
+        assert spread is not None
+        assert perplexity.sd is not None
+        assert row["x"] == pytest.approx(unit * spread.mean)
+        assert row["y"] == perplexity.mean
+        assert row["high"] - row["y"] == pytest.approx(perplexity.sd)
+    svg = ElementTree.fromstring(draw(spec))
+    words = "".join(svg.itertext())
+    assert "Perplexity, web <i>" in words
+    assert NAME[:40] in words
+
+
+@pytest.fixture
+def keys(
+    pico_models: Callable[..., Path], pico_config: dict[str, Any], tmp_path: Path
+) -> Callable[..., str]:
+    """A function that gives a cell's key, with all that it follows from in ``tmp_path``."""
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(pico_models(), model)
+    for name in ("calibration", "test", "scored"):
+        (tmp_path / f"{name}.txt").write_text(f"The text for {name}. " * 9)
+
+    def key(kind: str = "run", evaluation: dict[str, Any] | None = None, **own: Any) -> str:
+        texts = pico_config["texts"] | {
+            role: str(tmp_path / f"{role}.txt") for role in ("calibration", "test")
+        }
+        config = validate_config(pico_config | {"model": str(model), "texts": texts} | own)
+        text = {"name": "scored", "source": str(tmp_path / "scored.txt"), "windows": 3}
+        scored = EvaluationOptions.model_validate({"texts": [text]} | (evaluation or {}))
+        return cell_key(kind, config, scored, Digests())
+
+    return key
+
+
+def test_a_key_changes_with_whatever_changes_a_result(
+    keys: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [keys()]
+    assert keys() == found[0]
+    found += [keys("baseline"), keys(seed=1), keys(step=0.2), keys(agent="random")]
+    found.append(keys(evaluation={"length": 48}))
+    for name in ("calibration.txt", "test.txt", "scored.txt", "model/config.json"):
+        path = tmp_path / name
+        before = path.read_text()
+        path.write_text(before + " ")
+        found.append(keys())
+        path.write_text(before)
+        assert keys() == found[0]
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    found.append(keys())
+    monkeypatch.setattr(module, "package_version", lambda: "99.0")
+    found.append(keys())
+    assert len(set(found)) == len(found)
+    assert keys(out="elsewhere") == found[-1]  # where it lies changes nothing
+
+
+def test_a_text_that_chooses_is_not_scored_on(keys: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "scored.txt").write_text((tmp_path / "calibration.txt").read_text())
+    with pytest.raises(InputError, match="scored is the calibration text too"):
+        keys()
+
+
+def test_cells_know_their_names_and_errors() -> None:
+    found = make_comparison()
+    assert list(found.errors) == [f"{NAME}, 50 %, seed 2"]
+    cell = Cell(method="m", kind="run", seed=3, target=0.45, key="k", state="pending", result=None)
+    assert cell.name == "m, 45 %, seed 3"
+    assert isinstance(found.config.settle(), PruneConfig)

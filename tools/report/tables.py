@@ -1,0 +1,190 @@
+"""A comparison as tables of words: one form for the terminal, Markdown and the page."""
+
+import re
+from dataclasses import dataclass, field
+
+from prunewright.state.comparison import DENSE_NAME, Comparison, Spread
+from prunewright.tools.comparison import SAME_SPARSITY
+
+OFF_TARGET = "†"
+"""Marks a sparsity that is not the target's."""
+NONE = "\N{EN DASH}"
+_MOST = 300
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns, rows of words, and what has to be said below them.
+
+    Attributes:
+        title: what it shows.
+        columns: their names.
+        rows: one word a column.
+        left: how many of the first columns hold text rather than numbers.
+        notes: sentences.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    left: int = 1
+    notes: list[str] = field(default_factory=list)
+
+
+def comparison_tables(comparison: Comparison) -> list[Table]:
+    """Results, ratios to the control, and every cell."""
+    tables = [results_table(comparison)]
+    if comparison.config.control is not None:
+        tables.append(ratio_table(comparison))
+    return [*tables, cell_table(comparison)]
+
+
+def results_table(comparison: Comparison) -> Table:
+    """Mean and spread over seeds of every method at every target."""
+    config, dense = comparison.config, comparison.dense.scores
+    texts = [text.name for text in config.evaluation.texts]
+    tasks = list(config.evaluation.tasks)
+    scores = [f"{dense.texts[n].perplexity:.2f}" if dense else NONE for n in texts]
+    scores += [f"{dense.tasks[n]:.3f}" if dense and n in dense.tasks else NONE for n in tasks]
+    rows = [[DENSE_NAME, NONE, NONE, NONE, *scores, NONE, NONE, NONE]]
+    for item in comparison.summary:
+        mark = "" if item.on_target else f" {OFF_TARGET}"
+        rows.append(
+            [
+                item.method,
+                f"{item.target:.4g}",
+                _spread(item.sparsity, "{:.4f}") + mark,
+                f"{item.seeds}" + (f" of {item.seeds + item.missing}" if item.missing else ""),
+                *(_spread(item.perplexity.get(name), "{:.2f}") for name in texts),
+                *(_spread(item.tasks.get(name), "{:.3f}") for name in tasks),
+                f"{item.tokens_for_choosing.mean:,.0f}" if item.tokens_for_choosing else NONE,
+                _spread(item.seconds, "{:,.1f}"),
+                f"{item.peak_memory_bytes.mean / 2**20:,.0f}" if item.peak_memory_bytes else NONE,
+            ]
+        )
+    notes = [
+        "Perplexity on each text: mean over seeds ± sample standard deviation. Tokens are those of "
+        "text scored to choose masks, seconds those of the run or baseline without this "
+        "evaluation, memory the largest resident size of the cell's own process."
+    ]
+    if any(not item.on_target for item in comparison.summary):
+        notes.append(off_target_words())
+    if any(item.missing for item in comparison.summary):
+        notes.append("Where seeds are missing, the others alone are averaged.")
+    names = [f"{name}, perplexity" for name in texts] + tasks
+    columns = ["method", "target", "sparsity", "seeds", *names, "tokens", "seconds", "memory, MiB"]
+    return Table("Results", columns, rows, notes=notes)
+
+
+def ratio_table(comparison: Comparison) -> Table:
+    """Perplexity over the control's with the same seed and target, over seeds."""
+    texts = [text.name for text in comparison.config.evaluation.texts]
+    control = comparison.config.control
+    at = {item.target for item in comparison.summary if item.method == control}
+    off = {item.target for item in comparison.summary if item.method == control}
+    off -= {i.target for i in comparison.summary if i.method == control and i.on_target}
+    rows = []
+    for item in comparison.summary:
+        mark = f" {OFF_TARGET}" if not item.on_target or item.target in off else ""
+        values = [_spread(item.ratio.get(name), "{:.3f}") for name in texts]
+        rows.append(
+            [
+                item.method,
+                f"{item.target:.4g}",
+                *(value + mark if value != NONE else value for value in values),
+                f"{max((s.n for s in item.ratio.values()), default=0)}",
+            ]
+        )
+    notes = [
+        "Perplexity over the control's with the same seed and target, below 1 if the method is "
+        "better: mean over seeds ± sample standard deviation."
+    ]
+    if any(item.target not in at for item in comparison.summary):
+        notes.append("Where the control was not run at a target, there is no ratio.")
+    if any(OFF_TARGET in word for row in rows for word in row[2:]):
+        notes.append(off_target_words())
+    return Table(f"Ratio to {control}", ["method", "target", *texts, "seeds"], rows, notes=notes)
+
+
+def off_target_words() -> str:
+    """What the mark means."""
+    return (
+        f"{OFF_TARGET} A sparsity is more than {SAME_SPARSITY} off the target: its perplexity is "
+        "not comparable with that of the others at this target."
+    )
+
+
+def cell_table(comparison: Comparison) -> Table:
+    """Every cell by itself."""
+    texts = [text.name for text in comparison.config.evaluation.texts]
+    rows = []
+    for cell in comparison.cells:
+        at = [f"{cell.target:.4g}", f"{cell.seed}"]
+        result = cell.result
+        if result is None:
+            words = " ".join(cell.error.split())[:_MOST]
+            ended = f"{cell.state}: {words}" if words else cell.state
+            rows.append([cell.method, ended, *at, *[NONE] * (5 + len(texts)), cell.key])
+            continue
+        rows.append(
+            [
+                cell.method,
+                result.status.replace("_", " "),
+                *at,
+                f"{result.sparsity:.4f}" + ("" if cell.on_target else f" {OFF_TARGET}"),
+                f"{result.steps} ({result.rollbacks} rolled back)",
+                *(f"{result.scores.texts[name].perplexity:.3f}" for name in texts),
+                f"{result.tokens_for_choosing:,}",
+                f"{result.seconds:,.1f}",
+                f"{result.peak_memory_bytes / 2**20:,.0f}",
+                cell.key,
+            ]
+        )
+    columns = ["method", "ended", "target", "seed", "sparsity", "steps", *texts]
+    columns += ["tokens", "seconds", "memory, MiB", "directory in cells/"]
+    notes = [off_target_words()] if any(OFF_TARGET in row[4] for row in rows) else []
+    return Table("Cells", columns, rows, left=2, notes=notes)
+
+
+def to_markdown(comparison: Comparison) -> str:
+    """comparison.md; names and errors stand in it as text, whatever they hold."""
+    config = comparison.config
+    texts = ", ".join(
+        f"{text.name} ({text.windows} windows of {config.evaluation.length} tokens)"
+        for text in config.evaluation.texts
+    )
+    parts = [
+        f"# Comparison of {len(config.methods)} methods",
+        escape(
+            f"Model {config.settle().model}; seeds {', '.join(map(str, config.seeds))}; scored on "
+            f"{texts}. Nothing was chosen on these texts."
+        ),
+    ]
+    if comparison.dense.error:
+        parts.append(escape(f"The unpruned model failed: {_line(comparison.dense.error)}"))
+    for table in comparison_tables(comparison):
+        rule = ["---"] * table.left + ["---:"] * (len(table.columns) - table.left)
+        lines = [table.columns, *table.rows]
+        words = [[escape(word) for word in line] for line in lines]
+        words.insert(1, rule)
+        parts.append(f"## {escape(table.title)}")
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in words))
+        parts += [escape(note) for note in table.notes]
+    return "\n\n".join(parts) + "\n"
+
+
+def escape(text: str) -> str:
+    """Text that Markdown renders as it is, in a table's cell or elsewhere."""
+    text = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", _line(text))
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _line(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def _spread(found: Spread | None, form: str) -> str:
+    if found is None:
+        return NONE
+    mean = form.format(found.mean)
+    return mean if found.sd is None else f"{mean} ± {form.format(found.sd)}"
