@@ -20,6 +20,7 @@ from prunewright.graph.agents import check_agent
 from prunewright.graph.builder import build_graph
 from prunewright.graph.routing import termination
 from prunewright.graph.stopping import check_stop, iterate_stoppable, stop_on_signals
+from prunewright.graph.tracing import labels
 from prunewright.state import (
     STATUS_WORDS,
     InputError,
@@ -416,13 +417,7 @@ def _drive(
         "configurable": {"thread_id": thread},
         "recursion_limit": 6 * config.max_steps + 10,
         "run_name": "prunewright",
-        "tags": [config.criterion, config.agent],
-        "metadata": {
-            "model": config.model,
-            "agent": config.agent,
-            "criterion": config.criterion,
-            "target": config.target,
-        },
+        **labels(config.request, config.context),
     }
     try:
         with (

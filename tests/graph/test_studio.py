@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fake_langsmith import FakeLangSmith, serve_langsmith
 from langgraph_sdk import get_sync_client
 
 from prunewright.state import PruneContext, PruneRequest
@@ -26,8 +27,9 @@ GREEDY = {"agent": "greedy"}
 class Server:
     """The server of `make studio`, in a folder of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, langsmith: FakeLangSmith) -> None:
         self.folder = folder
+        self.langsmith = langsmith
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -44,9 +46,9 @@ class Server:
         environment = {
             "LANGGRAPH_CLI_NO_ANALYTICS": "1",
             "LANGGRAPH_NO_VERSION_CHECK": "true",
-            "LANGSMITH_TRACING": "false",
+            "LANGSMITH_TRACING": "true",
             "OMP_NUM_THREADS": "1",
-            "NO_PROXY": "127.0.0.1",
+            **self.langsmith.environment,
         }
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
@@ -96,12 +98,13 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    made = Server(tmp_path_factory.mktemp("studio"))
-    made.start()
-    try:
-        yield made
-    finally:
-        made.end(signal.SIGKILL)
+    with serve_langsmith() as langsmith:
+        made = Server(tmp_path_factory.mktemp("studio"), langsmith)
+        made.start()
+        try:
+            yield made
+        finally:
+            made.end(signal.SIGKILL)
 
 
 @pytest.fixture
@@ -175,6 +178,35 @@ def test_a_whole_run_is_streamed_and_kept(
     assert history[0]["values"]["status"] == "target_reached"  # type: ignore[call-overload]
     assert history[0]["values"]["revision"] == revision(server, thread)  # type: ignore[call-overload]
     assert (server.folder / "runs" / "studio" / "state.sqlite").is_file()
+
+
+def test_langsmith_is_told_what_the_run_is(
+    server: Server,
+    request_: dict[str, Any],
+    finished: tuple[str, list[tuple[str, dict[str, Any]]]],
+) -> None:
+    thread, events = finished
+    nodes = [node for mode, data in events if mode == "updates" for node in data]
+
+    def traced() -> list[dict[str, Any]]:
+        runs = list(server.langsmith.runs.values())
+        ours = [run for run in runs if run["extra"]["metadata"].get("thread_id") == thread]
+        return ours if ours and all(run.get("end_time") for run in ours) else []
+
+    while not (runs := traced()):  # sent from another thread of the server, in batches
+        time.sleep(0.1)
+    expected = {
+        "model": request_["model"],
+        "agent": "greedy",
+        "criterion": "wanda",
+        "target": request_["target"],
+    }
+    (root,) = [run for run in runs if not run.get("parent_run_id")]
+    steps = [run for run in runs if run.get("parent_run_id") == root["id"]]
+    assert [run["name"] for run in sorted(steps, key=lambda run: run["start_time"])] == nodes
+    for run in [root, *steps]:
+        assert expected.items() <= run["extra"]["metadata"].items()
+        assert {"wanda", "greedy"} <= set(run["tags"])
 
 
 def test_what_cannot_be_run_is_refused_in_our_words(
