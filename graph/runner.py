@@ -1,5 +1,6 @@
 """Start, resume and fork runs in this process: what the command line and notebooks call."""
 
+import logging
 import shutil
 import sqlite3
 import uuid
@@ -40,6 +41,8 @@ from prunewright.tools.baseline import BASELINE, prune_once
 from prunewright.tools.rundir import RunDirectory
 from prunewright.tools.storage import write_atomic
 from prunewright.tools.trace import load_metrics
+
+_log = logging.getLogger("prunewright")
 
 _REVISIONS = ("revision", "gradient_revision", "candidate")
 """The keys of the state that name a revision."""
@@ -368,7 +371,8 @@ def _prune_once(
             on_event("custom", {"progress": {"label": label, "done": done, "total": total}})
 
     with stop_on_signals(), directory.locked():
-        return RunResult(directory.path, prune_once(directory, config, thread, progress))
+        _log_begin(directory, config, "begins")
+        return _finished(directory, prune_once(directory, config, thread, progress))
 
 
 def _settle(config: PruneConfig | dict[str, Any] | str | Path) -> PruneConfig:
@@ -440,6 +444,7 @@ def _drive(
                 write_atomic(directory.config_file, config.to_yaml().encode())
             # JSON, as Studio sends it: the state holds plain values only.
             request: Any = config.request.model_dump(mode="json")
+            _log_begin(directory, config, "goes on" if started else "begins")
             given: PruneInput | Command[Any] | None = None if started else {"request": request}
             while True:
                 stream = partial(
@@ -463,7 +468,36 @@ def _drive(
             f"{directory.database}: {error}. Nothing recorded so far is lost: free some space "
             f"if the disk is full, then: prunewright resume {directory.path}"
         ) from error
-    return RunResult(directory.path, load_metrics(directory))
+    return _finished(directory, load_metrics(directory))
+
+
+def _log_begin(directory: RunDirectory, config: PruneConfig, what: str) -> None:
+    facts = {
+        "model": config.model,
+        "agent": config.agent,
+        "criterion": config.criterion,
+        "target": config.target,
+    }
+    words = ", ".join(f"{name} {value}" for name, value in facts.items())
+    _log.info("the run %s in %s: %s", what, directory.path, words, extra=_run(directory) | facts)
+
+
+def _finished(directory: RunDirectory, metrics: Metrics) -> RunResult:
+    test, seconds = metrics.perplexity.test, metrics.seconds["total"]
+    _log.info(
+        "the run is finished: %s, sparsity %.4f, test perplexity %.3f to %.3f, %.1f s",
+        metrics.status,
+        metrics.sparsity,
+        test.dense,
+        test.final,
+        seconds,
+        extra=_run(directory) | {"status": metrics.status, "seconds": seconds},
+    )
+    return RunResult(directory.path, metrics)
+
+
+def _run(directory: RunDirectory) -> dict[str, Any]:
+    return {"run": str(directory.path)}
 
 
 def _ask_person(directory: RunDirectory, reviewer: Reviewer | None, waiting: Any) -> dict[str, Any]:
