@@ -5,7 +5,7 @@ import shutil
 import sqlite3
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,9 @@ _log = logging.getLogger("prunewright")
 
 _REVISIONS = ("revision", "gradient_revision", "candidate")
 """The keys of the state that name a revision."""
+
+_FORKING = ".forking-"
+"""Begins the name of a directory that is to become a fork."""
 
 OnEvent = Callable[[str, dict[str, Any]], None]
 """Called with ``updates`` (a node's name and update) or ``custom`` (progress, step, metrics)."""
@@ -182,21 +185,32 @@ def fork(
         for name in _REVISIONS
         if values.get(name)
     }
-    scratch = RunDirectory(directory.path.with_name(f".forking-{thread}"))
+    _remove_half_forks(directory.path.parent)
+    scratch = RunDirectory(directory.path.with_name(f"{_FORKING}{thread}"))
     try:
-        history = state["history"] if state is not None else []
-        parent.branch(scratch, config, thread, history, revisions)
-        if chain:
-            _write_checkpoints(scratch, thread, chain)
-        try:
-            if directory.path.exists():
-                directory.path.rmdir()
-            scratch.path.rename(directory.path)
-        except OSError as error:
-            raise StoreError(f"cannot write {directory.path}: {error.strerror}") from error
+        # The lock goes along with the directory.
+        with scratch.locked():
+            history = state["history"] if state is not None else []
+            parent.branch(scratch, config, thread, history, revisions)
+            if chain:
+                _write_checkpoints(scratch, thread, chain)
+            try:
+                if directory.path.exists():
+                    directory.path.rmdir()
+                scratch.path.rename(directory.path)
+            except OSError as error:
+                raise StoreError(f"cannot write {directory.path}: {error.strerror}") from error
     finally:
         shutil.rmtree(scratch.path, ignore_errors=True)
     return _drive(directory, config, thread, on_event, reviewer)
+
+
+def _remove_half_forks(folder: Path) -> None:
+    """Remove what processes left in a folder that were killed while they made a fork there."""
+    for path in folder.glob(f"{_FORKING}*"):
+        # Whoever is still at work there holds its lock.
+        with suppress(InputError), RunDirectory(path).locked():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _changed(directory: RunDirectory, changes: dict[str, Any]) -> PruneConfig:
