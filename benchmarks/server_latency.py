@@ -25,6 +25,10 @@ from prunewright.state import load_config
 ROOT = Path(__file__).resolve().parent.parent
 PAUSE = 0.05
 """Seconds between two requests."""
+IDLE = 10.0
+"""Seconds of measurement before the run."""
+BOUND = 0.1
+"""Seconds within which an answer is wanted."""
 
 
 def free_port() -> int:
@@ -60,36 +64,40 @@ def start(folder: Path, port: int) -> subprocess.Popen[bytes]:
             time.sleep(0.1)
 
 
+def ask(client: httpx.Client, path: str, taken: list[float]) -> Any:
+    """What the server answers; how long it took is added to a list."""
+    sent = time.perf_counter()
+    answer = client.get(path).raise_for_status()
+    taken.append(time.perf_counter() - sent)
+    time.sleep(PAUSE)
+    return answer.json()
+
+
 def measure(port: int, request: dict[str, Any], seconds: float) -> dict[str, list[float]]:
-    """Seconds of each answer, by what was asked for, while a run goes on."""
+    """Seconds of each answer, by what was asked for: of the idle server, then beside a run."""
     url = f"http://127.0.0.1:{port}"
     api = get_sync_client(url=url)
     thread = api.threads.create()["thread_id"]
-    began = api.runs.create(
-        thread, "prunewright", input={"request": request}, context={"agent": "greedy"}
-    )
-    run = f"/threads/{thread}/runs/{began['run_id']}"
-    assistant = api.assistants.search()[0]["assistant_id"]
-    asked = {
-        "run": run,
-        "thread state": f"/threads/{thread}/state",
-        "assistant": f"/assistants/{assistant}",
+    assistant = f"/assistants/{api.assistants.search()[0]['assistant_id']}"
+    taken: dict[str, list[float]] = {
+        name: [] for name in ("idle: assistant", "assistant", "thread state", "run")
     }
-    taken: dict[str, list[float]] = {name: [] for name in asked}
     with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
-        # Before the first node has written anything there is no state to ask for.
-        while not client.get(asked["thread state"]).json().get("values"):
-            time.sleep(1)
+        until = time.monotonic() + IDLE
+        while time.monotonic() < until:
+            ask(client, assistant, taken["idle: assistant"])
+        began = api.runs.create(
+            thread, "prunewright", input={"request": request}, context={"agent": "greedy"}
+        )
+        run = f"/threads/{thread}/runs/{began['run_id']}"
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            for name, path in asked.items():
-                sent = time.perf_counter()
-                answer = client.get(path).raise_for_status()
-                taken[name].append(time.perf_counter() - sent)
-                if name == "run" and answer.json()["status"] not in ("pending", "running"):
-                    print(f"the run has ended: {answer.json()['status']}")
-                    return taken
-                time.sleep(PAUSE)
+            ask(client, assistant, taken["assistant"])
+            ask(client, f"/threads/{thread}/state", taken["thread state"])
+            status = ask(client, run, taken["run"])["status"]
+            if status not in ("pending", "running"):
+                print(f"the run has ended: {status}")
+                return taken
         client.post(f"{run}/cancel", params={"wait": "true"})
     return taken
 
@@ -111,13 +119,13 @@ def main() -> None:
         finally:
             server.send_signal(signal.SIGINT)
             server.wait()
-    rows = {**taken, "all": [value for values in taken.values() for value in values]}
-    for asked, values in rows.items():
+    for asked, values in taken.items():
         ordered = sorted(values)
         print(
-            f"{asked:13} {len(ordered):5} answers  median {1000 * statistics.median(ordered):6.1f}"
+            f"{asked:15} {len(ordered):5} answers  median {1000 * statistics.median(ordered):6.1f}"
             f"  95 % {1000 * ordered[int(0.95 * (len(ordered) - 1))]:6.1f}"
-            f"  max {1000 * ordered[-1]:6.1f} ms"
+            f"  max {1000 * ordered[-1]:7.1f} ms, "
+            f"{sum(value > BOUND for value in values)} over {1000 * BOUND:.0f} ms"
         )
     print(f"{os.cpu_count()} processors, load average {load:.1f} before the run")
 

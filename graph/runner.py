@@ -337,6 +337,8 @@ def collect_garbage(run_directory: str | Path) -> tuple[int, int]:
     directory.config()
     keep: set[str] = set()
     with directory.locked():
+        if directory.started:
+            _check_kept_here(directory)
         if directory.database.exists():
             with read_checkpoints(directory) as saver:
                 for found in saver.list(None):
@@ -399,15 +401,28 @@ def _new_thread() -> str:
     return f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
 
 
+def _check_kept_here(directory: RunDirectory) -> None:
+    """Refuse a run whose checkpoints are not in its directory.
+
+    Raises:
+        StoreError: they are not.
+    """
+    if not directory.database.exists():
+        raise StoreError(
+            f"{directory.database} is missing: without its checkpoints a run can neither go on nor "
+            "say which masks it needs. Those of LangGraph's server are kept by it: such a run goes "
+            "on there"
+        )
+
+
 def _check_database(directory: RunDirectory, thread: str) -> None:
     """Look at the checkpoints read-only: opening a damaged database for writing would alter it.
 
     Raises:
         StoreError: missing, damaged, or without the run's checkpoints.
     """
+    _check_kept_here(directory)
     database = directory.database
-    if not database.exists():
-        raise StoreError(f"{database} is missing: the run cannot go on without it")
     uri = f"{database.resolve().as_uri()}?mode=ro"
     try:
         with closing(sqlite3.connect(uri, uri=True)) as connection:

@@ -16,7 +16,9 @@ import pytest
 from fake_langsmith import FakeLangSmith, serve_langsmith
 from langgraph_sdk import get_sync_client
 
-from prunewright.state import PruneContext, PruneRequest
+from prunewright.graph.runner import collect_garbage, resume
+from prunewright.graph.runner import run as run_here
+from prunewright.state import PruneContext, PruneRequest, StoreError
 from prunewright.tools.rundir import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -204,9 +206,9 @@ def test_langsmith_is_told_what_the_run_is(
     (root,) = [run for run in runs if not run.get("parent_run_id")]
     steps = [run for run in runs if run.get("parent_run_id") == root["id"]]
     assert [run["name"] for run in sorted(steps, key=lambda run: run["start_time"])] == nodes
-    for run in [root, *steps]:
-        assert expected.items() <= run["extra"]["metadata"].items()
-        assert {"wanda", "greedy"} <= set(run["tags"])
+    for traced_run in [root, *steps]:
+        assert expected.items() <= traced_run["extra"]["metadata"].items()
+        assert {"wanda", "greedy"} <= set(traced_run["tags"])
 
 
 def test_what_cannot_be_run_is_refused_in_our_words(
@@ -225,6 +227,13 @@ def test_what_cannot_be_run_is_refused_in_our_words(
     with server.directory(thread).locked():
         message = server.error(request_, GREEDY, thread)
     assert f"another process (id {os.getpid()}) is working in" in message
+    # Its checkpoints are the server's: nobody else knows what they need.
+    ended = server.directory(finished[0])
+    masks = sorted((ended.path / "revisions").rglob("*"))
+    for act in (collect_garbage, resume):
+        with pytest.raises(StoreError, match="such a run goes on there"):
+            act(ended.path)
+    assert sorted((ended.path / "revisions").rglob("*")) == masks
 
 
 def test_a_cancelled_run_has_stopped_and_goes_on(server: Server, request_: dict[str, Any]) -> None:
@@ -281,6 +290,61 @@ def test_two_threads_at_once_each_with_its_assistant(
     config, records = other.config(), other.read_trace()
     assert (config.agent, config.criterion, config.max_steps) == ("uniform", "magnitude", 2)
     assert [record.agent for record in records] == ["uniform"] * 2
+
+
+def test_a_person_edits_at_a_breakpoint_and_answers_a_review(
+    server: Server, request_: dict[str, Any]
+) -> None:
+    client, thread = server.client, server.thread()
+    context = GREEDY | {"review": True}
+
+    def go_on(**what: Any) -> dict[str, Any]:
+        events = client.runs.stream(thread, "prunewright", stream_mode="updates", **what)
+        return {part.event: part.data for part in events}
+
+    go_on(input={"request": request_}, context=context, interrupt_before=["apply_prune"])
+    state: dict[str, Any] = dict(client.threads.get_state(thread))
+    assert state["next"] == ["apply_prune"]
+    report = state["values"]["decision"]
+    name = report["decision"]["layers"][0]["name"]
+
+    def edit(delta: float) -> dict[str, Any]:
+        decision = report["decision"] | {"layers": [{"name": name, "delta": delta}]}
+        values = {"decision": report | {"decision": decision}}
+        client.threads.update_state(thread, values, as_node="agent_decide")
+        return go_on(input=None, context=context)
+
+    refused = edit(0.9)
+    assert "cannot be applied" in refused["error"]["message"]
+    assert "edit it again" in refused["error"]["message"]
+    assert "error" not in edit(0.1)
+
+    # The same decision waits for a review now.
+    (waiting,) = dict(client.threads.get_state(thread))["interrupts"]
+    assert waiting["value"]["step"] == 1
+    assert "error" not in go_on(command={"resume": {"approve": True}}, context=context)
+    first, *_ = server.directory(thread).read_trace()
+    assert list(first.applied.values()) == [pytest.approx(0.1, abs=1e-3)]
+    assert first.review is not None
+    assert first.review.verdict == "approved"
+
+
+def test_a_run_is_forked_from_an_earlier_step(server: Server, request_: dict[str, Any]) -> None:
+    client, thread = server.client, server.thread()
+    assert "error" not in dict(server.run(thread, request_, GREEDY))
+    before = revision(server, thread)
+    states: list[dict[str, Any]] = [dict(s) for s in client.threads.get_history(thread, limit=100)]
+    old = next(s for s in states if s["next"] == ["profile"] and s["values"].get("step") == 1)
+    client.runs.wait(
+        thread, "prunewright", checkpoint=old["checkpoint"], context={"agent": "uniform"}
+    )
+    agents = [record.agent for record in server.directory(thread).read_trace()]
+    assert agents == ["greedy"] + ["uniform"] * (len(agents) - 1)
+    assert revision(server, thread) != before
+    # The same from the command line's side: a run that took these decisions from the start.
+    trace = server.directory(thread).path
+    again = run_here(request_ | {"agent": f"replay:{trace}"}, out=server.folder / "again")
+    assert again.metrics.revision == revision(server, thread)
 
 
 def test_a_server_killed_in_the_middle_goes_on_to_the_same_end(
