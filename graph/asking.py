@@ -1,5 +1,6 @@
 """One checked decision: what the agent sees, what it answers, what is wrong with that."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,6 +20,8 @@ from prunewright.state import (
     check_decision,
 )
 from prunewright.tools.rundir import RunDirectory
+
+_log = logging.getLogger("prunewright")
 
 
 def observe(
@@ -72,6 +75,7 @@ def ask(name: str, agent: Agent, observation: Observation, *, repairs: int) -> D
         if not problems:
             break
         refusals.append(Refusal(text, tuple(problems)))
+        _log.info("%s: an answer was refused: %s", name, "; ".join(problems))
     else:
         decision = Decision(reasoning="No valid answer: nothing is pruned.", layers=[])
     deltas = {item.name: item.delta for item in decision.layers}

@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 
 from prunewright.graph import console
 from prunewright.graph.console import Live, Screen
+from prunewright.graph.logs import LOGGER, Level, logging_to_stderr
 from prunewright.graph.stopping import stop_requested
 from prunewright.state import InputError, PruneConfig, PrunewrightError, StepRecord, load_config
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from prunewright.tools.packing import Sizes
     from prunewright.tools.plan import Plan
     from prunewright.tools.rundir import RunDirectory
+
+_log = logging.getLogger(LOGGER)
 
 DONE, FAILURE, BAD_INPUT, ENDED_EARLY = 0, 1, 2, 3
 _GOOD_ENDS = ("target_reached", "baseline")
@@ -50,6 +53,7 @@ class Session:
         debug: show tracebacks.
         json: standard output carries one JSON object and nothing else.
         lines: it carries several, a line each.
+        log_json: standard error carries JSON lines and nothing else.
         run: the run directory that is worked on, once known.
         again: the command that goes on where it is not `resume`.
     """
@@ -57,13 +61,21 @@ class Session:
     debug: bool = False
     json: bool = False
     lines: bool = False
+    log_json: bool = False
     run: Path | None = None
     again: str | None = None
 
     @property
     def screen(self) -> Screen:
         """Where people read."""
-        return Screen(stderr=self.json)
+        return Screen(stderr=self.json, quiet=self.json and self.log_json)
+
+    def complain(self, level: int, head: tuple[str, str], words: str) -> None:
+        """Say on standard error why the command did not simply succeed."""
+        if self.log_json:
+            _log.log(level, "%s", head[0] + words)
+        else:
+            Screen(stderr=True).line(head, words)
 
     def emit(self, value: dict[str, Any]) -> None:
         """Print the JSON object, if one was asked for."""
@@ -179,9 +191,29 @@ def _common(
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
+    log_level: Annotated[
+        Level | None,
+        typer.Option(
+            "--log-level",
+            case_sensitive=False,
+            help="Log at least this to standard error, a line each with the time. Default: "
+            "warnings, bare.",
+            show_default=False,
+        ),
+    ] = None,
+    log_json: Annotated[
+        bool,
+        typer.Option(
+            "--log-json",
+            help="Log JSON lines to standard error: time, level, logger, message, run, step, node.",
+        ),
+    ] = False,
 ) -> None:
-    ctx.obj.debug = debug
-    _quiet(debug)
+    session: Session = ctx.obj
+    session.debug, session.log_json = debug, log_json
+    _quiet()
+    libraries = logging.WARNING if debug else logging.ERROR
+    ctx.with_resource(logging_to_stderr(log_level, as_json=log_json, libraries=libraries))
 
 
 @app.command("run")
@@ -870,10 +902,8 @@ def _report(session: Session, screen: Screen, result: "RunResult") -> NoReturn:
         }
     )
     if not reached:
-        Screen(stderr=True).line(
-            ("Ended before the target: ", "yellow"),
-            f"{reason}. Sparsity {metrics.sparsity:.4f}.",
-        )
+        head = ("Ended before the target: ", "yellow")
+        session.complain(logging.WARNING, head, f"{reason}. Sparsity {metrics.sparsity:.4f}.")
     raise typer.Exit(code)
 
 
@@ -915,15 +945,13 @@ def _print_plan(screen: Screen, config: PruneConfig, plan: "Plan") -> None:
         screen.line(("warning    ", "yellow"), words)
 
 
-def _quiet(debug: bool) -> None:
+def _quiet() -> None:
     """Keep the libraries' progress bars and remarks off the screen."""
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")
     logging.captureWarnings(True)
-    logging.getLogger().setLevel(logging.WARNING if debug else logging.ERROR)
-    logging.getLogger("prunewright").setLevel(logging.WARNING)
 
 
 def _quiet_transformers(debug: bool) -> None:
@@ -968,19 +996,20 @@ def _go_on(command: str | None) -> str:
 def _interrupted(session: Session, error: KeyboardInterrupt) -> NoReturn:
     number = error.args[0] if error.args else signal.SIGINT
     command = session.resume_command()
-    Screen(stderr=True).line(f"Interrupted. {_go_on(command)}")
+    session.complain(logging.WARNING, ("Interrupted. ", ""), _go_on(command))
     session.emit({"error": "interrupted", "exit_code": 128 + number, "resume": command})
     raise typer.Exit(128 + int(number))
 
 
 def _failed(session: Session, error: Exception, message: str, code: int) -> NoReturn:
-    if session.debug:
+    if session.debug and session.log_json:
+        _log.error("%s", error, exc_info=error)
+    elif session.debug:
         traceback.print_exception(error)
-    screen = Screen(stderr=True)
-    screen.line(("Error: ", "bold red"), message)
+    session.complain(logging.ERROR, ("Error: ", "bold red"), message)
     command = session.resume_command() if code == FAILURE else None
     if command and command not in message:
-        screen.line(f"What was done is kept; go on with: {command}")
+        session.complain(logging.ERROR, ("What was done is kept; ", ""), f"go on with: {command}")
     session.emit(
         {"error": message, "kind": type(error).__name__, "exit_code": code, "resume": command}
     )

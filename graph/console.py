@@ -8,6 +8,7 @@ import math
 import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -61,12 +62,13 @@ def clean(text: str) -> str:
 class Screen:
     """Where people read: standard output, or standard error while that is kept for JSON."""
 
-    def __init__(self, *, stderr: bool = False) -> None:
-        self.console = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    def __init__(self, *, stderr: bool = False, quiet: bool = False) -> None:
+        make = partial(
+            Console, stderr=stderr, quiet=quiet, markup=False, highlight=False, emoji=False
+        )
+        self.console = make()
         if not self.console.is_terminal:
-            self.console = Console(
-                stderr=stderr, markup=False, highlight=False, emoji=False, width=200
-            )
+            self.console = make(width=200)
 
     def line(self, *parts: str | tuple[str, str]) -> None:
         """Print one line of plain strings and ``(string, style)`` pairs."""
@@ -122,7 +124,8 @@ class Live:
             Elapsed(),
             console=screen.console,
             transient=True,
-            disable=not screen.console.is_terminal,
+            # It also takes over standard error, and a quiet one would swallow that.
+            disable=screen.console.quiet or not screen.console.is_terminal,
         )
         self._task = self._progress.add_task("loading the model and the texts", total=None)
         self._label = ""

@@ -5,6 +5,7 @@ replaced as a whole.
 """
 
 import functools
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from prunewright.graph.agents import Observation, make_agent
 from prunewright.graph.agents.base import Probes
 from prunewright.graph.asking import ask, check, observe, spent_by
 from prunewright.graph.correction import predicted_costs
+from prunewright.graph.logs import log_fields
 from prunewright.graph.review import review
 from prunewright.graph.routing import guard_reason, step_price, termination
 from prunewright.graph.stopping import call_stoppable, check_stop
@@ -54,6 +56,8 @@ from prunewright.tools.rundir import RunDirectory
 from prunewright.tools.trace import accepted_perplexity
 from prunewright.tools.workbench import Workbench, workbench
 
+_log = logging.getLogger("prunewright")
+
 PROBE_WINDOWS = 2
 """Guard windows that a probe is measured on: the first ones."""
 NO_THREAD = "default"
@@ -64,14 +68,28 @@ _Node = TypeVar("_Node", bound=Callable[..., PruneUpdate])
 
 
 def timed(node: _Node) -> _Node:
-    """Add the node's wall time to the state's ``seconds``."""
+    """Add the node's wall time to the state's ``seconds``, and log it."""
 
     @functools.wraps(node)
     def wrapper(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
         check_stop()
-        began = time.perf_counter()
-        update = node(state, runtime)
-        return {**update, "seconds": {node.__name__: time.perf_counter() - began}}
+        began, name = time.perf_counter(), node.__name__
+        with log_fields(
+            run=str(run_directory(runtime).path), step=state.get("step", 0) + 1, node=name
+        ):
+            _log.info("%s begins", name)
+            try:
+                update = node(state, runtime)
+            except Exception as error:
+                _log.info("%s did not end: %s", name, type(error).__name__)
+                raise
+            seconds = time.perf_counter() - began
+            told: dict[str, Any] = {"seconds": seconds}
+            if update.get("history"):
+                told["verdict"] = update["history"][-1]["verdict"]
+            words = update.get("summary") or "nothing to do"
+            _log.info("%s took %.2f s: %s", name, seconds, words, extra=told)
+        return {**update, "seconds": {name: seconds}}
 
     return cast(_Node, wrapper)
 
@@ -562,6 +580,7 @@ def run_directory(runtime: Runtime[PruneContext]) -> RunDirectory:
 def _progress(runtime: Runtime[PruneContext]) -> Progress:
     def report(label: str, done: int, total: int) -> None:
         check_stop()
+        _log.debug("%s: %d of %d", label, done, total)
         runtime.stream_writer({"progress": {"label": label, "done": done, "total": total}})
 
     return report

@@ -1,10 +1,11 @@
 """Start, resume and fork runs in this process: what the command line and notebooks call."""
 
+import logging
 import shutil
 import sqlite3
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from prunewright.graph.agents import check_agent
 from prunewright.graph.builder import build_graph
 from prunewright.graph.routing import termination
 from prunewright.graph.stopping import check_stop, iterate_stoppable, stop_on_signals
+from prunewright.graph.tracing import labels
 from prunewright.state import (
     STATUS_WORDS,
     InputError,
@@ -41,8 +43,13 @@ from prunewright.tools.rundir import RunDirectory
 from prunewright.tools.storage import write_atomic
 from prunewright.tools.trace import load_metrics
 
+_log = logging.getLogger("prunewright")
+
 _REVISIONS = ("revision", "gradient_revision", "candidate")
 """The keys of the state that name a revision."""
+
+_FORKING = ".forking-"
+"""Begins the name of a directory that is to become a fork."""
 
 OnEvent = Callable[[str, dict[str, Any]], None]
 """Called with ``updates`` (a node's name and update) or ``custom`` (progress, step, metrics)."""
@@ -179,21 +186,32 @@ def fork(
         for name in _REVISIONS
         if values.get(name)
     }
-    scratch = RunDirectory(directory.path.with_name(f".forking-{thread}"))
+    _remove_half_forks(directory.path.parent)
+    scratch = RunDirectory(directory.path.with_name(f"{_FORKING}{thread}"))
     try:
-        history = state["history"] if state is not None else []
-        parent.branch(scratch, config, thread, history, revisions)
-        if chain:
-            _write_checkpoints(scratch, thread, chain)
-        try:
-            if directory.path.exists():
-                directory.path.rmdir()
-            scratch.path.rename(directory.path)
-        except OSError as error:
-            raise StoreError(f"cannot write {directory.path}: {error.strerror}") from error
+        # The lock goes along with the directory.
+        with scratch.locked():
+            history = state["history"] if state is not None else []
+            parent.branch(scratch, config, thread, history, revisions)
+            if chain:
+                _write_checkpoints(scratch, thread, chain)
+            try:
+                if directory.path.exists():
+                    directory.path.rmdir()
+                scratch.path.rename(directory.path)
+            except OSError as error:
+                raise StoreError(f"cannot write {directory.path}: {error.strerror}") from error
     finally:
         shutil.rmtree(scratch.path, ignore_errors=True)
     return _drive(directory, config, thread, on_event, reviewer)
+
+
+def _remove_half_forks(folder: Path) -> None:
+    """Remove what processes left in a folder that were killed while they made a fork there."""
+    for path in folder.glob(f"{_FORKING}*"):
+        # Whoever is still at work there holds its lock.
+        with suppress(InputError), RunDirectory(path).locked():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _changed(directory: RunDirectory, changes: dict[str, Any]) -> PruneConfig:
@@ -321,6 +339,8 @@ def collect_garbage(run_directory: str | Path) -> tuple[int, int]:
     directory.config()
     keep: set[str] = set()
     with directory.locked():
+        if directory.started:
+            _check_kept_here(directory)
         if directory.database.exists():
             with read_checkpoints(directory) as saver:
                 for found in saver.list(None):
@@ -369,7 +389,8 @@ def _prune_once(
             on_event("custom", {"progress": {"label": label, "done": done, "total": total}})
 
     with stop_on_signals(), directory.locked():
-        return RunResult(directory.path, prune_once(directory, config, thread, progress))
+        _log_begin(directory, config, "begins")
+        return _finished(directory, prune_once(directory, config, thread, progress))
 
 
 def _settle(config: PruneConfig | dict[str, Any] | str | Path) -> PruneConfig:
@@ -382,15 +403,28 @@ def _new_thread() -> str:
     return f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
 
 
+def _check_kept_here(directory: RunDirectory) -> None:
+    """Refuse a run whose checkpoints are not in its directory.
+
+    Raises:
+        StoreError: they are not.
+    """
+    if not directory.database.exists():
+        raise StoreError(
+            f"{directory.database} is missing: without its checkpoints a run can neither go on nor "
+            "say which masks it needs. Those of LangGraph's server are kept by it: such a run goes "
+            "on there"
+        )
+
+
 def _check_database(directory: RunDirectory, thread: str) -> None:
     """Look at the checkpoints read-only: opening a damaged database for writing would alter it.
 
     Raises:
         StoreError: missing, damaged, or without the run's checkpoints.
     """
+    _check_kept_here(directory)
     database = directory.database
-    if not database.exists():
-        raise StoreError(f"{database} is missing: the run cannot go on without it")
     uri = f"{database.resolve().as_uri()}?mode=ro"
     try:
         with closing(sqlite3.connect(uri, uri=True)) as connection:
@@ -418,13 +452,7 @@ def _drive(
         "configurable": {"thread_id": thread},
         "recursion_limit": 6 * config.max_steps + 10,
         "run_name": "prunewright",
-        "tags": [config.criterion, config.agent],
-        "metadata": {
-            "model": config.model,
-            "agent": config.agent,
-            "criterion": config.criterion,
-            "target": config.target,
-        },
+        **labels(config.request, config.context),
     }
     try:
         with (
@@ -447,6 +475,7 @@ def _drive(
                 write_atomic(directory.config_file, config.to_yaml().encode())
             # JSON, as Studio sends it: the state holds plain values only.
             request: Any = config.request.model_dump(mode="json")
+            _log_begin(directory, config, "goes on" if started else "begins")
             given: PruneInput | Command[Any] | None = None if started else {"request": request}
             while True:
                 stream = partial(
@@ -470,7 +499,36 @@ def _drive(
             f"{directory.database}: {error}. Nothing recorded so far is lost: free some space "
             f"if the disk is full, then: prunewright resume {directory.path}"
         ) from error
-    return RunResult(directory.path, load_metrics(directory))
+    return _finished(directory, load_metrics(directory))
+
+
+def _log_begin(directory: RunDirectory, config: PruneConfig, what: str) -> None:
+    facts = {
+        "model": config.model,
+        "agent": config.agent,
+        "criterion": config.criterion,
+        "target": config.target,
+    }
+    words = ", ".join(f"{name} {value}" for name, value in facts.items())
+    _log.info("the run %s in %s: %s", what, directory.path, words, extra=_run(directory) | facts)
+
+
+def _finished(directory: RunDirectory, metrics: Metrics) -> RunResult:
+    test, seconds = metrics.perplexity.test, metrics.seconds["total"]
+    _log.info(
+        "the run is finished: %s, sparsity %.4f, test perplexity %.3f to %.3f, %.1f s",
+        metrics.status,
+        metrics.sparsity,
+        test.dense,
+        test.final,
+        seconds,
+        extra=_run(directory) | {"status": metrics.status, "seconds": seconds},
+    )
+    return RunResult(directory.path, metrics)
+
+
+def _run(directory: RunDirectory) -> dict[str, Any]:
+    return {"run": str(directory.path)}
 
 
 def _ask_person(directory: RunDirectory, reviewer: Reviewer | None, waiting: Any) -> dict[str, Any]:

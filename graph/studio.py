@@ -2,20 +2,28 @@
 
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from langgraph.runtime import Runtime
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, ValidationError
 
 from prunewright.graph.agents import check_agent
 from prunewright.graph.builder import build_graph
 from prunewright.graph.nodes import Node, run_directory
 from prunewright.graph.stopping import call_cancellable
-from prunewright.state import InputError, PruneContext, PruneState, PruneUpdate, PrunewrightError
+from prunewright.graph.tracing import labelled
+from prunewright.state import (
+    InputError,
+    PruneContext,
+    PruneRequest,
+    PruneState,
+    PruneUpdate,
+    PrunewrightError,
+)
 from prunewright.state.config import CriterionName
 
 DATABASE_VARIABLE = "PRUNEWRIGHT_STUDIO_DB"
@@ -81,7 +89,8 @@ def served(node: Node) -> Callable[[PruneState, Runtime[StudioContext]], Awaitab
                         if given.criterion is not None:
                             request = {**dict(state["request"]), "criterion": given.criterion}
                             state = {**state, "request": request}
-                    return node(state, plain)
+                    with _traced(state, context):
+                        return node(state, plain)
                 except InputError:
                     directory.abandon()
                     raise
@@ -92,6 +101,14 @@ def served(node: Node) -> Callable[[PruneState, Runtime[StudioContext]], Awaitab
         return await call_cancellable(partial(work, state, runtime))
 
     return wrapper
+
+
+def _traced(state: PruneState, context: PruneContext) -> AbstractContextManager[None]:
+    """Labels for the node's traces; a request that the node will refuse has none."""
+    try:
+        return labelled(PruneRequest.model_validate(state["request"]), context)
+    except ValidationError:
+        return nullcontext()
 
 
 @asynccontextmanager

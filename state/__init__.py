@@ -1,5 +1,7 @@
 """What is passed on between the parts: configuration, decisions, profiles, history, state."""
 
+import logging
+
 from prunewright.state.config import (
     PruneConfig,
     PruneContext,
@@ -27,6 +29,9 @@ from prunewright.state.history import (
 from prunewright.state.profile import COST_DELTAS, LayerProfile, ModelProfile
 from prunewright.state.review import Review, ReviewAnswer, ReviewRequest
 from prunewright.state.schema import STATUS_WORDS, PruneInput, PruneState, PruneUpdate
+
+# A library configures no logging: what is not asked for is not heard.
+logging.getLogger("prunewright").addHandler(logging.NullHandler())
 
 __all__ = [
     "COST_DELTAS",

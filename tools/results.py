@@ -148,6 +148,7 @@ def save_model(run: RunDirectory, bench: Workbench, outcome: Outcome, metrics: M
         if run.model.exists():
             shutil.rmtree(run.model)
         scratch.rename(run.model)
+        _log.info("the model is saved, reloaded and checked: %s", run.model)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

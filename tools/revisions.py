@@ -6,6 +6,7 @@ their values. The manifest's own hash is the revision's name, so equal masks hav
 wherever they were made, equal layers are stored once, and nothing is ever altered.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from prunewright.state import StoreError
 from prunewright.tools.storage import canonical_json, read_json, sha256_bytes, share, write_atomic
+
+_log = logging.getLogger("prunewright")
 
 DENSE = sha256_bytes(canonical_json({}))
 """The name of the revision without masks: the dense model."""
@@ -79,6 +82,7 @@ class RevisionStore:
         path = self._manifest(revision)
         if not path.exists():
             write_atomic(path, canonical_json({"layers": layers, "about": about or {}}))
+            _log.debug("revision %s stored, with masks of %d layers", revision, len(layers))
         return revision
 
     def manifest(self, revision: str) -> Manifest:

@@ -3,9 +3,11 @@
 import difflib
 import importlib.util
 import json
+import logging
 import os
 import re
 import shlex
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -33,6 +35,8 @@ from prunewright.graph.agents.prompt import prompt
 from prunewright.graph.agents.reading import MAX_ANSWER, answer_schema, read_answer
 from prunewright.state import AgentError, Decision, InputError, Spent
 from prunewright.state.config import AskingOptions, problem_words
+
+_log = logging.getLogger("prunewright")
 
 MAX_WAIT = 120.0
 """Seconds between two tries, whatever a server asks for."""
@@ -283,6 +287,7 @@ class LLMAgent:
         spent = self._spent + Spent(calls=self.calls, tokens=self.tokens)
         check_budget(self._asking, spent, self._run)
         self.calls += 1
+        began = time.perf_counter()
         try:
             result = model.invoke(messages)
         except Exception as error:
@@ -293,7 +298,10 @@ class LLMAgent:
         if not isinstance(raw, AIMessage):
             raise AgentError(f"the agent {self.name} returned no chat message")
         usage = raw.usage_metadata
-        self.tokens += usage["total_tokens"] if usage else 0
+        tokens = usage["total_tokens"] if usage else 0
+        self.tokens += tokens
+        seconds = time.perf_counter() - began
+        _log.debug("%s answered in %.2f s, %d tokens", self.name, seconds, tokens)
         return raw
 
     def _wait(self, state: RetryCallState) -> float:
@@ -306,6 +314,8 @@ class LLMAgent:
         asked = _retry_after(error)
         wait = f" (the server asks to wait {asked:g} s)" if asked else ""
         self.notes.append(f"try {state.attempt_number} failed: {_words(error)}{wait}")
+        pause = state.next_action.sleep if state.next_action else 0.0
+        _log.warning("%s: %s; asking again in %.3g s", self.name, self.notes[-1], pause)
 
 
 def check_budget(asking: AskingOptions, spent: Spent, run: str) -> None:

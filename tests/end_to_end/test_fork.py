@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from prunewright.graph import baseline, build_graph, fork, resume, run
 from prunewright.graph.cli import app
 from prunewright.state import InputError, PruneConfig, StoreError
+from prunewright.tools.rundir import RunDirectory
 
 Submit = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -195,3 +197,26 @@ def test_time_travel_inside_a_thread_has_the_weights_of_the_step(
     assert first["decision"]["layers"] == kept
     run(reference_config | {"agent": f"replay:{tmp_path / 'run'}"}, out=tmp_path / "again")
     assert final(tmp_path / "run") == final(tmp_path / "again") != final(reference)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_kill_while_a_fork_is_made_leaves_nothing_for_long(
+    reference: Path,
+    submit: Submit,
+    same_run: Callable[[Path, Path], None],
+    tmp_path: Path,
+    when: str,
+) -> None:
+    out, kill = tmp_path / "fork", {"at": "prunewright.graph.runner:_write_checkpoints"}
+    job = {"do": "fork", "of": str(reference), "step": 1, "out": str(out)}
+    assert submit(job | {"kill": kill | {"when": when}}) == {"signal": signal.SIGKILL}
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".forking-")
+    # Another that is at work just now is not touched.
+    busy = RunDirectory(tmp_path / ".forking-by-another")
+    with busy.locked():
+        assert "error" not in submit(job)
+        assert set(tmp_path.iterdir()) == {out, busy.path}
+    same_run(reference, out)
+    assert RunDirectory(out).holder() is None
+    assert not RunDirectory(out).holder_file.exists()

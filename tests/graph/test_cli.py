@@ -126,11 +126,8 @@ def test_help_and_version_need_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-<<<<<<< HEAD
-    "command", ["run", "resume", "baseline", "show", "evaluate", "plan", "pack", "unpack"]
-=======
-    "command", ["run", "resume", "baseline", "compare", "show", "evaluate", "plan"]
->>>>>>> d
+    "command",
+    ["run", "resume", "baseline", "compare", "show", "evaluate", "plan", "pack", "unpack"],
 )
 def test_every_command_has_help(command: str) -> None:
     result = invoke(command, "--help")

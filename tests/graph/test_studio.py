@@ -13,9 +13,12 @@ from typing import Any
 
 import httpx
 import pytest
+from fake_langsmith import FakeLangSmith, serve_langsmith
 from langgraph_sdk import get_sync_client
 
-from prunewright.state import PruneContext, PruneRequest
+from prunewright.graph.runner import collect_garbage, resume
+from prunewright.graph.runner import run as run_here
+from prunewright.state import PruneContext, PruneRequest, StoreError
 from prunewright.tools.rundir import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,8 +29,9 @@ GREEDY = {"agent": "greedy"}
 class Server:
     """The server of `make studio`, in a folder of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, langsmith: FakeLangSmith) -> None:
         self.folder = folder
+        self.langsmith = langsmith
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -44,9 +48,9 @@ class Server:
         environment = {
             "LANGGRAPH_CLI_NO_ANALYTICS": "1",
             "LANGGRAPH_NO_VERSION_CHECK": "true",
-            "LANGSMITH_TRACING": "false",
+            "LANGSMITH_TRACING": "true",
             "OMP_NUM_THREADS": "1",
-            "NO_PROXY": "127.0.0.1",
+            **self.langsmith.environment,
         }
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
@@ -96,12 +100,13 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    made = Server(tmp_path_factory.mktemp("studio"))
-    made.start()
-    try:
-        yield made
-    finally:
-        made.end(signal.SIGKILL)
+    with serve_langsmith() as langsmith:
+        made = Server(tmp_path_factory.mktemp("studio"), langsmith)
+        made.start()
+        try:
+            yield made
+        finally:
+            made.end(signal.SIGKILL)
 
 
 @pytest.fixture
@@ -177,6 +182,35 @@ def test_a_whole_run_is_streamed_and_kept(
     assert (server.folder / "runs" / "studio" / "state.sqlite").is_file()
 
 
+def test_langsmith_is_told_what_the_run_is(
+    server: Server,
+    request_: dict[str, Any],
+    finished: tuple[str, list[tuple[str, dict[str, Any]]]],
+) -> None:
+    thread, events = finished
+    nodes = [node for mode, data in events if mode == "updates" for node in data]
+
+    def traced() -> list[dict[str, Any]]:
+        runs = list(server.langsmith.runs.values())
+        ours = [run for run in runs if run["extra"]["metadata"].get("thread_id") == thread]
+        return ours if ours and all(run.get("end_time") for run in ours) else []
+
+    while not (runs := traced()):  # sent from another thread of the server, in batches
+        time.sleep(0.1)
+    expected = {
+        "model": request_["model"],
+        "agent": "greedy",
+        "criterion": "wanda",
+        "target": request_["target"],
+    }
+    (root,) = [run for run in runs if not run.get("parent_run_id")]
+    steps = [run for run in runs if run.get("parent_run_id") == root["id"]]
+    assert [run["name"] for run in sorted(steps, key=lambda run: run["start_time"])] == nodes
+    for traced_run in [root, *steps]:
+        assert expected.items() <= traced_run["extra"]["metadata"].items()
+        assert {"wanda", "greedy"} <= set(traced_run["tags"])
+
+
 def test_what_cannot_be_run_is_refused_in_our_words(
     server: Server,
     request_: dict[str, Any],
@@ -193,6 +227,13 @@ def test_what_cannot_be_run_is_refused_in_our_words(
     with server.directory(thread).locked():
         message = server.error(request_, GREEDY, thread)
     assert f"another process (id {os.getpid()}) is working in" in message
+    # Its checkpoints are the server's: nobody else knows what they need.
+    ended = server.directory(finished[0])
+    masks = sorted((ended.path / "revisions").rglob("*"))
+    for act in (collect_garbage, resume):
+        with pytest.raises(StoreError, match="such a run goes on there"):
+            act(ended.path)
+    assert sorted((ended.path / "revisions").rglob("*")) == masks
 
 
 def test_a_cancelled_run_has_stopped_and_goes_on(server: Server, request_: dict[str, Any]) -> None:
@@ -249,6 +290,61 @@ def test_two_threads_at_once_each_with_its_assistant(
     config, records = other.config(), other.read_trace()
     assert (config.agent, config.criterion, config.max_steps) == ("uniform", "magnitude", 2)
     assert [record.agent for record in records] == ["uniform"] * 2
+
+
+def test_a_person_edits_at_a_breakpoint_and_answers_a_review(
+    server: Server, request_: dict[str, Any]
+) -> None:
+    client, thread = server.client, server.thread()
+    context = GREEDY | {"review": True}
+
+    def go_on(**what: Any) -> dict[str, Any]:
+        events = client.runs.stream(thread, "prunewright", stream_mode="updates", **what)
+        return {part.event: part.data for part in events}
+
+    go_on(input={"request": request_}, context=context, interrupt_before=["apply_prune"])
+    state: dict[str, Any] = dict(client.threads.get_state(thread))
+    assert state["next"] == ["apply_prune"]
+    report = state["values"]["decision"]
+    name = report["decision"]["layers"][0]["name"]
+
+    def edit(delta: float) -> dict[str, Any]:
+        decision = report["decision"] | {"layers": [{"name": name, "delta": delta}]}
+        values = {"decision": report | {"decision": decision}}
+        client.threads.update_state(thread, values, as_node="agent_decide")
+        return go_on(input=None, context=context)
+
+    refused = edit(0.9)
+    assert "cannot be applied" in refused["error"]["message"]
+    assert "edit it again" in refused["error"]["message"]
+    assert "error" not in edit(0.1)
+
+    # The same decision waits for a review now.
+    (waiting,) = dict(client.threads.get_state(thread))["interrupts"]
+    assert waiting["value"]["step"] == 1
+    assert "error" not in go_on(command={"resume": {"approve": True}}, context=context)
+    first, *_ = server.directory(thread).read_trace()
+    assert list(first.applied.values()) == [pytest.approx(0.1, abs=1e-3)]
+    assert first.review is not None
+    assert first.review.verdict == "approved"
+
+
+def test_a_run_is_forked_from_an_earlier_step(server: Server, request_: dict[str, Any]) -> None:
+    client, thread = server.client, server.thread()
+    assert "error" not in dict(server.run(thread, request_, GREEDY))
+    before = revision(server, thread)
+    states: list[dict[str, Any]] = [dict(s) for s in client.threads.get_history(thread, limit=100)]
+    old = next(s for s in states if s["next"] == ["profile"] and s["values"].get("step") == 1)
+    client.runs.wait(
+        thread, "prunewright", checkpoint=old["checkpoint"], context={"agent": "uniform"}
+    )
+    agents = [record.agent for record in server.directory(thread).read_trace()]
+    assert agents == ["greedy"] + ["uniform"] * (len(agents) - 1)
+    assert revision(server, thread) != before
+    # The same from the command line's side: a run that took these decisions from the start.
+    trace = server.directory(thread).path
+    again = run_here(request_ | {"agent": f"replay:{trace}"}, out=server.folder / "again")
+    assert again.metrics.revision == revision(server, thread)
 
 
 def test_a_server_killed_in_the_middle_goes_on_to_the_same_end(
