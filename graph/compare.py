@@ -306,7 +306,8 @@ class _Worker:
                 _log.warning(
                     "stopping after the window or layer in hand; press again to stop at once"
                 )
-                os.kill(at_work, signal.SIGINT)
+                # Not SIGINT: what a shell starts in the background is made to ignore that.
+                os.kill(at_work, signal.SIGTERM)
                 for line in process.stdout:
                     if json.loads(line)[0] == "ended":
                         break
