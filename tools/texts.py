@@ -137,14 +137,19 @@ def pack(
     of every window, inside ``length``: such models expect it. One at the end is left out.
     """
     text = "\n\n".join(documents)
-    probe: list[int] = tokenizer("a", add_special_tokens=False).input_ids
-    dressed: list[int] = tokenizer("a").input_ids
-    start = next(
-        (dressed[:i] for i in range(len(dressed)) if dressed[i : i + len(probe)] == probe), []
-    )
+    start = start_tokens(tokenizer)
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     body = length - len(start)
     return [start + ids[i : i + body] for i in range(0, len(ids) - body + 1, body)]
+
+
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a tokenizer begins every text with, such as Llama's BOS; often nothing."""
+    probe: list[int] = tokenizer("a", add_special_tokens=False).input_ids
+    dressed: list[int] = tokenizer("a").input_ids
+    return next(
+        (dressed[:i] for i in range(len(dressed)) if dressed[i : i + len(probe)] == probe), []
+    )
 
 
 def hash_windows(windows: Tensor) -> str:
