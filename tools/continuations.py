@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from prunewright.tools.perplexity import Head, Progress, hidden_states
-from prunewright.tools.questions import FactQuestion
+from prunewright.tools.questions import FactQuestion, shown_form
 from prunewright.tools.texts import start_tokens
 
 AT_ONCE = 16
@@ -98,7 +98,7 @@ def fact_tokens(
         question = f"Question: {fact.question.strip()}\nAnswer:"
         context: list[int] = tokenizer(question, add_special_tokens=False).input_ids
         whole: list[int] = tokenizer(
-            f"{question} {fact.answers[0].strip()}", add_special_tokens=False
+            f"{question} {shown_form(fact.answers)}", add_special_tokens=False
         ).input_ids
         pairs.append((start + context, whole[len(context) :]))
     return pairs

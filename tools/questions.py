@@ -102,6 +102,19 @@ def load_facts(source: str) -> list[FactQuestion]:
     return _load(source, "facts.jsonl", _fact)
 
 
+def shown_form(answers: Sequence[str]) -> str:
+    """The form of an answer that is shown and scored: the first, with capitals.
+
+    FreebaseQA writes most answers in lower case. A model that is shown "smiles of a summer night"
+    writes names so, too, and recalls far less: 0 of 60 questions against 6 by
+    SmolLM2-135M-Instruct. So a form without any capital gets one at each word.
+    """
+    form = answers[0].strip()
+    if form != form.lower():
+        return form
+    return " ".join(word[:1].upper() + word[1:] for word in form.split(" "))
+
+
 def hash_questions(questions: Sequence[Question]) -> str:
     """sha256 over all that the questions say."""
     return sha256_bytes(canonical_json([q.model_dump(mode="json") for q in questions]))

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prunewright.graph import fork, run
 from prunewright.state import InputError, StoreError
+from prunewright.tools.questions import shown_form
 from prunewright.tools.rundir import RunDirectory
 
 QUESTIONS = [f"Who saw the {word}?" for word in ("river", "hill", "mill", "sea", "rose", "road")]
@@ -31,7 +32,7 @@ def recall(directory: Path, facts: Path) -> float:
         fact = json.loads(line)
         question = f"Question: {fact['question']}\nAnswer:"
         start = len(tokenizer(question).input_ids)
-        ids = tokenizer(f"{question} {fact['answers'][0]}").input_ids
+        ids = tokenizer(f"{question} {shown_form(fact['answers'])}").input_ids
         with torch.no_grad():
             rows = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         scores = [float(rows[i - 1, ids[i]]) for i in range(start, len(ids))]
@@ -144,7 +145,7 @@ def test_facts_that_changed_or_are_too_few(
 ) -> None:
     bounded["guard"]["max_knowledge_drop"] = 100.0
     bounded["texts"]["facts"] = 7
-    with pytest.raises(InputError, match="6 facts, 7 are asked for: lower texts.facts"):
+    with pytest.raises(InputError, match="6 facts, 7 are asked for"):
         run(bounded, out=tmp_path / "few")
     bounded["texts"]["facts"] = 6
     run(bounded | {"max_steps": 1}, out=tmp_path / "run")

@@ -10,7 +10,7 @@ from lm_eval.models.huggingface import HFLM
 from prunewright.tools.continuations import Continuations, answer_scores, fact_tokens
 from prunewright.tools.models import LoadedModel
 from prunewright.tools.perplexity import Head
-from prunewright.tools.questions import load_facts
+from prunewright.tools.questions import load_facts, shown_form
 
 Load = Callable[..., LoadedModel]
 PREFIX = "Question: Who wrote it?\nAnswer: he did\n\n"
@@ -93,7 +93,7 @@ def test_batched_answers_are_those_of_single_passes(load: Load, family: str) -> 
     facts = load_facts("embedded")[:20]
     pairs = fact_tokens(facts, loaded.tokenizer)
     text = loaded.tokenizer.decode(pairs[0][0] + pairs[0][1])
-    assert text == f"Question: {facts[0].question}\nAnswer: {facts[0].answers[0]}"
+    assert text == f"Question: {facts[0].question}\nAnswer: {shown_form(facts[0].answers)}"
     told: list[tuple[str, int, int]] = []
     found = answer_scores(loaded.model, Head(loaded.model), pairs, lambda *p: told.append(p))
     for (context, answer), score in zip(pairs, found, strict=True):

@@ -99,10 +99,12 @@ def test_mmlu_by_letters(loaded: LoadedModel, files: dict[str, str]) -> None:
     assert (score.questions, score.shots, score.data) == (5, 2, files["asked"])
     outcomes = {o.id: o for o in score.outcomes}
     for row in ASKED:
-        values = [sum(token_scores(loaded, head + lettered(row), f" {x}")) for x in "ABCD"]
+        scores = [token_scores(loaded, head + lettered(row), f" {x}") for x in "ABCD"]
+        values = [sum(s) for s in scores]
         outcome = outcomes[row["id"]]
         assert outcome.correct is (values.index(max(values)) == row["answer"])
-        assert outcome.log_probability == pytest.approx(values[row["answer"]], abs=1e-3)
+        right = scores[row["answer"]]
+        assert outcome.log_probability == pytest.approx(sum(right) / len(right), abs=1e-3)
     assert score.accuracy == sum(o.correct for o in score.outcomes) / 5
     mean = sum(o.log_probability or 0 for o in score.outcomes) / 5
     assert score.log_probability == pytest.approx(mean)
@@ -127,6 +129,7 @@ def test_mmlu_by_the_words_of_the_answers(loaded: LoadedModel, files: dict[str, 
 def test_facts_by_greedy_answers(loaded: LoadedModel, files: dict[str, str]) -> None:
     rows = FACTS.copy()
     random.Random(0).shuffle(rows)
+    (score,) = evaluate_tasks(loaded, ["facts"], data={"facts": files["facts"]}, shots=2)
     greedy = {}
     for row in FACTS:
         shown = [r for r in rows if r is not row][:2]
@@ -138,7 +141,6 @@ def test_facts_by_greedy_answers(loaded: LoadedModel, files: dict[str, str]) -> 
         words = loaded.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
         greedy[row["id"]] = words.partition("\n")[0]
         scores = token_scores(loaded, context, f" {row['answers'][0]}")
-        (score,) = evaluate_tasks(loaded, ["facts"], data={"facts": files["facts"]}, shots=2)
         outcome = next(o for o in score.outcomes if o.id == row["id"])
         assert outcome.log_probability == pytest.approx(sum(scores) / len(scores), abs=1e-3)
         assert outcome.correct is False

@@ -10,7 +10,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from prunewright.state import InputError
-from prunewright.tools.questions import hash_questions, load_choices, load_facts
+from prunewright.tools.questions import hash_questions, load_choices, load_facts, shown_form
 
 OFFICIAL = {
     "Dataset": "FreebaseQA-dev",
@@ -62,6 +62,12 @@ def test_mmlu_from_lines_a_list_and_parquet(tmp_path: Path) -> None:
     assert found[0] == found[1] == found[2]
     assert [(q.id, q.answer) for q in found[0]] == [("1", 1), ("2", 0)]
     assert hash_questions(found[0]) != hash_questions(found[0][::-1])
+
+
+def test_forms_without_capitals_are_shown_with_them() -> None:
+    assert shown_form(["smiles of a summer night ", "x"]) == "Smiles Of A Summer Night"
+    assert shown_form(["the Who"]) == "the Who"
+    assert shown_form(["1984"]) == "1984"
 
 
 def test_the_embedded_ones() -> None:

@@ -157,7 +157,7 @@ def ask(
         InputError: a question with its examples is too long for the model.
         StoreError: what is in ``store`` is damaged, or it cannot be written.
     """
-    harness = _Harness(loaded, quiz, progress)
+    harness: _Harness | None = None  # made for the first question that is left to ask
     standing = _standing(loaded, quiz)
     outcomes: list[QuestionOutcome] = []
     for begin in range(0, len(quiz.asked), CHUNK):
@@ -167,6 +167,7 @@ def ask(
         file = None if store is None else store / "outcomes" / f"{quiz.task}-{key}.json"
         known = None if file is None else _stored(file, ids)
         if known is None:
+            harness = harness or _Harness(loaded, quiz, progress)
             known = harness.ask(chunk, begin)
             if file is not None:
                 write_json(file, _Stored(outcomes=known).model_dump(mode="json"))

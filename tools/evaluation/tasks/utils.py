@@ -6,6 +6,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from prunewright.tools.questions import shown_form
+
 Doc = dict[str, Any]
 Likelihood = tuple[float, bool]
 """Sum of the log-probabilities of a continuation's tokens, and whether it is the greedy one."""
@@ -44,7 +46,12 @@ def right(doc: Doc) -> int:
 
 def preferred(doc: Doc) -> str:
     """The accepted form that is shown in examples and scored."""
-    return str(doc["answers"][0]).strip()
+    return shown_form(doc["answers"])
+
+
+def after_space(doc: Doc) -> str:
+    """The preferred form, as it goes on after "Answer:"."""
+    return f" {preferred(doc)}"
 
 
 def choose(doc: Doc, results: list[Likelihood]) -> dict[str, float]:
