@@ -43,6 +43,7 @@ def observe(
         max_layer_sparsity=request.max_layer_sparsity,
         max_increase=context.guard.max_increase,
         max_price=context.guard.max_price,
+        max_knowledge_drop=context.guard.max_knowledge_drop,
         criterion=request.criterion,
         dense_perplexity=state["dense_perplexity"],
         perplexity=state["perplexity"],

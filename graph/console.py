@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
@@ -22,6 +22,9 @@ from prunewright.state import STATUS_WORDS, PruneConfig, StepRecord
 from prunewright.state.metrics import Metrics, Pair
 from prunewright.state.profile import short_name
 from prunewright.tools.signatures import STAGNANT_STEPS, find_signatures
+
+if TYPE_CHECKING:
+    from prunewright.tools.evaluation import Evaluation
 
 ZEROS_ALONE = (
     "Zeros alone make a model neither smaller on disk nor faster: that takes a storage format or "
@@ -214,6 +217,8 @@ def step_line(record: StepRecord) -> list[str | tuple[str, str]]:
         parts.append(f"  {change}")
     if record.predicted_change is not None:
         parts.append(f" (predicted {record.predicted_change:+.2%})")
+    if record.candidate_knowledge is not None:
+        parts.append(f"  facts {knowledge_words(record)}")
     if record.reason:
         parts.append(f"  {one_line(record.reason, 300)}")
     return parts
@@ -234,6 +239,14 @@ def change_words(record: StepRecord) -> str:
         return ""
     noise = f" ± {record.change_stderr:.2%}" if record.change_stderr is not None else ""
     return f"{record.change:+.2%}{noise}"
+
+
+def knowledge_words(record: StepRecord) -> str:
+    """Log-probability of the right answers to the facts, and how far it is from the dense one."""
+    value, dense = record.candidate_knowledge, record.knowledge_dense
+    if value is None or dense is None:
+        return ""
+    return f"{value:+.3f} nats a token ({value - dense:+.3f} from dense)"
 
 
 def one_line(text: str, most: int) -> str:
@@ -278,6 +291,7 @@ def print_metrics(screen: Screen, metrics: Metrics, directory: str, model: str) 
     screen.pairs(
         [
             ("sparsity", f"{metrics.sparsity:.2%} of the prunable weights are exactly zero"),
+            *_knowledge_rows(metrics.knowledge),
             ("ended", status_words(metrics.status)),
             ("steps", f"{metrics.steps}, {metrics.rollbacks} rolled back"),
             ("agent", _agent_words(metrics)),
@@ -292,9 +306,69 @@ def print_metrics(screen: Screen, metrics: Metrics, directory: str, model: str) 
     screen.line(ZEROS_ALONE)
 
 
+def print_evaluation(screen: Screen, found: "Evaluation") -> None:
+    """What a model scored, alone or against another."""
+    for one in (found, found.against):
+        if one is None:
+            continue
+        screen.pairs(
+            [
+                ("model" if one is found else "against", one.model),
+                ("loaded", f"{one.dtype} on {one.device}, {one.parameters:,} parameters"),
+                ("sparsity", f"{one.sparsity:.2%} of {one.prunable:,} prunable weights are zero"),
+            ]
+        )
+        for text in one.texts:
+            noise = f" ± {text.stderr:.3f}" if text.stderr is not None else ""
+            value = "not finite" if text.perplexity is None else f"{text.perplexity:.3f}{noise}"
+            screen.line(
+                ("perplexity ", "bold"),
+                f" {value} on {text.source} ({text.windows} windows of {text.length} tokens)",
+            )
+        for task in one.tasks:
+            noise = f" ± {task.stderr:.1%}" if task.stderr is not None else ""
+            screen.line(
+                (f"{task.task:<11}", "bold"),
+                f"{task.accuracy:.1%}{noise} right of {_count(task.questions, 'question')} from "
+                f"{task.data}, {task.shots}-shot; right answers at "
+                f"{nats_words(task.log_probability)} nats a token",
+            )
+    if found.comparisons:
+        screen.line()
+        screen.table(
+            ["task", "accuracy", "against", "retention", "lost", "gained", "p", "nats a token"],
+            [
+                [
+                    c.task,
+                    f"{c.accuracy:.1%}",
+                    f"{c.reference_accuracy:.1%}",
+                    "" if c.retention is None else f"{c.retention:.1f} %",
+                    str(c.lost),
+                    str(c.gained),
+                    f"{c.p_value:.2g}",
+                    nats_words(c.log_probability_change)
+                    + ("" if c.low is None else f" [{c.low:+.3f}, {nats_words(c.high)}]"),
+                ]
+                for c in found.comparisons
+            ],
+        )
+
+
+def nats_words(value: float | None) -> str:
+    """A log-probability or a difference of some, in nats."""
+    return "not finite" if value is None else f"{value:+.3f}"
+
+
 def calls_words(calls: int, tokens: int) -> str:
     """What an LLM was asked; "" if it was not."""
     return f"{_count(calls, 'call')}, {tokens:,} tokens" if calls or tokens else ""
+
+
+def _knowledge_rows(pair: Pair | None) -> list[tuple[str, str]]:
+    if pair is None:
+        return []
+    words = f"right answers at {nats_words(pair.final)} nats a token, dense {pair.dense:+.3f}"
+    return [("facts", words)]
 
 
 def _agent_words(metrics: Metrics) -> str:

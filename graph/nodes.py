@@ -45,10 +45,12 @@ from prunewright.state import (
     Spent,
     StepRecord,
     StepSummary,
+    StoreError,
     parse_pattern,
 )
 from prunewright.state.config import describe_validation_error
-from prunewright.state.schema import add_up
+from prunewright.state.metrics import Pair
+from prunewright.state.schema import Knowledge, add_up
 from prunewright.tools.perplexity import Progress, change_with_error, perplexity
 from prunewright.tools.results import Outcome, finish
 from prunewright.tools.revisions import DENSE
@@ -236,18 +238,32 @@ def evaluate_ppl(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpda
         run.check(request, bench)
         before = dict(bench.tokens)
         losses = bench.guard_losses(candidate, _progress(runtime))
+        value = perplexity(losses)
+        finite = math.isfinite(value)
+        knowledge, recalled = None, None
+        if context.guard.max_knowledge_drop is not None and finite:
+            knowledge = _knowledge(state, bench, _progress(runtime))
+            recalled = bench.knowledge(candidate, _progress(runtime))
         tokens = _spent(bench, before)
-    value = perplexity(losses)
-    finite = math.isfinite(value)
     change = change_with_error(state["guard_losses"], losses) if finite else (math.inf, 0.0)
     price = None
     if context.guard.max_price is not None and math.isfinite(sum(change)):
         predicted = sum(run.read_applied(state["applied"]).predicted_costs.values())
         price = step_price(change, predicted, run.read_records(state["history"]))
     reason = guard_reason(
-        state["perplexity"], value, state["dense_perplexity"], context.guard, price
+        state["perplexity"],
+        value,
+        state["dense_perplexity"],
+        context.guard,
+        price,
+        None if knowledge is None or recalled is None else (knowledge["dense"], recalled),
     )
+    measured: PruneUpdate = {}
+    if knowledge is not None and recalled is not None:
+        known = recalled if math.isfinite(recalled) else None
+        measured = {"knowledge": knowledge, "candidate_knowledge": known}
     return {
+        **measured,
         "summary": evaluated_words(state["perplexity"], value, reason),
         "candidate_perplexity": value if finite else None,
         "candidate_losses": losses if finite else [],
@@ -314,9 +330,14 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
         "candidate_sparsity": None,
         "candidate_perplexity": None,
         "candidate_losses": [],
+        "candidate_knowledge": None,
         "applied": "",
         "rollback_reason": "",
     }
+    known, recalled = state.get("knowledge"), record.candidate_knowledge
+    if accepted and known is not None and recalled is not None:
+        known = {**known, "accepted": recalled, "revision": record.revision}
+        update["knowledge"] = known
     runtime.stream_writer({"step": record.model_dump(mode="json")})
     if update["status"] != "running":
         outcome = Outcome(
@@ -332,6 +353,10 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
             llm_calls=sum(r.llm_calls for r in records),
             guard_dense=state["dense_perplexity"],
             guard_losses=update["guard_losses"],
+            # Not where the bound was lifted before the last step was accepted.
+            knowledge=Pair(dense=known["dense"], final=known["accepted"])
+            if known is not None and known["revision"] == record.revision
+            else None,
             seconds=state["seconds"],
             tokens=state["tokens"],
         )
@@ -340,6 +365,32 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
             metrics = finish(run, bench, outcome, _progress(runtime))
         runtime.stream_writer({"metrics": metrics.model_dump(mode="json")})
     return update
+
+
+def _knowledge(state: PruneState, bench: Workbench, progress: Progress | None) -> Knowledge:
+    """What the dense model and the accepted revision know, measured unless it is known.
+
+    Raises:
+        InputError: the facts cannot be read, or the dense model's score is not finite.
+        StoreError: they are not the facts that were scored before.
+    """
+    known, facts, revision = state.get("knowledge"), bench.facts_hash(), state["revision"]
+    if known is not None and known["facts"] != facts:
+        raise StoreError(
+            f"the run cannot go on: the facts of {bench.request.texts.knowledge} are no longer "
+            "those that its earlier steps were scored on"
+        )
+    dense = known["dense"] if known is not None else bench.knowledge(DENSE, progress)
+    if not math.isfinite(dense):
+        raise InputError(
+            "guard.max_knowledge_drop cannot be used: the dense model's log-probability of the "
+            f"right answers is not finite in {bench.loaded.dtype}. Try another dtype"
+        )
+    if known is not None and known["revision"] == revision:
+        accepted = known["accepted"]
+    else:
+        accepted = dense if revision == DENSE else bench.knowledge(revision, progress)
+    return {"dense": dense, "accepted": accepted, "revision": revision, "facts": facts}
 
 
 def _probes(
@@ -493,6 +544,7 @@ def _record(state: PruneState, outcome: AppliedDecision) -> StepRecord:
         change = change if math.isfinite(change) else None
         stderr = stderr if math.isfinite(stderr) else None
     assert state["profile"] is not None
+    known, recalled = state.get("knowledge"), state.get("candidate_knowledge")
     return StepRecord(
         step=state["step"],
         agent=report.agent,
@@ -512,6 +564,8 @@ def _record(state: PruneState, outcome: AppliedDecision) -> StepRecord:
         candidate_perplexity=state["candidate_perplexity"],
         change=change,
         change_stderr=stderr,
+        knowledge_dense=known["dense"] if known is not None and recalled is not None else None,
+        candidate_knowledge=recalled,
         predicted_change=report.predicted_change,
         repairs=report.repairs,
         llm_calls=report.calls,

@@ -64,6 +64,7 @@ def guard_reason(
     dense: float,
     guard: GuardOptions,
     price: Price | None = None,
+    knowledge: tuple[float, float] | None = None,
 ) -> str:
     """Why a candidate is rolled back; "" if it is accepted.
 
@@ -75,6 +76,8 @@ def guard_reason(
         price: what ``guard.max_price`` bounds: a step goes whose measured rise, less twice its
             standard error, is more than ``max_price`` times the predicted one. A step that is
             predicted to cost nothing, such as one that gives weights back, has no price.
+        knowledge: mean log-probability of the right answers by the dense model and by the
+            candidate, nats a token, where ``guard.max_knowledge_drop`` bounds its fall.
     """
     if not math.isfinite(candidate):
         return "the perplexity is not finite"
@@ -90,6 +93,16 @@ def guard_reason(
             f"perplexity rose by {total:.1%} over the dense model, "
             f"more than {guard.max_total_increase:.1%}"
         )
+    if guard.max_knowledge_drop is not None and knowledge is not None:
+        if not math.isfinite(knowledge[1]):
+            return "the log-probability of the right answers to the facts is not finite"
+        drop = knowledge[0] - knowledge[1]
+        if drop > guard.max_knowledge_drop:
+            return (
+                f"the right answers to the facts became less likely by {drop:.3f} nats a token "
+                f"than the dense model finds them, more than guard.max_knowledge_drop "
+                f"{guard.max_knowledge_drop:g}"
+            )
     if guard.max_price is None or price is None or price.predicted <= 0:
         return ""
     if price.measured - 2 * price.error > guard.max_price * price.predicted:

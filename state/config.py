@@ -50,6 +50,12 @@ class TextOptions(Options):
         None, description="source of the guard; null: the calibration source, other windows"
     )
     test: str = Field("embedded", description="source reported on, never chosen on")
+    knowledge: str = Field(
+        "embedded",
+        description="questions of guard.max_knowledge_drop: FreebaseQA's JSON, or rows of "
+        "question and answers in a local file or hub data set",
+    )
+    facts: int = Field(64, ge=1, description="how many of these questions are scored")
     windows: WindowOptions = Field(WindowOptions(), description="how many windows, how long")
 
 
@@ -76,6 +82,12 @@ class GuardOptions(Options):
         gt=1,
         description="largest rise of the loss as a multiple of what was predicted for the step "
         "after correction by the steps before; null: no bound",
+    )
+    max_knowledge_drop: float | None = Field(
+        None,
+        gt=0,
+        description="largest fall below the dense model of the mean log-probability of the right "
+        "answers to texts.knowledge, nats a token of the answers; null: no bound, not measured",
     )
 
 

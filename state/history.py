@@ -110,6 +110,11 @@ class StepRecord(BaseModel):
     """Relative perplexity change of the candidate over the revision accepted before."""
     change_stderr: float | None
     """Standard error of the paired change over the guard windows."""
+    knowledge_dense: float | None = None
+    """Mean log-probability of the right answers to the facts by the dense model, nats a token;
+    None: the guard did not bound it."""
+    candidate_knowledge: float | None = None
+    """The candidate's; None: not measured, or not finite (the reason says so)."""
     predicted_change: float | None
     repairs: int = 0
     """Refused answers that were sent back with what was wrong."""

@@ -4,7 +4,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Pair(BaseModel):
-    """A perplexity before and after."""
+    """A measure before and after."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -37,6 +37,8 @@ class Metrics(BaseModel):
         probes: trials measured before decisions.
         llm_calls: requests to the LLM, failed ones too.
         perplexity: see `Perplexities`.
+        knowledge: mean log-probability of the right answers to the facts, nats a token, where the
+            guard bounded it.
         seconds: wall time, ``total`` and by node.
         tokens: scored for calibration (forward), gradient (forward and backward), guard, probes,
             the trials of an allocation, and test; exchanged with the LLM.
@@ -57,6 +59,7 @@ class Metrics(BaseModel):
     probes: int = 0
     llm_calls: int = 0
     perplexity: Perplexities
+    knowledge: Pair | None = None
     seconds: dict[str, float]
     tokens: dict[str, int]
     peak_memory_bytes: int

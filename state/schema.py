@@ -23,6 +23,17 @@ def add_up(left: dict[str, float], right: dict[str, float]) -> dict[str, float]:
     return {key: left.get(key, 0) + right.get(key, 0) for key in left | right}
 
 
+class Knowledge(TypedDict):
+    """Mean log-probability of the right answers to the facts, nats a token."""
+
+    dense: float
+    accepted: float
+    revision: str
+    """The accepted revision that it was measured at."""
+    facts: str
+    """sha256 of the facts."""
+
+
 class PruneInput(TypedDict):
     """What starts a run."""
 
@@ -55,6 +66,10 @@ class PruneState(TypedDict):
     candidate_sparsity: float | None
     candidate_perplexity: float | None
     candidate_losses: list[float]
+    knowledge: Knowledge | None
+    """As last measured. Absent, like the candidate's, while the guard never bounded it."""
+    candidate_knowledge: float | None
+    """The candidate's; None: not measured, or not finite."""
     applied: str
     """Path of the step's `AppliedDecision` in the run directory: too large for every checkpoint."""
     rollback_reason: str
@@ -87,6 +102,8 @@ class PruneUpdate(TypedDict, total=False):
     candidate_sparsity: float | None
     candidate_perplexity: float | None
     candidate_losses: list[float]
+    knowledge: Knowledge | None
+    candidate_knowledge: float | None
     applied: str
     rollback_reason: str
     rollbacks: int

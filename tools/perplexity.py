@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +17,18 @@ Progress = Callable[[str, int, int], None]
 TOKENS_AT_ONCE = 256
 
 
-def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """The last hidden state [batch, length, width]: the blocks and the final norm, no head."""
+def hidden_states(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
+    """The last hidden state [batch, length, width]: the blocks and the final norm, no head.
+
+    Args:
+        model: the causal LM.
+        ids: token ids [batch, length].
+        options: what else the body of the model is told, such as ``attention_mask``.
+    """
     base = model.base_model
     if base is model:  # a family that does not name its body: it is what holds the blocks
         base = model.get_submodule(find_blocks(model)[0].partition(".")[0])
-    states: Tensor = base(input_ids=ids, use_cache=False).last_hidden_state
+    states: Tensor = base(input_ids=ids, **{"use_cache": False, **options}).last_hidden_state
     return states
 
 

@@ -45,6 +45,7 @@ class Outcome:
     llm_calls: int = 0
     guard_dense: float = math.nan
     guard_losses: list[float] = field(default_factory=list)
+    knowledge: Pair | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, float] = field(default_factory=dict)
 
@@ -91,6 +92,7 @@ def finish(
             guard=Pair(dense=outcome.guard_dense, final=perplexity(outcome.guard_losses)),
             test=Pair(dense=dense, final=final),
         ),
+        knowledge=outcome.knowledge,
         seconds=seconds,
         tokens=tokens,
         peak_memory_bytes=peak_memory(),

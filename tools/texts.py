@@ -112,18 +112,26 @@ def load_windows(options: TextOptions, tokenizer: PreTrainedTokenizerBase, seed:
 
 
 def load_test_windows(
-    source: str, tokenizer: PreTrainedTokenizerBase, count: int, length: int
+    source: str, tokenizer: PreTrainedTokenizerBase, count: int | None, length: int
 ) -> Tensor:
-    """The first ``count`` windows [count, length] of a source's test text.
+    """The first windows [count, length] of a source's test text.
+
+    Args:
+        source: as in ``texts.test``.
+        tokenizer: the model's.
+        count: how many; None takes all, cut as the literature cuts them: the text is tokenized
+            once with what the tokenizer begins a text with, which so stands in the first window
+            alone.
+        length: tokens in one.
 
     Raises:
         InputError: missing, unreadable or too short.
     """
     label, documents = _open(source, "test")
-    pool = pack(documents, tokenizer, length)
-    if len(pool) < count:
+    pool = pack(documents, tokenizer, length, each=count is not None)
+    if len(pool) < (count or 1):
         raise InputError(
-            f"{label} has {len(pool)} windows of {length} tokens, {count} are asked for"
+            f"{label} has {len(pool)} windows of {length} tokens, {count or 1} are asked for"
         )
     return torch.tensor(pool[:count], dtype=torch.int64)
 
@@ -142,22 +150,35 @@ def source_digest(source: str, role: Role) -> str:
 
 
 def pack(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, each: bool = True
 ) -> list[list[int]]:
     """Join documents with blank lines, tokenize once, cut into windows; the tail is dropped.
 
     A tokenizer that begins a text with a token of its own (Llama's BOS) gets it at the start
     of every window, inside ``length``: such models expect it. One at the end is left out.
+
+    Args:
+        documents: texts.
+        tokenizer: the model's.
+        length: tokens in a window.
+        each: begin every window so; else only the text.
     """
     text = "\n\n".join(documents)
-    probe: list[int] = tokenizer("a", add_special_tokens=False).input_ids
-    dressed: list[int] = tokenizer("a").input_ids
-    start = next(
-        (dressed[:i] for i in range(len(dressed)) if dressed[i : i + len(probe)] == probe), []
-    )
+    start = start_tokens(tokenizer)
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    if not each:
+        start, ids = [], start + ids
     body = length - len(start)
     return [start + ids[i : i + body] for i in range(0, len(ids) - body + 1, body)]
+
+
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a tokenizer begins every text with, such as Llama's BOS; often nothing."""
+    probe: list[int] = tokenizer("a", add_special_tokens=False).input_ids
+    dressed: list[int] = tokenizer("a").input_ids
+    return next(
+        (dressed[:i] for i in range(len(dressed)) if dressed[i : i + len(probe)] == probe), []
+    )
 
 
 def hash_windows(windows: Tensor) -> str:

@@ -1,6 +1,7 @@
 """The live model of a process, brought to whichever revision a node needs."""
 
 import ctypes
+import random
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from prunewright.state import InputError, PruneRequest, StoreError, parse_pattern
 from prunewright.state.profile import ModelProfile
+from prunewright.tools.continuations import answer_scores, fact_tokens
 from prunewright.tools.criteria import CRITERIA, prune_mask
 from prunewright.tools.layers import Layer
 from prunewright.tools.models import LoadedModel, load_model
@@ -25,6 +27,7 @@ from prunewright.tools.profiling import (
     measure_gradients,
     statistics_of,
 )
+from prunewright.tools.questions import hash_questions, load_facts
 from prunewright.tools.revisions import Manifest, RevisionStore, StoredLayer, unpack_kept
 from prunewright.tools.solving import PASSES, Wanted, solve_blocks
 from prunewright.tools.texts import EMBEDDED, Windows, load_windows
@@ -61,6 +64,7 @@ class Workbench:
         """Tokens run through the model so far, by use."""
         self._activations: tuple[str, Activations] | None = None
         self._gradients: tuple[str, Gradients] | None = None
+        self._facts: tuple[str, list[tuple[list[int], list[int]]]] | None = None
 
     @property
     def stale(self) -> bool:
@@ -181,6 +185,42 @@ class Workbench:
         self.sync(revision)
         self.tokens["guard"] += self.windows.guard.numel()
         return window_losses(self.loaded.model, self.head, self.windows.guard, progress)
+
+    def facts_hash(self) -> str:
+        """sha256 of the facts that `knowledge` scores.
+
+        Raises:
+            InputError: they cannot be read, or are too few.
+        """
+        return self._drawn_facts()[0]
+
+    def knowledge(self, revision: str, progress: Progress | None = None) -> float:
+        """Mean log-probability of the right answers to the facts at a revision, nats a token.
+
+        Each fact's preferred answer after its bare question: the mean over its tokens, then over
+        the facts. Not finite where the model is broken.
+
+        Raises:
+            InputError: the facts cannot be read, or are too few.
+        """
+        pairs = self._drawn_facts()[1]
+        self.sync(revision)
+        self.tokens["guard"] += sum(len(a) + len(b) - 1 for a, b in pairs)
+        scores = answer_scores(self.loaded.model, self.head, pairs, progress)
+        return sum(scores) / len(scores)
+
+    def _drawn_facts(self) -> tuple[str, list[tuple[list[int], list[int]]]]:
+        """Hash and tokens of the facts, drawn by the seed when they are first needed."""
+        if self._facts is None:
+            source, count = self.request.texts.knowledge, self.request.texts.facts
+            facts = load_facts(source)
+            if len(facts) < count:
+                raise InputError(
+                    f"{source} holds {len(facts)} facts, {count} are asked for: lower texts.facts"
+                )
+            drawn = random.Random(f"{self.request.seed}/knowledge").sample(facts, count)
+            self._facts = hash_questions(drawn), fact_tokens(drawn, self.loaded.tokenizer)
+        return self._facts
 
     def test_losses(self, revision: str, progress: Progress | None = None) -> list[float]:
         """Mean loss of each test window at a revision, nats a token."""
@@ -381,7 +421,8 @@ def _zeros(loaded: LoadedModel, name: str) -> int:
 def _stamps(request: PruneRequest, directory: Path) -> set[tuple[str, int, int]]:
     """Path, size and time of change of the files of a model and of the local texts."""
     paths = [path for kind in ("*.safetensors", "*.json") for path in directory.glob(kind)]
-    for source in {request.texts.calibration, request.texts.guard, request.texts.test}:
+    texts = request.texts
+    for source in {texts.calibration, texts.guard, texts.test, texts.knowledge}:
         if source is not None and source != EMBEDDED:
             path = Path(source).expanduser()
             paths += path.rglob("*") if path.is_dir() else [path]

@@ -76,6 +76,8 @@ class Observation:
         max_layer_sparsity: ceiling of any layer.
         max_increase: relative perplexity rise that is rolled back.
         max_price: multiple of a step's corrected prediction that is rolled back; None: any.
+        max_knowledge_drop: fall below the dense model, of the log-probability of the right answers
+            to the facts, that is rolled back, nats a token; None: any.
         criterion: which weights go inside a layer.
         dense_perplexity: guard perplexity of the dense model.
         perplexity: guard perplexity of the accepted revision.
@@ -104,6 +106,7 @@ class Observation:
     perplexity: float
     profile: ModelProfile
     max_price: float | None = None
+    max_knowledge_drop: float | None = None
     signals: tuple[Signal, ...] = ("z_s", "z_g", "z_c")
     history: tuple[StepRecord, ...] = ()
     feedback: bool = True

@@ -471,6 +471,27 @@ def test_evaluate_agrees_with_the_run(config_file: Path, tmp_path: Path) -> None
     assert "3 windows of 48 tokens" in words
 
 
+def test_evaluate_against_another_model(pico_models: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "scores"
+    options = ["--task", "mmlu-cloze", "--shots", "0", "--limit", "28", "--dtype", "float32"]
+    pair = (pico_models(), *options, "--against", pico_models("Qwen3Config"), "--out", out)
+    result = invoke("evaluate", *pair, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["texts"] == []
+    ours, theirs = (
+        {o["id"]: o["correct"] for o in one["tasks"][0]["outcomes"]}
+        for one in (found, found["against"])
+    )
+    (pairs,) = found["comparisons"]
+    assert pairs["lost"] == sum(theirs[i] and not ours[i] for i in ours)
+    assert pairs["gained"] == sum(ours[i] and not theirs[i] for i in ours)
+    assert json.loads((out / "evaluation.json").read_text()) == found
+    words = flat(invoke("evaluate", *pair).stdout)
+    assert "right of 28 questions from embedded, 0-shot" in words
+    assert "retention lost gained" in " ".join(words.split())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -478,6 +499,12 @@ def test_evaluate_agrees_with_the_run(config_file: Path, tmp_path: Path) -> None
         (["--length", "4096"], "longer than the 256 that the model"),
         (["--text", "/no/such.txt"], "/no/such.txt"),
         (["--dtype", "int8"], "dtype"),
+        (["--protocol", "papers"], "windows or literature"),
+        (["--protocol", "literature", "--windows", "3"], "leave out --windows"),
+        (["--task", "mmul"], "did you mean mmlu"),
+        (["--task", "facts", "--data", "facts"], "TASK=SOURCE"),
+        (["--task", "facts", "--data", "facts=/no/such.json"], "does not exist"),
+        (["--task", "mmlu", "--shots", "1"], "fewer --shots"),
     ],
 )
 def test_evaluate_refuses(

@@ -553,6 +553,23 @@ def test_without_feedback_nothing_of_earlier_steps_stands_there(
     assert "dense 20.000." in str(prompt(other)[1].content)
 
 
+def test_the_bound_on_what_is_forgotten_is_told(make_observation: MakeObservation) -> None:
+    words = "less likely by more than 0.25 nats a token"
+    assert words in texts(make_observation(max_knowledge_drop=0.25))[0]
+    assert "nats a token" not in texts(make_observation())[0]
+
+
+def test_a_step_shows_what_it_forgot(make_observation: MakeObservation) -> None:
+    profile = MODELS[14]
+    first, last = make_history(profile, 2)
+    measured = {"knowledge_dense": -2.0, "candidate_knowledge": -2.6}
+    bad = last.model_copy(update=measured | {"verdict": "rolled_back", "reason": "forgot it"})
+    shown = texts(make_observation(profile.layers, step=2, history=(first, bad)))[1]
+    (line,) = [line for line in shown.splitlines() if line.startswith("2 ")]
+    assert line.endswith("facts -0.600 nats rolled back")
+    assert "Step 2 was rolled back: forgot it." in shown
+
+
 def test_the_bound_on_the_price_is_told_with_the_costs(make_observation: MakeObservation) -> None:
     bound = make_observation(max_price=2.5)
     assert "costs more than 2.5 times what was predicted for it" in texts(bound)[0]
@@ -564,8 +581,8 @@ def test_the_bound_on_the_price_is_told_with_the_costs(make_observation: MakeObs
 
 
 VARIABLES = [
-    *("criterion", "signals", "feedback", "max_increase", "max_price", "max_delta"),
-    "max_layer_sparsity",
+    *("criterion", "signals", "feedback", "max_increase", "max_price"),
+    *("max_knowledge_drop", "max_delta", "max_layer_sparsity"),
     *("max_lessons", "max_lesson", "step", "steps", "target", "sparsity", "pace", "budget"),
     *("dense_perplexity", "perplexity", "last_change", "history", "lessons", "table"),
 ]

@@ -80,6 +80,19 @@ def test_termination(changes: dict[str, Any], status: str) -> None:
     assert termination(**(values | changes)) == status
 
 
+def test_the_bound_on_what_is_forgotten() -> None:
+    bound = GuardOptions(max_knowledge_drop=0.5)
+    assert guard_reason(20, 20, 20, bound, knowledge=(-2.0, -2.5)) == ""
+    assert guard_reason(20, 20, 20, bound, knowledge=(-2.0, -1.0)) == ""
+    assert guard_reason(20, 20, 20, bound, knowledge=(-2.0, -2.6)) == (
+        "the right answers to the facts became less likely by 0.600 nats a token than the dense "
+        "model finds them, more than guard.max_knowledge_drop 0.5"
+    )
+    assert "not finite" in guard_reason(20, 20, 20, bound, knowledge=(-2.0, math.nan))
+    assert "perplexity rose" in guard_reason(20, 30, 20, bound, knowledge=(-2.0, -9.0))
+    assert guard_reason(20, 20, 20, GuardOptions(), knowledge=(-2.0, -9.0)) == ""
+
+
 def test_the_router_after_evaluate_ppl() -> None:
     assert route_guard(cast(PruneState, {"rollback_reason": "worse"})) == "rollback"
     assert route_guard(cast(PruneState, {"rollback_reason": ""})) == "reflect"

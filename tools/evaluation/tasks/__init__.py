@@ -1,0 +1,1 @@
+"""Definitions of the tasks, for lm-evaluation-harness: a YAML file each, and their functions."""
