@@ -72,6 +72,24 @@ class EvaluationText(Options):
     windows: int = Field(20, ge=1, description="how many of its first windows are scored")
 
 
+class EvaluationTask(Options):
+    """Questions that every model is asked, as by ``prunewright evaluate --task``."""
+
+    name: Name = Field(description="what tables call it")
+    task: str = Field(description="mmlu, mmlu-cloze or facts")
+    data: str = Field("embedded", description="source of the questions")
+    examples: str | None = Field(
+        None, description="source of the examples; null: other questions of data"
+    )
+    shots: int = Field(5, ge=0, description="examples before each question")
+    limit: int | None = Field(None, ge=1, description="questions at most; null: all")
+
+    @property
+    def columns(self) -> tuple[str, str]:
+        """Names of its accuracy and of its mean log-probability of the right answers."""
+        return self.name, f"{self.name}, log p"
+
+
 class EvaluationOptions(Options):
     """What every model is scored on, once it is pruned; nothing is chosen on it."""
 
@@ -79,13 +97,12 @@ class EvaluationOptions(Options):
         (EvaluationText(name="embedded", source="embedded"),), min_length=1
     )
     length: int = Field(1024, ge=8, description="tokens in one window")
-    tasks: tuple[str, ...] = Field((), description="tasks to score knowledge on")
+    tasks: tuple[EvaluationTask, ...] = Field((), description="questions to ask")
 
     @model_validator(mode="after")
     def _usable(self) -> "EvaluationOptions":
         _refuse_doubles("text", [text.name for text in self.texts])
-        if self.tasks:
-            raise ValueError("tasks cannot be scored by this version: leave them out")
+        _refuse_doubles("task", [name for task in self.tasks for name in task.columns])
         return self
 
 
@@ -261,7 +278,8 @@ class Scores(_Result):
 
     Attributes:
         texts: perplexities.
-        tasks: accuracies.
+        tasks: accuracies, and mean log-probabilities of the right answers in nats a token, by
+            `EvaluationTask.columns`.
     """
 
     texts: dict[str, TextResult]
@@ -379,7 +397,7 @@ class Summary(_Result):
         peak_memory_bytes: see `CellResult`.
         perplexity: by text.
         ratio: by text, of the cells' ratios to the control; absent where there is none.
-        tasks: by task.
+        tasks: by `EvaluationTask.columns`.
     """
 
     method: str

@@ -21,6 +21,7 @@ from prunewright.state.comparison import (
     ComparisonConfig,
     DenseCell,
     EvaluationOptions,
+    EvaluationTask,
     Method,
     Scores,
     Spread,
@@ -29,6 +30,7 @@ from prunewright.state.comparison import (
     cell_name,
 )
 from prunewright.state.metrics import Metrics
+from prunewright.tools.evaluation.harness import evaluate_tasks, prepare_quizzes
 from prunewright.tools.models import load_model, model_digest
 from prunewright.tools.perplexity import Head, Progress, perplexity, window_losses
 from prunewright.tools.storage import canonical_json, read_json, sha256_bytes
@@ -46,6 +48,7 @@ class Digests:
 
     _models: dict[str, str] = field(default_factory=dict)
     _texts: dict[tuple[str, Role], str] = field(default_factory=dict)
+    _questions: dict[EvaluationTask, str] = field(default_factory=dict)
 
     def model(self, name: str) -> str:
         """Of a model's files.
@@ -70,6 +73,17 @@ class Digests:
     def evaluation(self, evaluation: EvaluationOptions) -> dict[str, str]:
         """Of the evaluation's texts, by name."""
         return {text.name: self.text(text.source, "test") for text in evaluation.texts}
+
+    def questions(self, evaluation: EvaluationOptions) -> dict[str, str]:
+        """Of the evaluation's questions and their examples, by the task's name.
+
+        Raises:
+            InputError: they cannot be read, or lm-eval is missing.
+        """
+        for task in evaluation.tasks:
+            if task not in self._questions:
+                self._questions[task] = prepare_quizzes([task.task], **_asking(task))[0].data_hash
+        return {task.name: self._questions[task] for task in evaluation.tasks}
 
     def calibration(self, config: PruneConfig) -> dict[str, str]:
         """Of a configuration's own texts, by role."""
@@ -141,6 +155,7 @@ def cell_key(
         evaluation=evaluation.model_dump(mode="json"),
         model=digests.model(config.model),
         texts=[own, scored],
+        questions=digests.questions(evaluation),
         files=dict(files or {}),
     )
 
@@ -157,6 +172,7 @@ def dense_key(config: PruneConfig, evaluation: EvaluationOptions, digests: Diges
         evaluation=evaluation.model_dump(mode="json"),
         model=digests.model(config.model),
         texts=digests.evaluation(evaluation),
+        questions=digests.questions(evaluation),
     )
 
 
@@ -179,7 +195,7 @@ def score_model(
     trust_remote_code: bool,
     progress: Progress | None = None,
 ) -> Scores:
-    """Score a model, dense or pruned, on a comparison's texts.
+    """Score a model, dense or pruned, on a comparison's texts and questions.
 
     Raises:
         InputError: the model or a text cannot be used.
@@ -201,10 +217,25 @@ def score_model(
             if not math.isfinite(value):
                 raise PrunewrightError(f"the perplexity on {text.name} is not finite")
             texts[text.name] = TextResult(perplexity=value, losses=tuple(losses))
-        # Scores of knowledge come in here: tasks of `evaluation`, by name.
-        return Scores(texts=texts)
+        tasks = {}
+        for task in evaluation.tasks:
+            (found,) = evaluate_tasks(loaded, [task.task], **_asking(task), progress=progress)
+            if found.log_probability is None:
+                raise PrunewrightError(f"the log-probabilities of {task.name} are not finite")
+            tasks |= dict(zip(task.columns, (found.accuracy, found.log_probability), strict=True))
+        return Scores(texts=texts, tasks=tasks)
     finally:
         loaded.close()
+
+
+def _asking(task: EvaluationTask) -> dict[str, Any]:
+    """What `evaluate_tasks` is told of a task."""
+    return {
+        "data": {task.task: task.data},
+        "examples": {} if task.examples is None else {task.task: task.examples},
+        "shots": task.shots,
+        "limit": task.limit,
+    }
 
 
 def cell_result(metrics: Metrics, scores: Scores) -> CellResult:

@@ -20,6 +20,8 @@ from prunewright.graph.cli import app
 from prunewright.state.comparison import Comparison
 from prunewright.tools.comparison import load_comparison
 from prunewright.tools.evaluation import evaluate
+from prunewright.tools.evaluation.harness import evaluate_tasks
+from prunewright.tools.models import load_model
 from prunewright.tools.rundir import RunDirectory
 
 HOSTILE = "greedy <b>|`x`"
@@ -306,3 +308,31 @@ def wait_for(condition: Callable[[], bool]) -> None:
             return
         time.sleep(0.02)
     raise AssertionError("it did not come")
+
+
+def test_questions_are_asked_of_every_model(study: dict[str, Any], tmp_path: Path) -> None:
+    task = {"name": "facts", "task": "facts", "shots": 1, "limit": 6}
+    evaluation = study["evaluation"] | {"tasks": [task]}
+    path = write(study, tmp_path, methods=study["methods"][:1], seeds=[0], evaluation=evaluation)
+    result = invoke(path, "--out", tmp_path / "out", "--keep-models")
+    assert result.exit_code == 0, result.output
+    found = load_comparison(tmp_path / "out")
+    cell = found.cells[0]
+    for model, scores in (
+        (study["base"]["model"], found.dense.scores),
+        (str(tmp_path / "out" / "cells" / cell.key / "model"), cell.result and cell.result.scores),
+    ):
+        assert scores is not None
+        loaded = load_model(model, dtype="float32", device="cpu")
+        (asked,) = evaluate_tasks(loaded, ["facts"], shots=1, limit=6)
+        assert scores.tasks == {"facts": asked.accuracy, "facts, log p": asked.log_probability}
+    assert found.dense.scores != (cell.result and cell.result.scores)
+    table = (tmp_path / "out" / "comparison.md").read_text()
+    assert f"{found.summary[0].tasks['facts, log p'].mean:.3f}" in table
+
+    # Another question more is another cell.
+    task["limit"] = 7
+    evaluation = study["evaluation"] | {"tasks": [task]}
+    write(study, tmp_path, methods=study["methods"][:1], seeds=[0], evaluation=evaluation)
+    assert invoke(path, "--out", tmp_path / "out").exit_code == 0
+    assert load_comparison(tmp_path / "out").cells[0].key != cell.key

@@ -47,7 +47,14 @@ def comparison(**keys: Any) -> dict[str, Any]:
         ({"methods": [{"name": "m", "settings": {"model": "x"}}]}, "m: model belongs into base"),
         ({"base": {"agent": "greedy"}}, "uniform wanda: base names an agent, so say kind"),
         ({"base": {"agent_options": {"api_key": "x"}}}, "api_key does not belong into a config"),
-        ({"evaluation": {"tasks": ["mmlu"]}}, "tasks cannot be scored"),
+        (
+            {
+                "evaluation": {
+                    "tasks": [{"name": "m", "task": "mmlu"}, {"name": "m", "task": "mmlu"}]
+                }
+            },
+            "the task m stands there twice",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(keys: dict[str, Any], words: str) -> None:

@@ -43,7 +43,7 @@ def results_table(comparison: Comparison) -> Table:
     """Mean and spread over seeds of every method at every target."""
     config, dense = comparison.config, comparison.dense.scores
     texts = [text.name for text in config.evaluation.texts]
-    tasks = list(config.evaluation.tasks)
+    tasks = [name for task in config.evaluation.tasks for name in task.columns]
     scores = [f"{dense.texts[n].perplexity:.2f}" if dense else NONE for n in texts]
     scores += [f"{dense.tasks[n]:.3f}" if dense and n in dense.tasks else NONE for n in tasks]
     rows = [[DENSE_NAME, NONE, NONE, NONE, *scores, NONE, NONE, NONE]]
