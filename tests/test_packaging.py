@@ -139,6 +139,7 @@ def test_the_wheel_holds_nothing_else(names: set[str]) -> None:
         ".html",
         ".css",
         ".js",
+        ".yaml",
     }
 
 
