@@ -261,7 +261,7 @@ def request_rows(config: PruneConfig) -> list[tuple[str, str]]:
     guard = texts.guard or f"{texts.calibration} (other windows)"
     return [
         ("target", target_words(config)),
-        ("criterion", f"{config.criterion}, {config.pattern}"),
+        ("criterion", config.criterion_words),
         (
             "texts",
             f"calibration {texts.calibration}, {windows.calibration} windows; "

@@ -157,6 +157,12 @@ class PruneRequest(Options):
     )
     seed: int = Field(0, ge=0, lt=2**63, description="draws the windows and seeds the agent")
 
+    @property
+    def criterion_words(self) -> str:
+        """Criterion, pattern, and whether weights are reconstructed, for people to read."""
+        words = f"{self.criterion}, {self.pattern}"
+        return f"{words}, kept weights reconstructed" if self.reconstruct else words
+
     @field_validator("pattern", mode="before")
     @classmethod
     def _pattern_form(cls, value: object) -> object:

@@ -203,7 +203,7 @@ in the decoder blocks' linear layers are exactly zero. Embeddings, norms and the
 | perplexity, guard text | {ppl.guard.dense:.3f} | {ppl.guard.final:.3f} |
 | perplexity, test text ({request.texts.test}) | {ppl.test.dense:.3f} | {ppl.test.final:.3f} |
 
-Method: {_method_words(metrics.method)}, criterion {request.criterion}, pattern {request.pattern};
+Method: {_method_words(metrics.method)}, criterion {request.criterion_words};
 {metrics.steps} steps, {metrics.rollbacks} rolled back; ended because: {metrics.status}.
 Masks: `{metrics.revision}`.
 

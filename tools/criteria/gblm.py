@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from prunewright.tools.masks import Group
@@ -27,6 +28,7 @@ def score(weight: Tensor, input_square: Tensor, weight_gradient_square: Tensor) 
     Returns:
         float32 [outputs, inputs].
     """
-    factors = (weight_gradient_square.float() * SAMPLES).sqrt_().mul_(SCALE)
+    gradients = weight_gradient_square.to(weight.device, torch.float32)
+    factors = (gradients * SAMPLES).sqrt_().mul_(SCALE)
     factors += input_square.float().sqrt() * math.sqrt(TOKENS)
     return factors.mul_(weight.float().abs())
