@@ -303,7 +303,7 @@ def test_it_refuses_what_is_no_comparison_and_two_at_once(
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    for _ in range(6_000):
+    for _ in range(30_000):
         if condition():
             return
         time.sleep(0.02)
