@@ -216,7 +216,7 @@ def forge(archive: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["../out", "/tmp/out", "a/../../out", "a//b", "", ".", "C:\\out", "x\0y", MANIFEST]
+    "path", ["../out", "/absolute/out", "a/../../out", "a//b", "", ".", "C:\\out", "x\0y", MANIFEST]
 )
 def test_no_path_leads_out(path: str, model: Path, tmp_path: Path) -> None:
     pack_model(model, tmp_path / "archive")
