@@ -7,6 +7,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["LANGGRAPH_STRICT_MSGPACK"] = "true"
 
+import signal
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -19,6 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
+# A shell's background job, and what nohup starts, ignores it; tests press Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 VOCABULARY = 512
 PICO: dict[str, dict[str, Any]] = {
