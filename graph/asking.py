@@ -44,6 +44,7 @@ def observe(
         max_increase=context.guard.max_increase,
         max_price=context.guard.max_price,
         criterion=request.criterion,
+        pattern=request.pattern,
         dense_perplexity=state["dense_perplexity"],
         perplexity=state["perplexity"],
         profile=run.read_profile(state["profile"]["path"]),
@@ -103,6 +104,7 @@ def check(answer: Decision, observation: Observation) -> tuple[Decision, list[st
         {p.name: p.parameters for p in observation.profile.layers},
         max_delta=observation.max_delta,
         max_step=observation.budget,
+        fixed=observation.fixed_deltas(),
     )
     return decision, problems
 

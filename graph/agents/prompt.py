@@ -50,9 +50,11 @@ _SAMPLE: dict[str, Any] = {
     "budget": "0.05",
     "dense_perplexity": 20.0,
     "table": "name | share",
+    "fixed_delta": 0.5,
 }
 # What is empty, or None, without feedback or before the first step.
 _FORMS: dict[str, tuple[Any, ...]] = {
+    "pattern": (None, "2:4"),
     "signals": ([], ["z_s", "z_g"], ["z_s", "z_g", "z_c"]),
     "feedback": (True, False),
     "perplexity": (None, 21.0),
@@ -131,6 +133,8 @@ def _values(o: Observation, rows: int) -> dict[str, Any]:
         "feedback": o.feedback,
         "max_increase": o.max_increase,
         "max_price": o.max_price if "z_c" in o.signals else None,
+        "pattern": None if o.pattern_sparsity is None else o.pattern,
+        "fixed_delta": o.pattern_sparsity,
         "max_delta": o.max_delta,
         "max_layer_sparsity": o.max_layer_sparsity,
         "max_lessons": MAX_LESSONS,
