@@ -50,7 +50,6 @@ _SAMPLE: dict[str, Any] = {
     "budget": "0.05",
     "dense_perplexity": 20.0,
     "table": "name | share",
-    "fixed_delta": 0.5,
 }
 # What is empty, or None, without feedback or before the first step.
 _FORMS: dict[str, tuple[Any, ...]] = {
@@ -112,8 +111,10 @@ def check_prompts(folder: str | None) -> None:
     if not any((Path(folder) / name).is_file() for name in FILES):
         raise InputError(f"prompts: {folder} holds neither {' nor '.join(FILES)}")
     for changes in itertools.product(*([(key, v) for v in vs] for key, vs in _FORMS.items())):
+        values = _SAMPLE | dict(changes)
+        values["fixed_delta"] = 0.5 if values["pattern"] else None
         for name in FILES:
-            _render(name, folder, _SAMPLE | dict(changes))
+            _render(name, folder, values)
 
 
 def floor_digits(value: float, digits: int = 4) -> str:

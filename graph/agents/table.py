@@ -68,8 +68,9 @@ def table(observation: Observation, last: Mapping[str, str], rows: int = MAX_ROW
     if taken:
         words = f"Have the pattern {observation.pattern} already"
         if "z_c" in observation.signals:
+            prunable, costs = observation.prunable, observation.cost_deltas
             words += ", with the cost that giving the layer back takes away"
-            rates = {n: cost_rates(observation, p)[0] for p in layers if (n := p.name) in taken}
+            rates = {n: cost_rates(p, prunable, costs)[0] for p in layers if (n := p.name) in taken}
             taken = {name: f"{rate:.2g}" for name, rate in rates.items()}
         parts.append(f"{words}: {by_blocks(layers, taken, LINES)}")
     if full:
@@ -100,12 +101,9 @@ def by_blocks(layers: Iterable[LayerProfile], values: Mapping[str, str], most: i
     return "; ".join(parts) + (f"; and {items - most} more" if items > most else "")
 
 
-def cost_rates(observation: Observation, layer: LayerProfile) -> list[float]:
-    """Per cent of perplexity for one per cent of the model's sparsity, at each cost delta."""
-    return [
-        layer.cost_of(delta) / (delta * layer.parameters / observation.prunable)
-        for delta in observation.cost_deltas
-    ]
+def cost_rates(layer: LayerProfile, prunable: int, deltas: Iterable[float]) -> list[float]:
+    """Per cent of perplexity for one per cent of the model's sparsity, at each of some deltas."""
+    return [layer.cost_of(delta) / (delta * layer.parameters / prunable) for delta in deltas]
 
 
 def _order(observation: Observation) -> str:
@@ -130,9 +128,9 @@ def _lines(observation: Observation, shown: list[LayerProfile], last: Mapping[st
         columns["z_g"] = lambda p: f"{p.z_g:.2f}"
     if "z_c" in signals:
         columns["z_c"] = lambda p: f"{p.z_c:.2f}"
-        deltas = " / ".join(f"{d:.4g}" for d in observation.cost_deltas)
-        columns[f"cost at {deltas}"] = lambda p: "/".join(
-            f"{rate:.2g}" for rate in cost_rates(observation, p)
+        deltas = observation.cost_deltas
+        columns[f"cost at {' / '.join(f'{d:.4g}' for d in deltas)}"] = lambda p: "/".join(
+            f"{rate:.2g}" for rate in cost_rates(p, prunable, deltas)
         )
     if last:
         columns["last"] = lambda p: last.get(p.name, "-")
@@ -155,7 +153,7 @@ def _maps(observation: Observation, last: Mapping[str, str]) -> str:
     if "z_c" in observation.signals:
         deltas = observation.cost_deltas
         middle = len(deltas) // 2
-        rates = {p.name: cost_rates(observation, p) for p in layers}
+        rates = {p.name: cost_rates(p, prunable, deltas) for p in layers}
         unit = _unit([rate[middle] for rate in rates.values()])
         parts += [
             f"cost at {deltas[middle]:.4g}, in units of {unit:g}:",
@@ -241,10 +239,11 @@ def _summary(observation: Observation) -> str:
         name = re.sub(r"\d+", "*", p.projection) if many else p.projection
         groups.setdefault((name, depth_of(p.block, blocks)), []).append(p)
     visible = [s for s in ("z_s", "z_g") if s in observation.signals]
+    deltas = observation.cost_deltas
+    middle = deltas[len(deltas) // 2]
     columns = ["projection", "blocks", "layers", "share", "sparsity", *visible]
     if "z_c" in observation.signals:
-        middle = len(observation.cost_deltas) // 2
-        columns.append(f"cost at {observation.cost_deltas[middle]:.4g}: lowest / median / highest")
+        columns.append(f"cost at {middle:.4g}: lowest / median / highest")
     lines = [
         "All layers by projection and depth (mean sparsity and z-scores, share of all together"
         f"{'; * stands for any number' if many else ''}):",
@@ -262,7 +261,7 @@ def _summary(observation: Observation) -> str:
             *(f"{fmean(getattr(p, s) for p in group):.2f}" for s in visible),
         ]
         if "z_c" in observation.signals:
-            rates = sorted(cost_rates(observation, p)[middle] for p in group)
+            rates = sorted(cost_rates(p, prunable, [middle])[0] for p in group)
             cells.append(f"{rates[0]:.2g} / {median(rates):.2g} / {rates[-1]:.2g}")
         lines.append(" | ".join(cells))
     if len(groups) > GROUPS:

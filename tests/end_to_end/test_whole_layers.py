@@ -137,17 +137,17 @@ def test_a_stopped_run_goes_on_to_what_an_uninterrupted_one_ends_at(
     whole = run(config, out=tmp_path / "whole")
     assert whole.metrics.steps > 3
 
-    class Stop(Exception):
+    class PowerError(Exception):
         """The power fails."""
 
     def fail(mode: str, event: dict[str, Any]) -> None:
         if mode == "updates" and "apply_prune" in event:
             seen.append(event)
             if len(seen) == 2:
-                raise Stop
+                raise PowerError
 
     seen: list[Any] = []
-    with pytest.raises(Stop):
+    with pytest.raises(PowerError):
         run(config, out=tmp_path / "stopped", on_event=fail)
     again = resume(tmp_path / "stopped")
     assert again.metrics.revision == whole.metrics.revision
