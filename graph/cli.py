@@ -876,6 +876,7 @@ def _live(
 
 def _report(session: Session, screen: Screen, result: "RunResult") -> NoReturn:
     """Print how a run ended, and leave with the exit code that says it."""
+    from prunewright.graph.whole_layers import MISSING
     from prunewright.tools.report import FILE
     from prunewright.tools.rundir import RunDirectory
     from prunewright.tools.signatures import failure_signatures
@@ -884,6 +885,9 @@ def _report(session: Session, screen: Screen, result: "RunResult") -> NoReturn:
     records = RunDirectory(result.directory).read_trace()
     signatures = failure_signatures(records)
     console.print_metrics(screen, metrics, str(result.directory), str(result.model_directory))
+    for note in records[-1].notes if records else []:
+        if note.endswith(MISSING):
+            screen.pairs([("target", note)])
     page = result.directory / FILE
     if page.is_file():
         screen.pairs([("report", str(page))])

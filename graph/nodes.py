@@ -31,6 +31,7 @@ from prunewright.graph.summary import (
     step_words,
 )
 from prunewright.graph.whole_layers import (
+    MISSING,
     check_model,
     check_request,
     land_whole,
@@ -562,7 +563,7 @@ def _whole_layers(
     notes = [*record.notes, *(model_notes(profile) if record.step == 0 else [])]
     missing = request.target - record.sparsity
     if at_end and missing > TOLERANCE:
-        notes.append(f"{missing:.4f} is missing to the target, too little for any dense layer")
+        notes.append(f"{missing:.4f} {MISSING}")
     return record.model_copy(update={"notes": notes}), at_end
 
 

@@ -7,6 +7,8 @@ from prunewright.graph.routing import TOLERANCE
 from prunewright.state import InputError, ModelProfile, PruneRequest
 from prunewright.tools.models import LoadedModel
 
+MISSING = "is missing to the target, too little for any dense layer"
+"""How the note ends with which a run says that it stopped short of its target."""
 _NAMED = 5
 
 

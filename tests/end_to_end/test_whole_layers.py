@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 from prunewright.graph import fork, resume, run
+from prunewright.graph.cli import app
 from prunewright.graph.runner import RunResult
 from prunewright.state import AgentError, InputError, StepRecord
 from prunewright.tools.rundir import RunDirectory
@@ -192,6 +194,11 @@ def test_where_no_layer_fits_any_more_the_run_ends_and_says_what_is_missing(
     assert result.metrics.sparsity == 256 / 18432
     (record,) = trace(result)
     assert record.notes == ["0.0061 is missing to the target, too little for any dense layer"]
+    shown = CliRunner().invoke(app, ["resume", str(tmp_path / "run")])
+    assert shown.exit_code == 0
+    assert record.notes[0] in shown.output
+    card = (result.model_directory / "README.md").read_text(encoding="utf-8")
+    assert "Each layer is dense or 2:4 as a whole." in card
     with pytest.raises(InputError, match="nothing is left to do"):
         fork(tmp_path / "run", 1, out=tmp_path / "fork")
 
