@@ -45,6 +45,7 @@ def observe(
         max_price=context.guard.max_price,
         max_knowledge_drop=context.guard.max_knowledge_drop,
         criterion=request.criterion,
+        pattern=request.pattern,
         dense_perplexity=state["dense_perplexity"],
         perplexity=state["perplexity"],
         profile=run.read_profile(state["profile"]["path"]),
@@ -104,6 +105,7 @@ def check(answer: Decision, observation: Observation) -> tuple[Decision, list[st
         {p.name: p.parameters for p in observation.profile.layers},
         max_delta=observation.max_delta,
         max_step=observation.budget,
+        fixed=observation.fixed_deltas(),
     )
     return decision, problems
 

@@ -25,6 +25,7 @@ from prunewright.graph.console import Live, Screen
 from prunewright.graph.logs import LOGGER, Level, logging_to_stderr
 from prunewright.graph.stopping import stop_requested
 from prunewright.state import InputError, PruneConfig, PrunewrightError, StepRecord, load_config
+from prunewright.state.config import BASELINE
 
 if TYPE_CHECKING:
     from prunewright.graph.runner import RunResult
@@ -271,7 +272,6 @@ def resume_command(
     session: Session = ctx.obj
     from prunewright.graph import runner
     from prunewright.graph.agents import resolve_agent
-    from prunewright.tools.baseline import BASELINE
     from prunewright.tools.rundir import RunDirectory
 
     _quiet_transformers(session.debug)
@@ -438,7 +438,8 @@ def baseline_command(
     _quiet_transformers(session.debug)
     session.run = _directory(settled, out)
     screen = session.screen
-    _print_head(screen, settled, session.run, f"none: {settled.allocation}, one shot")
+    one_shot = settled.model_copy(update={"agent": BASELINE})
+    _print_head(screen, one_shot, session.run, f"none: {settled.allocation}, one shot")
     with Live(screen) as live:
         result = runner.baseline(settled, session.run, live.on_event)
     _report(session, screen, result)
@@ -951,6 +952,7 @@ def _live(
 
 def _report(session: Session, screen: Screen, result: "RunResult") -> NoReturn:
     """Print how a run ended, and leave with the exit code that says it."""
+    from prunewright.graph.whole_layers import MISSING
     from prunewright.tools.report import FILE
     from prunewright.tools.rundir import RunDirectory
     from prunewright.tools.signatures import failure_signatures
@@ -959,6 +961,9 @@ def _report(session: Session, screen: Screen, result: "RunResult") -> NoReturn:
     records = RunDirectory(result.directory).read_trace()
     signatures = failure_signatures(records)
     console.print_metrics(screen, metrics, str(result.directory), str(result.model_directory))
+    for note in records[-1].notes if records else []:
+        if note.endswith(MISSING):
+            screen.pairs([("target", note)])
     page = result.directory / FILE
     if page.is_file():
         screen.pairs([("report", str(page))])

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prunewright.state import STATUS_WORDS, PruneConfig, StepRecord
+from prunewright.state.config import BASELINE, pattern_sparsity
 from prunewright.state.metrics import Metrics, Pair
 from prunewright.state.profile import short_name
 from prunewright.tools.signatures import STAGNANT_STEPS, find_signatures
@@ -272,11 +273,13 @@ def request_rows(config: PruneConfig) -> list[tuple[str, str]]:
 
 
 def target_words(config: PruneConfig) -> str:
-    """The target in words; a pattern fixes it."""
-    if config.pattern != "unstructured":
-        keep, group = config.pattern.split(":")
-        return f"{1 - int(keep) / int(group):.1%} of the prunable weights, fixed by the pattern"
-    return f"{config.target:.1%} of the prunable weights"
+    """The target in words; a baseline's is fixed by a pattern, a run takes whole layers to it."""
+    whole = pattern_sparsity(config.pattern)
+    if whole is None:
+        return f"{config.target:.1%} of the prunable weights"
+    if config.agent == BASELINE:
+        return f"{whole:.1%} of the prunable weights, fixed by the pattern"
+    return f"{config.target:.1%} of the prunable weights, by whole layers of {config.pattern}"
 
 
 def print_metrics(screen: Screen, metrics: Metrics, directory: str, model: str) -> None:

@@ -21,7 +21,7 @@ from prunewright.graph.asking import ask, check, observe, spent_by
 from prunewright.graph.correction import predicted_costs
 from prunewright.graph.logs import log_fields
 from prunewright.graph.review import review
-from prunewright.graph.routing import guard_reason, step_price, termination
+from prunewright.graph.routing import TOLERANCE, guard_reason, step_price, termination
 from prunewright.graph.stopping import call_stoppable, check_stop
 from prunewright.graph.summary import (
     applied_words,
@@ -29,6 +29,14 @@ from prunewright.graph.summary import (
     evaluated_words,
     profile_words,
     step_words,
+)
+from prunewright.graph.whole_layers import (
+    MISSING,
+    check_model,
+    check_request,
+    land_whole,
+    model_notes,
+    nothing_fits,
 )
 from prunewright.state import (
     AppliedDecision,
@@ -46,7 +54,6 @@ from prunewright.state import (
     StepRecord,
     StepSummary,
     StoreError,
-    parse_pattern,
 )
 from prunewright.state.config import describe_validation_error
 from prunewright.state.metrics import Pair
@@ -109,6 +116,9 @@ def profile(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     if fresh and _thread(runtime) == NO_THREAD and run.trace_file.exists():
         raise InputError(f"{run.path} holds another run: give another `out`, or a thread_id")
     with workbench(request, run.path) as bench:
+        if fresh and request.pattern_sparsity is not None:
+            bench.sync(DENSE)
+            check_model(request, bench.loaded, bench.pattern_counts(), sum(bench.zeros().values()))
         run.begin(_thread(runtime), request, _context(runtime), bench)
         before = dict(bench.tokens)
         update: PruneUpdate = {}
@@ -124,7 +134,9 @@ def profile(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
         signals = bench.profile(revision, gradient_revision, _progress(runtime))
         tokens = _spent(bench, before)
     broken = [
-        p.short_name for p in signals.layers if not math.isfinite(p.s + p.g + sum(p.loss_cost))
+        p.short_name
+        for p in signals.layers
+        if not math.isfinite(p.s + p.g + sum(p.loss_cost) + (p.pattern_cost or 0.0))
     ]
     if broken:
         raise PrunewrightError(
@@ -201,7 +213,7 @@ def apply_prune(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdat
             run.check(request, bench)
             before = dict(bench.tokens)
             bench.sync(state["revision"])
-            counts, notes = _changed_counts(bench, deltas)
+            counts, notes = _changed_counts(bench, state["revision"], deltas)
             applied = {}
             if counts:
                 earlier = bench.sparsities()
@@ -291,6 +303,7 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     """
     request, context, run = _request(state), _context(runtime), run_directory(runtime)
     record = _record(state, run.read_applied(state["applied"]))
+    record, at_end = _whole_layers(record, run, request)
     summary: StepSummary = {
         "step": record.step,
         "record": run.write_step_file(record.step, "record", record.model_dump(mode="json")),
@@ -322,6 +335,7 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
             max_steps=context.max_steps,
             stalls=stalls,
             max_stalls=context.max_stalls,
+            nothing_fits=at_end,
         ),
         # What only this step needed is not carried on into the next one's checkpoints.
         "profile": None,
@@ -422,7 +436,7 @@ def _probes(
             run.check(request, bench)
             before = dict(bench.tokens)
             bench.sync(state["revision"])
-            counts, _ = _changed_counts(bench, deltas)
+            counts, _ = _changed_counts(bench, state["revision"], deltas)
             zeros = bench.zeros()
             sizes = {name: layer.numel for name, layer in bench.loaded.layers.items()}
             if not counts:
@@ -443,10 +457,25 @@ def _probes(
     return Probes(count, measure)
 
 
-def _changed_counts(bench: Workbench, deltas: dict[str, float]) -> tuple[dict[str, int], list[str]]:
-    """As `land` at the live revision, of the layers whose number of zeros changes."""
+def _changed_counts(
+    bench: Workbench, revision: str, deltas: dict[str, float]
+) -> tuple[dict[str, int], list[str]]:
+    """As `land` at the live revision, of the layers whose number of zeros changes.
+
+    With an N:M pattern as `land_whole`.
+    """
     request, zeros = bench.request, bench.zeros()
     sizes = {name: layer.numel for name, layer in bench.loaded.layers.items()}
+    if request.pattern_sparsity is not None:
+        return land_whole(
+            deltas,
+            pruned=bench.store.manifest(revision),
+            counts=bench.pattern_counts(),
+            zeros=sum(zeros.values()),
+            total=bench.loaded.prunable,
+            target=request.target,
+            step=request.step,
+        )
     counts, notes = land(
         deltas, zeros, sizes, request.target, request.max_layer_sparsity, request.step
     )
@@ -575,6 +604,23 @@ def _record(state: PruneState, outcome: AppliedDecision) -> StepRecord:
     )
 
 
+def _whole_layers(
+    record: StepRecord, run: RunDirectory, request: PruneRequest
+) -> tuple[StepRecord, bool]:
+    """What a pattern adds to a record's notes, and whether no layer fits under the target now."""
+    whole = request.pattern_sparsity
+    if whole is None:
+        return record, False
+    profile = run.read_profile(record.profile)
+    applied = record.applied if record.verdict == "accepted" else {}
+    at_end = nothing_fits(profile, applied, whole, request.target)
+    notes = [*record.notes, *(model_notes(profile) if record.step == 0 else [])]
+    missing = request.target - record.sparsity
+    if at_end and missing > TOLERANCE:
+        notes.append(f"{missing:.4f} {MISSING}")
+    return record.model_copy(update={"notes": notes}), at_end
+
+
 def _rejected(review: Review | None) -> bool:
     return review is not None and review.verdict == "rejected"
 
@@ -598,7 +644,7 @@ def _request(state: PruneState) -> PruneRequest:
     """The run's request; as the first node's input it is what a user sent.
 
     Raises:
-        InputError: invalid, or not what a step-by-step run can do.
+        InputError: invalid, or its pattern rules out its target or its other bounds.
     """
     value: Any = state["request"]
     if isinstance(value, PruneRequest):
@@ -608,11 +654,7 @@ def _request(state: PruneState) -> PruneRequest:
             request = PruneRequest.model_validate(value)
         except ValidationError as error:
             raise InputError(describe_validation_error(error, PruneRequest)) from None
-    if parse_pattern(request.pattern) is not None:
-        raise InputError(
-            f"a run prunes layer by layer to any sparsity; pattern {request.pattern} fixes it: "
-            "prune to a pattern in one shot with `prunewright baseline --pattern`"
-        )
+    check_request(request)
     return request
 
 

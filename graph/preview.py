@@ -10,7 +10,7 @@ from prunewright.graph.agents.reading import answer_schema
 from prunewright.graph.asking import observe
 from prunewright.graph.runner import read_checkpoints
 from prunewright.state import STATUS_WORDS, InputError, PruneState, StoreError
-from prunewright.tools.baseline import BASELINE
+from prunewright.state.config import BASELINE
 from prunewright.tools.rundir import RunDirectory
 
 

@@ -115,10 +115,20 @@ def guard_reason(
 
 
 def termination(
-    *, sparsity: float, target: float, steps: int, max_steps: int, stalls: int, max_stalls: int
+    *,
+    sparsity: float,
+    target: float,
+    steps: int,
+    max_steps: int,
+    stalls: int,
+    max_stalls: int,
+    nothing_fits: bool = False,
 ) -> Status:
-    """Whether the run goes on after a step, and if not, why."""
-    if sparsity >= target - TOLERANCE:
+    """Whether the run goes on after a step, and if not, why.
+
+    ``nothing_fits`` says of a run with an N:M pattern that no whole layer fits under the target.
+    """
+    if sparsity >= target - TOLERANCE or nothing_fits:
         return "target_reached"
     if stalls >= max_stalls:
         return "stalled"

@@ -35,10 +35,11 @@ from prunewright.state import (
     load_config,
     validate_config,
 )
+from prunewright.state.config import BASELINE
 from prunewright.state.metrics import Metrics
 from prunewright.state.review import HOW
 from prunewright.tools.allocation import resolve_allocation
-from prunewright.tools.baseline import BASELINE, prune_once
+from prunewright.tools.baseline import prune_once
 from prunewright.tools.rundir import RunDirectory
 from prunewright.tools.storage import write_atomic
 from prunewright.tools.trace import load_metrics
@@ -278,6 +279,8 @@ def _check_open(directory: RunDirectory, state: PruneState, config: PruneConfig)
         max_steps=config.max_steps,
         stalls=state["stalls"],
         max_stalls=config.max_stalls,
+        # A run that has reached its target has, whatever else is changed.
+        nothing_fits=state["status"] == "target_reached",
     )
     if status != "running":
         raise InputError(

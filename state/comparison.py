@@ -10,7 +10,7 @@ from prunewright.state.config import (
     Options,
     PruneConfig,
     describe_validation_error,
-    parse_pattern,
+    pattern_sparsity,
     read_settings,
     validate_config,
 )
@@ -148,15 +148,15 @@ class ComparisonConfig(Options):
         return self
 
     def targets_of(self, method: Method) -> tuple[float, ...]:
-        """The sparsities that a method is run at; an N:M pattern fixes its one.
+        """The sparsities that a method is run at; an N:M pattern fixes that of a baseline.
 
         Raises:
             InputError: the method's settings are no configuration.
         """
         settled = self.settle(method)
-        pattern = parse_pattern(settled.pattern)
-        if pattern is not None:
-            return (1 - pattern[0] / pattern[1],)
+        fixed = pattern_sparsity(settled.pattern)
+        if fixed is not None and method.resolved_kind == "baseline":
+            return (fixed,)
         return self.targets or (settled.target,)
 
     def settle(
@@ -164,7 +164,7 @@ class ComparisonConfig(Options):
     ) -> PruneConfig:
         """The configuration of one cell; without a method, what all share.
 
-        An N:M pattern fixes the sparsity: a target is left out then.
+        An N:M pattern fixes the sparsity of a baseline: a target is left out then.
 
         Raises:
             InputError: unknown key (with a suggestion) or invalid value, and whose.
@@ -173,7 +173,10 @@ class ComparisonConfig(Options):
         data = _merged(self.base, own)
         if seed is not None:
             data["seed"] = seed
-        if target is not None and data.get("pattern", "unstructured") == "unstructured":
+        fixed = data.get("pattern", "unstructured") != "unstructured"
+        if fixed and (method is None or method.resolved_kind == "baseline"):
+            target = None
+        if target is not None:
             data["target"] = target
         try:
             return validate_config(data)

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from prunewright.state.errors import InputError
 
 DEFAULT_AGENT = "google_genai:gemini-3-flash-preview"
+BASELINE = "baseline"
+"""The name that stands for "no agent" in a run directory's config and trace."""
 
 CriterionName = Literal["magnitude", "wanda", "gblm", "fisher", "sparsegpt"]
 Signal = Literal["z_s", "z_g", "z_c"]
@@ -142,11 +144,19 @@ class PruneRequest(Options):
         0.05, gt=0, le=0.95, description="largest sparsity that one step adds to the whole model"
     )
     max_delta: float = Field(
-        0.15, gt=0, le=0.95, description="largest sparsity that one step adds to one layer"
+        0.15,
+        gt=0,
+        le=0.95,
+        description="largest sparsity that one step adds to one layer; an N:M pattern, which "
+        "takes layers as a whole, is not bound by it",
     )
     max_layer_sparsity: float = Field(0.9, gt=0, le=1, description="ceiling of any one layer")
     criterion: CriterionName = Field("wanda", description="which weights inside a layer go first")
-    pattern: str = Field("unstructured", description='unstructured, or "keep_n:group_m": "2:4"')
+    pattern: str = Field(
+        "unstructured",
+        description='unstructured, or "keep_n:group_m": "2:4"; in a run the agent chooses which '
+        "layers take it, each as a whole, until the target is reached",
+    )
     reconstruct: bool = Field(
         False,
         description="update the kept weights so that each layer's outputs stay near the dense ones",
@@ -179,6 +189,11 @@ class PruneRequest(Options):
                 "raise the one or lower the other"
             )
         return self
+
+    @property
+    def pattern_sparsity(self) -> float | None:
+        """Sparsity of a layer that has the N:M pattern, 0.5 for 2:4; None if unstructured."""
+        return pattern_sparsity(self.pattern)
 
 
 class PruneContext(Options):
@@ -270,6 +285,16 @@ def parse_pattern(pattern: str) -> PatternNM | None:
     if not 0 < keep_n < group_m:
         raise ValueError(f"pattern {pattern!r} must keep at least 1 and less than {group_m}")
     return keep_n, group_m
+
+
+def pattern_sparsity(pattern: str) -> float | None:
+    """Sparsity of a layer that has an N:M pattern, 0.5 for ``2:4``; None for ``unstructured``.
+
+    Raises:
+        ValueError: as `parse_pattern`.
+    """
+    parsed = parse_pattern(pattern)
+    return None if parsed is None else (parsed[1] - parsed[0]) / parsed[1]
 
 
 def load_config(

@@ -85,6 +85,7 @@ def check_decision(
     *,
     max_delta: float,
     max_step: float,
+    fixed: Mapping[str, float] | None = None,
 ) -> list[str]:
     """What is wrong with a decision, in words the agent can act on; empty if nothing is.
 
@@ -95,6 +96,8 @@ def check_decision(
         parameters: weights of each layer.
         max_delta: bound of one layer's delta, either way.
         max_step: sparsity that the step may add to the whole model.
+        fixed: with an N:M pattern the one delta of each layer, 0 for those that have none; it
+            stands in place of ``max_delta``, ``room`` and ``sparsity``.
     """
     tolerance = 1e-6
     problems = []
@@ -113,6 +116,8 @@ def check_decision(
         gain += delta * parameters[name] / total
         if delta == 0:
             problems.append(f"{name}: delta is 0: leave the layer out")
+        elif fixed is not None:
+            problems += _fixed_problems(name, delta, fixed[name])
         elif abs(delta) > max_delta + tolerance:
             problems.append(f"{name}: delta {delta:g} is not within {max_delta:g} of 0")
         elif delta > room[name] + tolerance:
@@ -122,8 +127,12 @@ def check_decision(
     if gain > max_step + SHOWN:
         problems.append(
             f"the step adds {gain:.5f} to the model's sparsity, above the limit of {max_step:.5f}: "
-            "choose fewer layers, or multiply every delta by "
-            f"{math.floor(1000 * max_step / gain) / 1000:.3f}"
+            "choose fewer layers"
+            + (
+                f", or multiply every delta by {math.floor(1000 * max_step / gain) / 1000:.3f}"
+                if fixed is None
+                else ""
+            )
         )
     if seen and gain <= 0 and not decision.rebalance:
         problems.append(
@@ -133,3 +142,16 @@ def check_decision(
     if len(problems) > 12:
         problems = [*problems[:12], f"and {len(problems) - 12} more"]
     return problems
+
+
+def _fixed_problems(name: str, delta: float, fixed: float) -> list[str]:
+    """What is wrong with a delta where a pattern fixes it."""
+    if fixed == 0:
+        return [
+            f"{name}: this layer cannot be chosen: its inputs do not divide into the pattern's "
+            "groups, or it is too large for what is missing to the target"
+        ]
+    if abs(delta - fixed) <= SHOWN:
+        return []
+    words = "gives it back" if fixed < 0 else "prunes it"
+    return [f"{name}: delta {delta:g} must be {fixed:.4g}, which {words} as a whole"]

@@ -26,6 +26,10 @@ class LayerProfile(BaseModel):
     and dearer where it is sparser than the model.
     ``regrow_gain``: predicted fall of it for giving the last `COST_DELTAS` back.
     ``z_s``, ``z_g``, ``z_c``: z-scores over all layers; negative is safer to prune.
+
+    ``patterned``: whether the layer has the run's N:M pattern. ``pattern_cost``: predicted rise of
+    the loss for taking the dense layer to it, and so the fall for giving it back, nats; None in an
+    unstructured run, and where the layer's inputs do not divide into the pattern's groups.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,13 +46,18 @@ class LayerProfile(BaseModel):
     z_s: float
     z_g: float
     z_c: float
+    patterned: bool = False
+    pattern_cost: float | None = None
 
     def cost_of(self, delta: float) -> float:
         """Predicted change of the mean token loss, nats, for pruning ``delta`` further.
 
         A negative delta gives weights back and lowers it. Linear between the `COST_DELTAS`, and
-        beyond the last with its slope.
+        beyond the last with its slope. With an N:M pattern layers change as a whole, so that only
+        the sign counts.
         """
+        if self.pattern_cost is not None:
+            return math.copysign(self.pattern_cost, delta) if delta else 0.0
         if delta < 0:
             return -self._between(-delta, self.regrow_gain)
         return self._between(delta, self.loss_cost)

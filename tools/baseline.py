@@ -12,6 +12,7 @@ from prunewright.state import (
     StepRecord,
     parse_pattern,
 )
+from prunewright.state.config import BASELINE
 from prunewright.state.metrics import Metrics
 from prunewright.tools.allocation import resolve_allocation
 from prunewright.tools.layers import Layer
@@ -20,9 +21,6 @@ from prunewright.tools.results import Outcome, finish
 from prunewright.tools.revisions import DENSE
 from prunewright.tools.rundir import RunDirectory
 from prunewright.tools.workbench import workbench
-
-BASELINE = "baseline"
-"""The name that stands for "no agent" in a run directory's config and trace."""
 
 
 def prune_once(
@@ -118,9 +116,8 @@ def _check_pattern(pattern: str, layers: dict[str, Layer]) -> None:
     """Refuse a pattern that a layer does not divide into, while nothing is computed yet."""
     parsed = parse_pattern(pattern)
     for layer in layers.values():
-        inputs = layer.shape[-2 if layer.transposed else -1]
-        if parsed is not None and inputs % parsed[1]:
+        if parsed is not None and layer.inputs % parsed[1]:
             raise InputError(
-                f"pattern {pattern} does not fit the model: the {inputs} inputs of {layer.name} "
-                f"do not divide into groups of {parsed[1]}"
+                f"pattern {pattern} does not fit the model: the {layer.inputs} inputs of "
+                f"{layer.name} do not divide into groups of {parsed[1]}"
             )

@@ -217,7 +217,7 @@ def score_model(
             if not math.isfinite(value):
                 raise PrunewrightError(f"the perplexity on {text.name} is not finite")
             texts[text.name] = TextResult(perplexity=value, losses=tuple(losses))
-        tasks = {}
+        tasks: dict[str, float] = {}
         for task in evaluation.tasks:
             (found,) = evaluate_tasks(loaded, [task.task], **_asking(task), progress=progress)
             if found.log_probability is None:

@@ -38,6 +38,11 @@ class Layer:
         """Number of weights."""
         return int(torch.Size(self.shape).numel())
 
+    @property
+    def inputs(self) -> int:
+        """Number of inputs."""
+        return self.shape[-2 if self.transposed else -1]
+
     def matrix(self, weight: Tensor) -> Tensor:
         """The parameter's tensor viewed as [..., outputs, inputs]."""
         return weight.transpose(-1, -2) if self.transposed else weight

@@ -1,7 +1,7 @@
 """Calibration statistics and the profile of each layer (design: z-scores and loss cost)."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,6 +17,7 @@ from prunewright.state.config import CriterionName
 from prunewright.state.profile import COST_DELTAS, LayerProfile, ModelProfile
 from prunewright.tools.criteria import CRITERIA, LayerStatistics, fisher, split_experts
 from prunewright.tools.layers import Layer, find_blocks
+from prunewright.tools.masks import nm_mask
 from prunewright.tools.models import LoadedModel
 from prunewright.tools.observe import ProductObserver
 from prunewright.tools.perplexity import TOKENS_AT_ONCE, Head, Progress, hidden_states
@@ -243,6 +244,8 @@ def build_profile(
     revision: str,
     gradient_revision: str,
     sparsities: dict[str, float],
+    pattern: tuple[int, int] | None = None,
+    patterned: Collection[str] = (),
 ) -> ModelProfile:
     """Every layer's signals and their z-scores over the layers.
 
@@ -254,8 +257,11 @@ def build_profile(
         revision: the model's.
         gradient_revision: see above.
         sparsities: each layer's fraction of zeros.
+        pattern: ``(keep_n, group_m)`` that layers are taken to as a whole, if the run has one.
+        patterned: names of the layers that have it already.
     """
     rows = []
+    patterns: dict[str, float] = {}
     mean = sum(sparsities[n] * ly.numel for n, ly in loaded.layers.items()) / loaded.prunable
     for name, layer in loaded.layers.items():
         statistics = statistics_of(name, activations, gradients)
@@ -265,6 +271,9 @@ def build_profile(
         up = [min(middle + delta, 1.0) for delta in span]
         down = [max(middle - delta, 0.0) for delta in span]
         losses = predict_losses(dense, statistics, criterion, [*up, *down])
+        if pattern is not None and layer.inputs % pattern[1] == 0:
+            # Each layer makes the whole way, crowded alike: no `crowded_costs`.
+            patterns[name] = predict_pattern_loss(dense, statistics, criterion, pattern)
         rows.append(
             (
                 layer,
@@ -282,7 +291,12 @@ def build_profile(
     ]
     z_s = z_scores([row[1] for row in rows])
     z_g = z_scores([row[2] for row in rows])
-    z_c = z_scores(marginal)
+    if pattern is None:
+        z_c = z_scores(marginal)
+    else:
+        prices = [cost / loaded.layers[name].numel for name, cost in patterns.items()]
+        scores = dict(zip(patterns, z_scores(prices), strict=True))
+        z_c = [scores.get(row[0].name, 0.0) for row in rows]
     return ModelProfile(
         revision=revision,
         gradient_revision=gradient_revision,
@@ -300,6 +314,8 @@ def build_profile(
                 z_s=z_s[i],
                 z_g=z_g[i],
                 z_c=z_c[i],
+                patterned=pattern is not None and layer.name in patterned,
+                pattern_cost=patterns.get(layer.name),
             )
             for i, (layer, s, g, cost, gain, sparsity) in enumerate(rows)
         ],
@@ -394,18 +410,13 @@ def predict_losses(
     for matrix, stats in split_experts(weight, statistics):
         assert stats.gradient_square is not None
         rule = CRITERIA[criterion]
-        factors = fisher.damped(stats.gradient_square)
         if rule.group == "row":
-            step = min(math.ceil(matrix.numel() / SAMPLE), matrix.shape[0])
-            rows = slice(step // 2, None, step)
-            part = matrix[rows]
-            order = rule.score(part, stats.rows(rows)).argsort(dim=1)
-            saliency = fisher.saliency(part, stats.input_square, factors[rows])
+            rows, saliency, scale = _sampled_rows(matrix, stats)
+            order = rule.score(matrix[rows], stats.rows(rows)).argsort(dim=1)
             running = saliency.gather(1, order).cumsum(dim=1).sum(dim=0, dtype=wide)
-            whole = matrix.float().square() @ stats.input_square @ factors
-            scale = 0.5 * float(whole) / max(float(saliency.sum(dtype=wide)), 1e-300)
         else:
             index = _spread(matrix.numel(), matrix.shape[1], matrix.device)
+            factors = fisher.damped(stats.gradient_square)
             saliency = fisher.saliency(matrix, stats.input_square, factors).reshape(-1)[index]
             order = rule.score(matrix, stats).reshape(-1)[index].argsort()
             running = saliency[order].cumsum(0, dtype=wide)
@@ -414,6 +425,42 @@ def predict_losses(
         losses = [scale * float(running[n - 1]) if n else 0.0 for n in counts]
         totals = [total + loss for total, loss in zip(totals, losses, strict=True)]
     return totals
+
+
+def predict_pattern_loss(
+    weight: Tensor, statistics: LayerStatistics, criterion: CriterionName, pattern: tuple[int, int]
+) -> float:
+    """Predicted rise of the mean token loss over the dense layer for its N:M mask.
+
+    As `predict_losses`, on a spread of whole rows whatever the criterion: groups lie in rows.
+
+    Args:
+        weight: dense weights [outputs, inputs], or [experts, outputs, inputs].
+        statistics: with gradients.
+        criterion: which weights of a group would go.
+        pattern: ``(keep_n, group_m)``; the inputs divide into groups.
+
+    Returns:
+        Nats a token.
+    """
+    total = 0.0
+    for matrix, stats in split_experts(weight, statistics):
+        rows, saliency, scale = _sampled_rows(matrix, stats)
+        mask = nm_mask(CRITERIA[criterion].score(matrix[rows], stats.rows(rows)), *pattern)
+        total += scale * float(saliency.masked_fill(~mask, 0).sum(dtype=_wide(weight.device)))
+    return total
+
+
+def _sampled_rows(matrix: Tensor, stats: LayerStatistics) -> tuple[slice, Tensor, float]:
+    """Evenly spread rows of some `SAMPLE` weights, their saliency, and all rows' over theirs."""
+    assert stats.gradient_square is not None
+    factors = fisher.damped(stats.gradient_square)
+    step = min(math.ceil(matrix.numel() / SAMPLE), matrix.shape[0])
+    rows = slice(step // 2, None, step)
+    saliency = fisher.saliency(matrix[rows], stats.input_square, factors[rows])
+    whole = matrix.float().square() @ stats.input_square @ factors
+    sampled = float(saliency.sum(dtype=_wide(matrix.device)))
+    return rows, saliency, 0.5 * float(whole) / max(sampled, 1e-300)
 
 
 def _spread(numel: int, inputs: int, device: torch.device) -> Tensor:

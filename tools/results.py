@@ -15,6 +15,7 @@ import yaml
 from safetensors import SafetensorError
 
 from prunewright.state import PruneRequest, PrunewrightError, StoreError
+from prunewright.state.config import BASELINE
 from prunewright.state.metrics import Metrics, Pair, Perplexities
 from prunewright.tools.models import EMBEDDED, load_model
 from prunewright.tools.perplexity import Head, Progress, perplexity, window_losses
@@ -208,7 +209,7 @@ Method: {_method_words(metrics.method)}, criterion {request.criterion_words};
 Masks: `{metrics.revision}`.
 
 Zeros alone make a model neither smaller on disk nor faster: that takes a storage format or a
-runtime that uses them.{_pattern_words(request.pattern)}
+runtime that uses them.{_pattern_words(request.pattern, whole=metrics.status != BASELINE)}
 
 ## Recipe
 
@@ -217,16 +218,22 @@ runtime that uses them.{_pattern_words(request.pattern)}
 """
 
 
-def _pattern_words(pattern: str) -> str:
-    """What is known of runtimes for an N:M pattern; the sources stand in the project's README."""
+def _pattern_words(pattern: str, *, whole: bool) -> str:
+    """What is known of runtimes for an N:M pattern; the sources stand in the project's README.
+
+    Args:
+        pattern: of the request.
+        whole: whether a run chose the layers that take it, so that others are dense.
+    """
     if pattern == "unstructured":
         return ""
+    chosen = f" Each layer is dense or {pattern} as a whole." if whole else ""
     if pattern != "2:4":
-        return f" NVIDIA's sparse tensor cores take 2:4, not {pattern}: it is for research."
-    return """
+        return f"{chosen} NVIDIA's sparse tensor cores take 2:4, not {pattern}: it is for research."
+    return f"""{chosen}
 
 2:4 is the pattern of NVIDIA's sparse tensor cores (Ampere and later; cuSPARSELt, CUTLASS). This
-directory is dense: it runs no faster until each layer is converted, in PyTorch by
+directory is stored dense: it runs no faster until each 2:4 layer is converted, in PyTorch by
 `torch.sparse.to_sparse_semi_structured`. vLLM and llm-compressor no longer support 2:4."""
 
 

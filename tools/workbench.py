@@ -133,6 +133,18 @@ class Workbench:
         """Number of exact zeros of each layer's live weights."""
         return dict(self._zeros)
 
+    def pattern_counts(self) -> dict[str, int]:
+        """Weights that the N:M pattern takes from each layer whose inputs divide into groups."""
+        pattern = parse_pattern(self.request.pattern)
+        if pattern is None:
+            return {}
+        keep_n, group_m = pattern
+        return {
+            name: layer.numel // group_m * (group_m - keep_n)
+            for name, layer in self.loaded.layers.items()
+            if layer.inputs % group_m == 0
+        }
+
     def activations(self, revision: str, progress: Progress | None = None) -> Activations:
         """Input statistics at a revision."""
         if self._activations is None or self._activations[0] != revision:
@@ -178,6 +190,8 @@ class Workbench:
             revision=revision,
             gradient_revision=gradient_revision,
             sparsities=self.sparsities(),
+            pattern=parse_pattern(self.request.pattern),
+            patterned=set(self.store.manifest(revision)),
         )
 
     def guard_losses(self, revision: str, progress: Progress | None = None) -> list[float]:
@@ -237,7 +251,8 @@ class Workbench:
     ) -> str:
         """Store the revision in which some layers have a given number of zeros.
 
-        Masks are made from the dense weights with the statistics of ``revision``.
+        Masks are made from the dense weights with the statistics of ``revision``. With an N:M
+        pattern a layer takes it as a whole, or is dense again if its count is 0.
 
         Args:
             revision: the revision to change; statistics are taken at it.
@@ -280,6 +295,14 @@ class Workbench:
             {name: layer.weight for name, layer in solved.items()},
         )
 
+    def _amount(
+        self, name: str, counts: dict[str, int] | None
+    ) -> tuple[int | None, tuple[int, int] | None]:
+        """What `prune` takes from a layer: a number of weights, or the request's pattern."""
+        pattern = parse_pattern(self.request.pattern)
+        count = None if counts is None else counts[name]
+        return (count, None) if pattern is None or count == 0 else (None, pattern)
+
     def _wanted(
         self,
         revision: str,
@@ -292,11 +315,10 @@ class Workbench:
         if not CRITERIA[self.request.criterion].solves:
             masks = self._masks(revision, gradient_revision, counts, progress)
             wanted = {name: Wanted(mask=mask) for name, mask in masks.items()}
-        elif counts is None:
-            pattern = parse_pattern(self.request.pattern)
-            wanted = {name: Wanted(pattern=pattern) for name in self.loaded.layers}
         else:
-            wanted = {name: Wanted(pruned=count) for name, count in counts.items()}
+            for name in self.loaded.layers if counts is None else counts:
+                pruned, pattern = self._amount(name, counts)
+                wanted[name] = Wanted(pruned=pruned, pattern=pattern)
         if self.request.reconstruct:
             for name, digest in self.store.manifest(revision).items():
                 if name not in wanted:
@@ -325,7 +347,7 @@ class Workbench:
         Args:
             revision: the revision to change; statistics are taken at it.
             gradient_revision: where gradients were taken.
-            counts: zeros wanted by layer.
+            counts: zeros wanted by layer, as for `prune`.
             windows: how many of the guard windows; all, if there are fewer.
             progress: told after each layer and window.
             use: what the tokens are counted for.
@@ -368,7 +390,6 @@ class Workbench:
         """The masks of `prune`: bool by layer, True where pruned."""
         request = self.request
         rule = CRITERIA[request.criterion]
-        pattern = parse_pattern(request.pattern) if counts is None else None
         gradients = self.gradients(gradient_revision, progress) if rule.needs_gradients else None
         activations = self.activations(revision, progress)
         self.sync(revision)
@@ -376,12 +397,13 @@ class Workbench:
         masks = {}
         for index, name in enumerate(names):
             layer = self.loaded.layers[name]
+            pruned, pattern = self._amount(name, counts)
             try:
                 mask = prune_mask(
                     layer.matrix(self.loaded.dense(layer)),
                     statistics_of(name, activations, gradients),
                     request.criterion,
-                    pruned=None if counts is None else counts[name],
+                    pruned=pruned,
                     pattern=pattern,
                 )
             except ValueError as error:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from prunewright.graph.whole_layers import fixed_deltas
 from prunewright.state import (
+    COST_DELTAS,
     AgentError,
     Decision,
     ModelProfile,
@@ -14,7 +16,7 @@ from prunewright.state import (
     PrunewrightError,
     StepRecord,
 )
-from prunewright.state.config import Signal
+from prunewright.state.config import Signal, pattern_sparsity
 from prunewright.state.decision import MAX_NAME
 
 
@@ -72,13 +74,14 @@ class Observation:
         target: sparsity to reach over all prunable weights.
         sparsity: the accepted revision's.
         max_step: sparsity that this step may add to the whole model.
-        max_delta: sparsity that it may add to one layer.
+        max_delta: sparsity that it may add to one layer; without meaning where a pattern fixes it.
         max_layer_sparsity: ceiling of any layer.
         max_increase: relative perplexity rise that is rolled back.
         max_price: multiple of a step's corrected prediction that is rolled back; None: any.
         max_knowledge_drop: fall below the dense model, of the log-probability of the right answers
             to the facts, that is rolled back, nats a token; None: any.
         criterion: which weights go inside a layer.
+        pattern: ``unstructured``, or ``2:4`` in a run that takes whole layers to that pattern.
         dense_perplexity: guard perplexity of the dense model.
         perplexity: guard perplexity of the accepted revision.
         profile: every layer's signals.
@@ -107,6 +110,7 @@ class Observation:
     profile: ModelProfile
     max_price: float | None = None
     max_knowledge_drop: float | None = None
+    pattern: str = "unstructured"
     signals: tuple[Signal, ...] = ("z_s", "z_g", "z_c")
     history: tuple[StepRecord, ...] = ()
     feedback: bool = True
@@ -118,19 +122,40 @@ class Observation:
     probes: Probes | None = None
 
     @property
+    def pattern_sparsity(self) -> float | None:
+        """Sparsity of a layer that has the pattern; None in an unstructured run."""
+        return pattern_sparsity(self.pattern)
+
+    @property
     def pace(self) -> float:
         """Mean sparsity a step that reaches the target in the steps left."""
         return (self.target - self.sparsity) / self.steps_left
 
     @property
     def budget(self) -> float:
-        """Sparsity that this step may usefully add to the whole model."""
-        return max(0.0, min(self.max_step, self.target - self.sparsity))
+        """Sparsity that this step may usefully add to the whole model.
+
+        With a pattern at least the smallest layer that fits under the target.
+        """
+        step = max(self.max_step, self.smallest / self.prunable)
+        return max(0.0, min(step, self.target - self.sparsity))
+
+    @property
+    def smallest(self) -> float:
+        """Weights of the smallest layer that a pattern can still take; 0 without a pattern."""
+        fixed = self.fixed_deltas() or {}
+        sizes = (fixed[p.name] * p.parameters for p in self.profile.layers if p.name in fixed)
+        return min((size for size in sizes if size > 0), default=0.0)
 
     @property
     def prunable(self) -> int:
         """Number of prunable weights of the model."""
         return sum(p.parameters for p in self.profile.layers)
+
+    @property
+    def cost_deltas(self) -> tuple[float, ...]:
+        """The deltas at which costs are told: the profile's, or the one that a pattern fixes."""
+        return COST_DELTAS if self.pattern_sparsity is None else (self.pattern_sparsity,)
 
     @property
     def lessons(self) -> list[str]:
@@ -140,7 +165,20 @@ class Observation:
 
     def room(self) -> dict[str, float]:
         """Sparsity that each layer can still take, whatever a step's bound."""
+        fixed = self.fixed_deltas()
+        if fixed is not None:
+            return {name: max(0.0, delta) for name, delta in fixed.items()}
         return {p.name: max(0.0, self.max_layer_sparsity - p.sparsity) for p in self.profile.layers}
+
+    def fixed_deltas(self) -> dict[str, float] | None:
+        """With a pattern, the one delta that each layer may be given; None without one.
+
+        It is positive for a dense layer, negative for one that has the pattern and can give it
+        back, 0 for one that cannot be chosen.
+        """
+        if self.pattern_sparsity is None:
+            return None
+        return fixed_deltas(self.profile, self.pattern_sparsity, self.target)
 
 
 class Agent(Protocol):

@@ -15,13 +15,18 @@ HESITATION = 1.2
 """By how much giving weights back must pay: a change of heart within the noise helps nobody."""
 
 
+WHOLE = 1e-3
+"""Weights by which a whole layer may exceed a budget: less than one, what rounding leaves."""
+
+
 class GreedyAgent:
     """Brings the layers to where the next weight costs the same everywhere.
 
     Each layer offers slices of sparsity, at the marginal costs between the profile's
     `COST_DELTAS`, up and down: all that may be given back is thought of as given back, and the
     cheapest slices are then taken until the budget is full. So a layer that has become dear gives
-    weights back where others are cheaper, if they are so by more than `HESITATION`.
+    weights back where others are cheaper, if they are so by more than `HESITATION`. With a pattern
+    layers are taken and given back as a whole, by their price.
     """
 
     def factor(self, observation: Observation) -> Callable[[LayerProfile], float]:
@@ -29,8 +34,10 @@ class GreedyAgent:
         return lambda _: 1.0
 
     def decide(self, observation: Observation) -> Decision:
-        """The cheapest slices that fill the budget."""
+        """The cheapest slices that fill the budget; with a pattern, whole layers."""
         factor = self.factor(observation)
+        if observation.pattern_sparsity is not None:
+            return _settled(observation, _cheapest_whole(observation, factor), factor)
         prunable = {p.name: p.parameters for p in observation.profile.layers}
         slices = [
             piece
@@ -51,14 +58,48 @@ class GreedyAgent:
             deltas[piece.name] = deltas.get(piece.name, 0.0) + taken
             budget -= taken * prunable[piece.name]
         deltas = {name: delta for name, delta in deltas.items() if abs(delta) > 1e-9}
-        loss = sum(
-            factor(p) * p.cost_of(deltas.get(p.name, 0.0)) for p in observation.profile.layers
-        )
-        back = sum(delta < 0 for delta in deltas.values())
-        words = f"Lowest predicted cost a weight: {len(deltas) - back} layers pruned further"
-        return _decision(
-            deltas, f"{words}, {back} given weights back.", math.expm1(min(loss, 50.0))
-        )
+        return _settled(observation, deltas, factor)
+
+
+def _settled(
+    observation: Observation, deltas: dict[str, float], factor: Callable[[LayerProfile], float]
+) -> Decision:
+    """The decision with the change that the corrected costs predict for it."""
+    loss = sum(factor(p) * p.cost_of(deltas.get(p.name, 0.0)) for p in observation.profile.layers)
+    back = sum(delta < 0 for delta in deltas.values())
+    words = f"Lowest predicted cost a weight: {len(deltas) - back} layers pruned further"
+    return _decision(deltas, f"{words}, {back} given weights back.", math.expm1(min(loss, 50.0)))
+
+
+def _cheapest_whole(
+    observation: Observation, factor: Callable[[LayerProfile], float]
+) -> dict[str, float]:
+    """With a pattern: the cheapest layers that fill the budget, pruned ones thought given back.
+
+    Where that would gain no sparsity, because what is given back is not filled again, layers are
+    pruned only.
+    """
+    fixed = observation.fixed_deltas() or {}
+    layers = [p for p in observation.profile.layers if fixed[p.name]]
+    size = {p.name: abs(fixed[p.name]) * p.parameters for p in layers}
+    price = {
+        p.name: factor(p)
+        * abs(p.cost_of(fixed[p.name]))
+        / size[p.name]
+        / (HESITATION if p.patterned else 1.0)
+        for p in layers
+    }
+    order = sorted(price, key=lambda name: (price[name], name))
+    budget = _budget(observation) + sum(size[n] for n in order if fixed[n] < 0)
+    taken: set[str] = set()
+    for name in order:
+        if size[name] <= budget + WHOLE:
+            taken.add(name)
+            budget -= size[name]
+    # Those that have the pattern and are taken stay; those not taken are given back.
+    deltas = {n: fixed[n] for n in order if (fixed[n] > 0) == (n in taken)}
+    gain = sum(math.copysign(size[name], delta) for name, delta in deltas.items())
+    return deltas if gain > 0 else _fill(observation, order)
 
 
 class AdaptiveAgent(GreedyAgent):
@@ -129,10 +170,16 @@ class RandomAgent:
 
 
 class UniformAgent:
-    """Every layer up to the same sparsity: uniform pruning, in steps."""
+    """Every layer up to the same sparsity: uniform pruning, in steps.
+
+    With a pattern, which has one level only, the layers of blocks that are evenly spread.
+    """
 
     def decide(self, observation: Observation) -> Decision:
         """The deltas that bring the layers to the highest level that the budget allows."""
+        if observation.pattern_sparsity is not None:
+            deltas = _fill(observation, _spread(observation.profile.layers))
+            return _decision(deltas, f"{len(deltas)} layers of evenly spread blocks.")
         layers, budget = observation.profile.layers, _budget(observation)
         low, high = 0.0, observation.max_layer_sparsity
         # Layers above the level stay, so what the level costs is found by halving.
@@ -154,19 +201,35 @@ class UniformAgent:
 def _budget(observation: Observation) -> float:
     """Weights that the step may prune; half as many after each step in a row rolled back.
 
-    A control does not learn, and the same step again would be rolled back again.
+    A control does not learn, and the same step again would be rolled back again. With a pattern
+    it stays enough for the smallest layer.
     """
-    return observation.budget * observation.prunable * 0.5**observation.stalls
+    budget = observation.budget * observation.prunable * 0.5**observation.stalls
+    return max(budget, observation.smallest)
+
+
+def _spread(layers: list[LayerProfile]) -> list[str]:
+    """Names in an order whose every beginning is spread over the blocks: their bits reversed."""
+    width = max(p.block for p in layers).bit_length()
+    return [
+        p.name for p in sorted(layers, key=lambda p: (f"{p.block:0{width}b}"[::-1], p.projection))
+    ]
 
 
 def _fill(observation: Observation, order: list[str]) -> dict[str, float]:
-    """Whole ``max_delta`` of each layer in order, the last one in part, within the budget."""
+    """Whole ``max_delta`` of each layer in order, the last one in part, within the budget.
+
+    With a pattern, whole layers in order: those that fit into what is left of the budget.
+    """
+    fixed = observation.fixed_deltas()
     room = observation.room()
     parameters = {p.name: p.parameters for p in observation.profile.layers}
     budget = _budget(observation)
     deltas: dict[str, float] = {}
     for name in order:
         delta = min(observation.max_delta, room[name], budget / parameters[name])
+        if fixed is not None:
+            delta = room[name] if room[name] * parameters[name] <= budget + WHOLE else 0.0
         if delta > 1e-9:
             deltas[name] = delta
             budget -= delta * parameters[name]

@@ -139,7 +139,12 @@ class LocalAgent:
         """
         self.notes = []
         options = self._options
-        items = _choices(observation, shown_layers(observation, options.rows), options.max_layers)
+        shown = shown_layers(observation, options.rows)
+        if observation.pattern_sparsity is None:
+            most = options.max_layers
+            items = _choices(observation, shown, most)
+        else:
+            items, most = _whole_choices(observation, shown, options.max_layers)
         if not items:
             self.notes.append("no layer has room left: the model was not asked")
             return Decision(reasoning="No layer has room left.", layers=[])
@@ -150,7 +155,7 @@ class LocalAgent:
             held = _hold(self.name, options)
             read = tokenize_prompt(held.loaded.tokenizer, prompt(observation, options.rows))
             self._check_length(held.loaded, read.shape[1])
-            matcher = _matcher(held, answer_grammar(items, options.max_layers))
+            matcher = _matcher(held, answer_grammar(items, most))
             seed = f"{observation.seed}/{observation.step}/{len(observation.refusals)}"
             try:
                 written = _generate(held.loaded, read, matcher, options, seed)
@@ -215,15 +220,29 @@ def _choices(
             continue
         grain = 10.0 ** (math.floor(math.log10(most)) - 1)  # two digits
         delta = {"type": "number", "minimum": grain, "maximum": most, "multipleOf": grain}
-        items.append(
-            {
-                "type": "object",
-                "properties": {"name": {"const": layer.short_name}, "delta": delta},
-                "required": ["name", "delta"],
-                "additionalProperties": False,
-            }
-        )
+        items.append(_item(layer, delta))
     return items
+
+
+def _whole_choices(
+    observation: Observation, layers: list[LayerProfile], max_layers: int
+) -> tuple[list[dict[str, Any]], int]:
+    """With a pattern: the layers that fit the budget, and how many of them fit it in any case."""
+    room, budget = observation.room(), observation.budget * observation.prunable + 1e-3
+    fitting = {p.name: s for p in layers if (s := room[p.name] * p.parameters) <= budget}
+    items = [
+        _item(p, {"const": round(room[p.name], 4)}) for p in layers if fitting.get(p.name, 0.0) > 0
+    ]
+    return items, min(max_layers, int(budget / max(fitting.values()))) if items else 0
+
+
+def _item(layer: LayerProfile, delta: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {"name": {"const": layer.short_name}, "delta": delta},
+        "required": ["name", "delta"],
+        "additionalProperties": False,
+    }
 
 
 def _hold(name: str, options: LocalOptions) -> _Held:

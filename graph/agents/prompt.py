@@ -53,6 +53,7 @@ _SAMPLE: dict[str, Any] = {
 }
 # What is empty, or None, without feedback or before the first step.
 _FORMS: dict[str, tuple[Any, ...]] = {
+    "pattern": (None, "2:4"),
     "signals": ([], ["z_s", "z_g"], ["z_s", "z_g", "z_c"]),
     "feedback": (True, False),
     "perplexity": (None, 21.0),
@@ -111,8 +112,10 @@ def check_prompts(folder: str | None) -> None:
     if not any((Path(folder) / name).is_file() for name in FILES):
         raise InputError(f"prompts: {folder} holds neither {' nor '.join(FILES)}")
     for changes in itertools.product(*([(key, v) for v in vs] for key, vs in _FORMS.items())):
+        values = _SAMPLE | dict(changes)
+        values["fixed_delta"] = 0.5 if values["pattern"] else None
         for name in FILES:
-            _render(name, folder, _SAMPLE | dict(changes))
+            _render(name, folder, values)
 
 
 def floor_digits(value: float, digits: int = 4) -> str:
@@ -133,6 +136,8 @@ def _values(o: Observation, rows: int) -> dict[str, Any]:
         "max_increase": o.max_increase,
         "max_price": o.max_price if "z_c" in o.signals else None,
         "max_knowledge_drop": o.max_knowledge_drop,
+        "pattern": None if o.pattern_sparsity is None else o.pattern,
+        "fixed_delta": o.pattern_sparsity,
         "max_delta": o.max_delta,
         "max_layer_sparsity": o.max_layer_sparsity,
         "max_lessons": MAX_LESSONS,

@@ -8,7 +8,7 @@ from statistics import fmean, median
 
 from prunewright.graph.agents.base import Observation, quote_name
 from prunewright.graph.correction import DEPTHS, depth_of
-from prunewright.state import COST_DELTAS, LayerProfile
+from prunewright.state import LayerProfile
 
 MAX_ROWS = 256
 """Layers shown in one prompt; with more, a shortlist and summaries."""
@@ -33,7 +33,8 @@ def shown_layers(observation: Observation, rows: int = MAX_ROWS) -> list[LayerPr
     rows = min(rows, LINES)
     visible = [s for s in ("z_s", "z_g") if s in observation.signals]
     if "z_c" in observation.signals:
-        order = sorted(layers, key=lambda p: p.loss_cost[0] / p.parameters)
+        costs = observation.cost_deltas
+        order = sorted(layers, key=lambda p: p.cost_of(costs[0]) / p.parameters)
     elif visible:
         order = sorted(layers, key=lambda p: fmean(getattr(p, s) for s in visible))
     else:
@@ -53,9 +54,10 @@ def table(observation: Observation, last: Mapping[str, str], rows: int = MAX_ROW
     layers = observation.profile.layers
     shown = shown_layers(observation, rows)
     room = observation.room()
-    full = {p.name: "" for p in layers if room[p.name] <= 1e-6}
+    taken = {p.name: "" for p in layers if p.patterned}
+    full = {p.name: "" for p in layers if room[p.name] <= 1e-6 and not p.patterned}
     parts = []
-    if len(shown) + len(full) < len(layers):
+    if len(shown) + len(taken) + len(full) < len(layers):
         parts += [
             _summary(observation),
             f"{len(shown)} of {len(layers)} layers, {_order(observation)}:",
@@ -63,6 +65,14 @@ def table(observation: Observation, last: Mapping[str, str], rows: int = MAX_ROW
     parts.append(
         _lines(observation, shown, last) if len(shown) <= LINES else _maps(observation, last)
     )
+    if taken:
+        words = f"Have the pattern {observation.pattern} already"
+        if "z_c" in observation.signals:
+            prunable, costs = observation.prunable, observation.cost_deltas
+            words += ", with the cost that giving the layer back takes away"
+            rates = {n: cost_rates(p, prunable, costs)[0] for p in layers if (n := p.name) in taken}
+            taken = {name: f"{rate:.2g}" for name, rate in rates.items()}
+        parts.append(f"{words}: {by_blocks(layers, taken, LINES)}")
     if full:
         parts.append(f"No room left in: {by_blocks(layers, full, LINES)}")
     return "\n".join(parts)
@@ -91,12 +101,9 @@ def by_blocks(layers: Iterable[LayerProfile], values: Mapping[str, str], most: i
     return "; ".join(parts) + (f"; and {items - most} more" if items > most else "")
 
 
-def cost_rates(layer: LayerProfile, prunable: int) -> list[float]:
-    """Per cent of perplexity for one per cent of the model's sparsity, at each of `COST_DELTAS`."""
-    return [
-        cost / (delta * layer.parameters / prunable)
-        for cost, delta in zip(layer.loss_cost, COST_DELTAS, strict=True)
-    ]
+def cost_rates(layer: LayerProfile, prunable: int, deltas: Iterable[float]) -> list[float]:
+    """Per cent of perplexity for one per cent of the model's sparsity, at each of some deltas."""
+    return [layer.cost_of(delta) / (delta * layer.parameters / prunable) for delta in deltas]
 
 
 def _order(observation: Observation) -> str:
@@ -121,8 +128,9 @@ def _lines(observation: Observation, shown: list[LayerProfile], last: Mapping[st
         columns["z_g"] = lambda p: f"{p.z_g:.2f}"
     if "z_c" in signals:
         columns["z_c"] = lambda p: f"{p.z_c:.2f}"
-        columns[f"cost at {' / '.join(f'{d:g}' for d in COST_DELTAS)}"] = lambda p: "/".join(
-            f"{rate:.2g}" for rate in cost_rates(p, prunable)
+        deltas = observation.cost_deltas
+        columns[f"cost at {' / '.join(f'{d:.4g}' for d in deltas)}"] = lambda p: "/".join(
+            f"{rate:.2g}" for rate in cost_rates(p, prunable, deltas)
         )
     if last:
         columns["last"] = lambda p: last.get(p.name, "-")
@@ -143,14 +151,19 @@ def _maps(observation: Observation, last: Mapping[str, str]) -> str:
     ]
     visible = [s for s in ("z_s", "z_g") if s in observation.signals]
     if "z_c" in observation.signals:
-        rates = {p.name: cost_rates(p, prunable) for p in layers}
-        unit = _unit([rate[1] for rate in rates.values()])
+        deltas = observation.cost_deltas
+        middle = len(deltas) // 2
+        rates = {p.name: cost_rates(p, prunable, deltas) for p in layers}
+        unit = _unit([rate[middle] for rate in rates.values()])
         parts += [
-            f"cost at {COST_DELTAS[1]:g}, in units of {unit:g}:",
-            *_map(layers, projections, lambda p: f"{rates[p.name][1] / unit:.0f}"),
-            f"cost at {COST_DELTAS[0]:g}/{COST_DELTAS[2]:g} over that, median of each column: "
-            + " ".join(_growth(layers, name, rates) for name in projections),
+            f"cost at {deltas[middle]:.4g}, in units of {unit:g}:",
+            *_map(layers, projections, lambda p: f"{rates[p.name][middle] / unit:.0f}"),
         ]
+        if len(deltas) > 1:
+            parts.append(
+                f"cost at {deltas[0]:g}/{deltas[2]:g} over that, median of each column: "
+                + " ".join(_growth(layers, name, rates) for name in projections)
+            )
         if visible:
             # Beside the cost half a standard deviation is near enough.
             parts += [
@@ -199,7 +212,7 @@ def _digit(score: float) -> str:
 
 
 def _growth(layers: list[LayerProfile], projection: str, rates: Mapping[str, list[float]]) -> str:
-    """How a projection's cost at the first and last of `COST_DELTAS` compares with the middle."""
+    """How a projection's cost at the first and last of three deltas compares with the middle."""
     held = [r for p in layers if p.projection == projection and (r := rates[p.name])[1] > 0]
     first, last = ([r[i] / r[1] for r in held] or [1.0] for i in (0, 2))
     return f"{median(first):.2f}/{median(last):.2f}"
@@ -226,9 +239,11 @@ def _summary(observation: Observation) -> str:
         name = re.sub(r"\d+", "*", p.projection) if many else p.projection
         groups.setdefault((name, depth_of(p.block, blocks)), []).append(p)
     visible = [s for s in ("z_s", "z_g") if s in observation.signals]
+    deltas = observation.cost_deltas
+    middle = deltas[len(deltas) // 2]
     columns = ["projection", "blocks", "layers", "share", "sparsity", *visible]
     if "z_c" in observation.signals:
-        columns.append(f"cost at {COST_DELTAS[1]:g}: lowest / median / highest")
+        columns.append(f"cost at {middle:.4g}: lowest / median / highest")
     lines = [
         "All layers by projection and depth (mean sparsity and z-scores, share of all together"
         f"{'; * stands for any number' if many else ''}):",
@@ -246,7 +261,7 @@ def _summary(observation: Observation) -> str:
             *(f"{fmean(getattr(p, s) for p in group):.2f}" for s in visible),
         ]
         if "z_c" in observation.signals:
-            rates = sorted(cost_rates(p, prunable)[1] for p in group)
+            rates = sorted(cost_rates(p, prunable, [middle])[0] for p in group)
             cells.append(f"{rates[0]:.2g} / {median(rates):.2g} / {rates[-1]:.2g}")
         lines.append(" | ".join(cells))
     if len(groups) > GROUPS:

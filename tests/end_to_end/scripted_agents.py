@@ -95,3 +95,19 @@ class Eventful:
             ]
             return Decision(reasoning="Gives back.", layers=layers, lessons=["gave back"])
         return GreedyAgent().decide(observation)
+
+
+class Named:
+    """Names given layers with given deltas in the first steps, then is greedy."""
+
+    def __init__(self, steps: list[list[tuple[str, float]]]) -> None:
+        self.steps = steps
+
+    def decide(self, observation: Observation) -> Decision:
+        if observation.step >= len(self.steps):
+            return GreedyAgent().decide(observation)
+        layers = [
+            LayerDelta(name=f"model.layers.{name}", delta=delta)
+            for name, delta in self.steps[observation.step]
+        ]
+        return Decision(reasoning="As told.", layers=layers)

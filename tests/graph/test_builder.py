@@ -92,7 +92,7 @@ def test_a_partial_request_gets_the_defaults(pico_config: dict[str, Any], tmp_pa
         ({"target": "nan"}, "target:"),
         ({"texts": {"windows": {"guard": 0}}}, "texts.windows.guard:"),
         ({"agent": "greedy"}, "unknown key agent"),
-        ({"pattern": "2:4"}, "baseline"),
+        ({"pattern": "2:4", "target": 0.6}, "target 0.6 is above 0.5"),
         (None, "dictionary"),
     ],
 )

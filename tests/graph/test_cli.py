@@ -207,7 +207,8 @@ def test_an_end_before_the_target_is_exit_code_3(config_file: Path, tmp_path: Pa
         (["--agent", "google_genai:gemini-3-flash-preview"], "GOOGLE_API_KEY or GEMINI_API_KEY"),
         (["--agent", "gredy"], "did you mean greedy?"),
         (["--set", "device=cuda:97"], "device 'cuda:97' cannot be used here"),
-        (["--set", "pattern=2:4"], "prunewright baseline --pattern"),
+        (["--set", "pattern=2:4", "--target", "0.6"], "target 0.6 is above 0.5"),
+        (["--set", "pattern=1:3"], "no layer's inputs divide into groups of 3"),
     ],
 )
 def test_bad_input_is_exit_code_2_and_leaves_nothing(

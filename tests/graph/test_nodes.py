@@ -78,7 +78,8 @@ def test_landing_scales_only_what_is_added(step: dict[str, Any], data: st.DataOb
     target = Fraction(step["target"])
     deltas = {name: Fraction(delta) for name, delta in step["deltas"].items()}
     back = {n: min(math.floor(-d * numel[n] + TINY), zeros[n]) for n, d in deltas.items() if d < 0}
-    left = math.floor(target * sum(numel.values())) - sum(zeros.values()) + sum(back.values())
+    most = math.floor(target * sum(numel.values()) + TINY)
+    left = most - sum(zeros.values()) + sum(back.values())
     shares = {n: d * numel[n] for n, d in deltas.items() if d > 0}
     left = max(0, left)
     scale = min(Fraction(1), left / sum(shares.values())) if shares else 1

@@ -582,7 +582,8 @@ def test_the_bound_on_the_price_is_told_with_the_costs(make_observation: MakeObs
 
 VARIABLES = [
     *("criterion", "signals", "feedback", "max_increase", "max_price"),
-    *("max_knowledge_drop", "max_delta", "max_layer_sparsity"),
+    *("max_knowledge_drop", "pattern", "fixed_delta", "max_delta"),
+    "max_layer_sparsity",
     *("max_lessons", "max_lesson", "step", "steps", "target", "sparsity", "pace", "budget"),
     *("dense_perplexity", "perplexity", "last_change", "history", "lessons", "table"),
 ]

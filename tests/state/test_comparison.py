@@ -101,6 +101,11 @@ def test_targets_are_the_comparisons_or_the_methods_or_the_patterns() -> None:
     methods = [WANDA, {"name": "2:4", "settings": {"pattern": "2:4"}}]
     config = validate_comparison({"methods": methods, "targets": [0.3, 0.6]})
     assert [config.targets_of(method) for method in config.methods] == [(0.3, 0.6), (0.5,)]
+    # A run takes whole layers to its pattern, up to each target.
+    greedy = {"name": "greedy 2:4", "settings": {"agent": "greedy", "pattern": "2:4"}}
+    config = validate_comparison({"methods": [greedy], "targets": [0.3, 0.4]})
+    assert config.targets_of(config.methods[0]) == (0.3, 0.4)
+    assert config.settle(config.methods[0], target=0.3).target == 0.3
     own = {"name": "own", "settings": {"target": 0.2}}
     config = validate_comparison({"base": {"target": 0.4}, "methods": [WANDA, own]})
     assert [config.targets_of(method) for method in config.methods] == [(0.4,), (0.2,)]

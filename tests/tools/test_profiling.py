@@ -22,6 +22,7 @@ from prunewright.tools.profiling import (
     measure_activations,
     measure_gradients,
     predict_losses,
+    predict_pattern_loss,
     salience_percentile,
     z_scores,
 )
@@ -386,6 +387,34 @@ def test_predicted_losses_are_the_saliency_of_what_would_go(criterion: str) -> N
     predicted = predict_losses(weight, statistics, criterion, levels)  # type: ignore[arg-type]
     assert predicted == pytest.approx(expected, rel=1e-4)
     assert predicted[0] == 0.0
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "fisher"])
+@pytest.mark.parametrize("pattern", [(2, 4), (4, 5), (1, 20)])
+def test_the_predicted_loss_of_a_pattern_is_the_saliency_of_its_mask(
+    criterion: str, pattern: tuple[int, int]
+) -> None:
+    weight, statistics = random_layer(10, 20)
+    assert statistics.gradient_square is not None
+    saliency = fisher.score(weight, statistics.input_square, statistics.gradient_square)
+    mask = prune_mask(weight, statistics, criterion, pattern=pattern)  # type: ignore[arg-type]
+    predicted = predict_pattern_loss(weight, statistics, criterion, pattern)  # type: ignore[arg-type]
+    assert predicted == pytest.approx(float(saliency[mask].sum()), rel=1e-4)
+    # Two experts that are alike cost twice as much; a sample of the rows tells the whole.
+    both = LayerStatistics(
+        torch.stack([statistics.input_square] * 2), torch.stack([statistics.gradient_square] * 2)
+    )
+    twice = predict_pattern_loss(torch.stack([weight] * 2), both, criterion, pattern)  # type: ignore[arg-type]
+    assert twice == pytest.approx(2 * predicted, rel=1e-5)
+
+
+def test_a_pattern_of_a_large_layer_is_estimated_from_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, statistics = random_layer(256, 64)
+    whole = predict_pattern_loss(weight, statistics, "wanda", (2, 4))
+    monkeypatch.setattr(profiling, "SAMPLE", 64 * 64)
+    assert predict_pattern_loss(weight, statistics, "wanda", (2, 4)) == pytest.approx(
+        whole, rel=0.05
+    )
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "fisher"])

@@ -302,6 +302,22 @@ def test_a_pattern_holds_in_every_group_of_every_layer(bench_of: Bench, family: 
         assert set(kept.flatten().tolist()) == {2}
 
 
+@pytest.mark.parametrize("family", ["LlamaConfig", "GPT2Config", "Qwen3MoeConfig"])
+def test_named_layers_take_the_pattern_others_stay_and_a_trial_measures_the_same(
+    bench_of: Bench, family: str
+) -> None:
+    bench = bench_of(family, pattern="4:8")
+    counts = bench.pattern_counts()
+    first, second, *_ = counts
+    one = bench.prune(DENSE, DENSE, {first: counts[first]})
+    change = {first: 0, second: counts[second]}
+    trial = bench.trial_losses(one, DENSE, change, windows=2)
+    two = bench.prune(one, DENSE, change)
+    assert set(bench.store.manifest(two)) == {second}
+    assert bench.guard_losses(two)[:2] == trial
+    assert bench.zeros() == {name: counts[name] * (name == second) for name in counts}
+
+
 def test_a_pattern_that_does_not_divide_names_the_layer(bench_of: Bench) -> None:
     bench = bench_of(pattern="3:5")
     with pytest.raises(InputError, match=r"q_proj cannot be pruned so: 32 inputs do not divide"):

@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from prunewright.state import STATUS_WORDS, InputError, PruneConfig, StoreError
-from prunewright.tools.baseline import BASELINE
+from prunewright.state.config import BASELINE
 from prunewright.tools.models import cache_directory
 from prunewright.tools.report.charts import VERDICTS, heat_maps, prediction_chart, step_charts
 from prunewright.tools.rundir import RunDirectory
