@@ -47,6 +47,8 @@ _NODES = {
 
 
 def _offer_at_nodes(schema: dict[str, Any]) -> None:
+    for name in ("allocation", "allocation_options"):  # a baseline's
+        schema["properties"].pop(name)
     for name, node in _NODES.items():
         schema["properties"][name]["langgraph_nodes"] = [node]
 

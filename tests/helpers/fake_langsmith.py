@@ -83,6 +83,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Content-Encoding") == "zstd":
             body = zstandard.ZstdDecompressor().stream_reader(body).read()
         self.fake.bodies.append(body)
+        if self.path == "/v1/metadata/submit":  # LangGraph's server tells of its use
+            self._answer(204, {})
+            return
         assert self.path == "/runs/multipart", self.path
         self.fake.take(self.headers["Content-Type"], body)
         self._answer(202, {})

@@ -16,7 +16,7 @@ def random_layer(
     weight = torch.randn(rows, inputs, generator=generator).to(dtype)
     x = torch.rand(inputs, generator=generator) * 4
     d = torch.rand(rows, generator=generator) ** 4
-    return weight, LayerStatistics(x, d)
+    return weight, LayerStatistics(x, d, torch.rand(rows, inputs, generator=generator) * 1e-6)
 
 
 def flags(mask: Tensor) -> list[list[bool]]:
@@ -128,7 +128,10 @@ def test_experts_share_the_count_and_are_masked_one_by_one(criterion: str) -> No
     weight = torch.stack([w for w, _ in layers])
     statistics = LayerStatistics(
         torch.stack([s.input_square for _, s in layers]),
-        torch.stack([s.gradient_square for _, s in layers if s.gradient_square is not None]),
+        *(
+            torch.stack([values for _, s in layers if (values := getattr(s, name)) is not None])
+            for name in ("gradient_square", "weight_gradient_square")
+        ),
     )
     mask = prune_mask(weight, statistics, criterion, pruned=50)  # type: ignore[arg-type]
     shares = [12, 13, 12, 13]

@@ -112,7 +112,7 @@ def test_mmlu_by_letters(loaded: LoadedModel, files: dict[str, str]) -> None:
 
 def test_mmlu_by_the_words_of_the_answers(loaded: LoadedModel, files: dict[str, str]) -> None:
     (score,) = evaluate_tasks(loaded, ["mmlu-cloze"], data={"mmlu-cloze": files["asked"]}, shots=0)
-    head = "The following are multiple choice questions (with answers) about sea life.\n\n"
+    head = "The following are questions (with answers) about sea life.\n\n"
     rights = []
     for row in ASKED:
         context = f"{head}Question: {row['question'].strip()}\nAnswer:"
