@@ -1,0 +1,70 @@
+"""How strongly reconstruction shall pull to the dense weights: chosen on held-out text.
+
+One-shot `global` allocation of `fisher`; perplexity on the guard windows and, as a domain that
+calibration has not seen, on the first windows of another text, without and with reconstruction.
+
+    python benchmarks/reconstruction.py --calibration web.jsonl.gz --other encyclopedia.jsonl.gz
+"""
+
+import argparse
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from prunewright.state import load_config
+from prunewright.tools import reconstruction
+from prunewright.tools.allocation import resolve_allocation
+from prunewright.tools.perplexity import perplexity, window_losses
+from prunewright.tools.revisions import DENSE
+from prunewright.tools.texts import load_test_windows
+from prunewright.tools.workbench import workbench
+
+solve = reconstruction.solve
+
+
+def main() -> None:
+    """Print both perplexities for each damping."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--calibration", required=True, help="text of calibration and guard")
+    parser.add_argument("--other", required=True, help="a text that calibration has not seen")
+    parser.add_argument("--windows", type=int, default=8, help="of calibration")
+    parser.add_argument("--held-out", type=int, default=4, help="windows of either text")
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--dampings", nargs="+", type=float, default=[0.01, 0.05, 0.2, 1.0])
+    parser.add_argument("--iterations", type=int, default=reconstruction.ITERATIONS)
+    options = parser.parse_args()
+    overrides = [
+        f"texts.calibration={options.calibration}",
+        f"texts.windows.calibration={options.windows}",
+        f"texts.windows.gradient={options.windows // 2}",
+        f"texts.windows.guard={options.held_out}",
+        "texts.windows.test=1",
+        f"texts.windows.length={options.length}",
+        "reconstruct=true",
+    ]
+    config = load_config(None, overrides, model=options.model, criterion="fisher")
+    allocate = resolve_allocation("global", {}, "unstructured")
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        workbench(config.request, Path(scratch)) as bench,
+    ):
+        tokenizer, model = bench.loaded.tokenizer, bench.loaded.model
+        other = load_test_windows(options.other, tokenizer, options.held_out, options.length)
+        counts = allocate(bench, None).counts
+        for damping in [None, *options.dampings]:
+            # Without a single iteration the masked dense weights stay as they are.
+            reconstruction.solve = partial(  # type: ignore[assignment]
+                solve,
+                damping=damping or 1.0,
+                iterations=0 if damping is None else options.iterations,
+            )
+            revision = bench.prune(DENSE, DENSE, counts)
+            guard = perplexity(bench.guard_losses(revision))
+            unseen = perplexity(window_losses(model, bench.head, other))
+            label = "masks alone" if damping is None else f"damping {damping:g}"
+            print(f"{label}: guard {guard:.3f}, other text {unseen:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
