@@ -325,7 +325,9 @@ def test_questions_are_asked_of_every_model(study: dict[str, Any], tmp_path: Pat
         assert scores is not None
         loaded = load_model(model, dtype="float32", device="cpu")
         (asked,) = evaluate_tasks(loaded, ["facts"], shots=1, limit=6)
-        assert scores.tasks == {"facts": asked.accuracy, "facts, log p": asked.log_probability}
+        expected = {"facts": asked.accuracy, "facts, log p": asked.log_probability}
+        # A cell counts with as many threads as there are cores, this process with one.
+        assert scores.tasks == pytest.approx(expected, abs=1e-4)
     assert found.dense.scores != (cell.result and cell.result.scores)
     table = (tmp_path / "out" / "comparison.md").read_text()
     assert f"{found.summary[0].tasks['facts, log p'].mean:.3f}" in table
