@@ -13,9 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from prunewright.state import load_config
-from prunewright.tools.criteria import LayerStatistics
 from prunewright.tools.perplexity import perplexity
-from prunewright.tools.profiling import crowded_costs, predict_losses
+from prunewright.tools.profiling import crowded_costs, predict_losses, statistics_of
 from prunewright.tools.revisions import DENSE
 from prunewright.tools.workbench import Workbench, workbench
 
@@ -61,9 +60,7 @@ def main() -> None:
         activations, gradients = bench.activations(DENSE), bench.gradients(DENSE)
         losses = {}
         for name, layer in bench.loaded.layers.items():
-            statistics = LayerStatistics(
-                activations.input_square[name], gradients.gradient_square[name]
-            )
+            statistics = statistics_of(name, activations, gradients)
             dense = layer.matrix(bench.loaded.dense(layer))
             losses[name] = predict_losses(dense, statistics, config.criterion, LEVELS)
         uniform = {n: int(options.target * ly.numel) for n, ly in bench.loaded.layers.items()}

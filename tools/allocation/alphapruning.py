@@ -8,8 +8,8 @@ from torch import Tensor
 
 from prunewright.state import InputError
 from prunewright.state.config import Options
-from prunewright.tools.allocation.blocks import by_block
-from prunewright.tools.allocation.counts import Allotment, exact_counts
+from prunewright.tools.allocation.blocks import block_counts, by_block
+from prunewright.tools.allocation.counts import Allotment
 from prunewright.tools.perplexity import Progress
 from prunewright.tools.workbench import Workbench
 
@@ -58,12 +58,7 @@ def allocate(
             progress("allocation", index + 1, len(blocks))
     sizes = {block: sum(ly.numel for ly in layers) for block, layers in blocks.items()}
     wanted = alpha_sparsities(alphas, sizes, bench.request.target, eps)
-    allotted = exact_counts(
-        {ly.name: wanted[ly.block] for ly in bench.loaded.layers.values()},
-        {ly.name: ly.numel for ly in bench.loaded.layers.values()},
-        bench.request.target,
-        bench.request.max_layer_sparsity,
-    )
+    allotted = block_counts(bench, wanted)
     least, most = min(alphas, key=alphas.__getitem__), max(alphas, key=alphas.__getitem__)
     words = (
         f"AlphaPruning, eps {eps:g}: mean exponents from {alphas[least]:.3f} (block {least}) to "

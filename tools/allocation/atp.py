@@ -3,7 +3,8 @@
 from pydantic import Field
 
 from prunewright.state.config import Options
-from prunewright.tools.allocation.counts import Allotment, exact_counts
+from prunewright.tools.allocation.blocks import block_counts
+from prunewright.tools.allocation.counts import Allotment
 from prunewright.tools.perplexity import Progress, perplexity
 from prunewright.tools.revisions import DENSE
 from prunewright.tools.workbench import Workbench
@@ -27,18 +28,10 @@ def allocate(bench: Workbench, options: AtpOptions, progress: Progress | None = 
     nearly dense and the last nearly empty. 0, the uniform allocation, is among the trials.
     """
     request = bench.request
-    layers = bench.loaded.layers.values()
-    sizes = {layer.name: layer.numel for layer in layers}
-    depth = max(layer.block for layer in layers) + 1
+    depth = max(layer.block for layer in bench.loaded.layers.values()) + 1
 
     def progression(beta: float) -> Allotment:
-        wanted = atp_sparsities(depth, request.target, beta)
-        return exact_counts(
-            {layer.name: wanted[layer.block] for layer in layers},
-            sizes,
-            request.target,
-            request.max_layer_sparsity,
-        )
+        return block_counts(bench, dict(enumerate(atp_sparsities(depth, request.target, beta))))
 
     if options.beta is not None:
         found = progression(options.beta)

@@ -7,8 +7,8 @@ from pydantic import Field
 from torch import Tensor
 
 from prunewright.state.config import Options
-from prunewright.tools.allocation.blocks import by_block, weighted_mean
-from prunewright.tools.allocation.counts import Allotment, exact_counts
+from prunewright.tools.allocation.blocks import block_counts, by_block, weighted_mean
+from prunewright.tools.allocation.counts import Allotment
 from prunewright.tools.criteria import LayerStatistics, split_experts, wanda
 from prunewright.tools.perplexity import Progress
 from prunewright.tools.revisions import DENSE
@@ -40,12 +40,7 @@ def allocate(bench: Workbench, options: OwlOptions, progress: Progress | None = 
             progress("allocation", index + 1, len(blocks))
     sizes = {block: sum(ly.numel for ly in layers) for block, layers in blocks.items()}
     wanted = owl_sparsities(ratios, sizes, bench.request.target, options.lam)
-    found = exact_counts(
-        {ly.name: wanted[ly.block] for ly in bench.loaded.layers.values()},
-        {ly.name: ly.numel for ly in bench.loaded.layers.values()},
-        bench.request.target,
-        bench.request.max_layer_sparsity,
-    )
+    found = block_counts(bench, wanted)
     least, most = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
     words = (
         f"OWL, lam {options.lam:g}, m {options.m:g}: outliers from {ratios[least]:.3f} % of block "
