@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -54,6 +55,9 @@ class Workbench:
         self.head = Head(self.loaded.model)
         self.store = RevisionStore(Path())
         self._at: Manifest = {}
+        self._left: dict[str, tuple[str | None, Tensor]] = {}
+        """Digest and weights that layers had before the last `sync`, so that a rollback takes no
+        time; None stands for the dense ones. Let go before anything is measured."""
         self._zeros = {name: _zeros(self.loaded, name) for name in self.loaded.layers}
         self._counted: dict[tuple[str, str | None], int] = {
             (name, None): zeros for name, zeros in self._zeros.items()
@@ -85,32 +89,51 @@ class Workbench:
                 f"{self.request.model} does not have"
             )
         names = [n for n in self.loaded.layers if target.get(n) != self._at.get(n)]
-        layers = [self.loaded.layers[name] for name in names]
+        back = {n for n in names if n in self._left and self._left[n][0] == target.get(n)}
+        layers = [self.loaded.layers[name] for name in names if name not in back]
         # All of them read and checked before any weight changes.
         stored = {
-            name: self._stored(target[name], layer)
-            for name, layer in zip(names, layers, strict=True)
-            if name in target
+            layer.name: self._stored(target[layer.name], layer)
+            for layer in layers
+            if layer.name in target
         }
+        for name in back:
+            self._exchange(name, target.get(name), self._left[name][1])
+        room = _room(layers, self.loaded)
         largest = max((layer.numel for layer in layers), default=0)
         scratch = torch.empty(largest, dtype=_INTEGERS[self.loaded.dtype.itemsize])
-        for name, layer, dense in zip(names, layers, self.loaded.dense_layers(layers), strict=True):
+        for layer, dense in zip(layers, self.loaded.dense_layers(layers), strict=True):
+            digest = target.get(layer.name)
             weight = self.loaded.weight(layer)
-            self._at[name] = ""  # no revision's: an interrupt from here on is mended by the next
-            if name in stored:
-                _write_masked(weight, dense, stored[name].bits, scratch)
-                if (kept := stored[name].kept) is not None:
-                    places = unpack_kept(stored[name].bits, layer.numel).bool()
-                    places = places.view(weight.shape).to(weight.device)
-                    weight.masked_scatter_(places, kept.to(weight.device))
-                self._at[name] = target[name]
+            if room and self._at.get(layer.name) != "":
+                self._left.pop(layer.name, None)  # its memory is used again
+                weight = torch.empty_like(weight)
             else:
+                self._at[layer.name] = ""  # should this be interrupted, the next sync mends it
+            if digest is None:
                 weight.copy_(dense)
-                self._at.pop(name, None)
-            key = (name, target.get(name))
-            if key not in self._counted:
-                self._counted[key] = _zeros(self.loaded, name)
-            self._zeros[name] = self._counted[key]
+            else:
+                _write_stored(weight, dense, stored[layer.name], scratch)
+            self._exchange(layer.name, digest, weight)
+
+    def _exchange(self, name: str, digest: str | None, weight: Tensor) -> None:
+        """Make a tensor the live weights of a layer, those of a digest; keep the ones it had."""
+        layer = self.loaded.layers[name]
+        live, at = self.loaded.weight(layer), self._at.get(name)
+        self._at[name] = ""  # no revision's: an interrupt from here on is mended by the next sync
+        if live is not weight:
+            self._left.pop(name, None)
+            if at != "":
+                self._left[name] = (at, live)
+        self.loaded.model.get_parameter(layer.parameter).data = weight
+        key = (name, digest)
+        if key not in self._counted:
+            self._counted[key] = _zeros(self.loaded, name)
+        self._zeros[name] = self._counted[key]
+        if digest is None:
+            self._at.pop(name)
+        else:
+            self._at[name] = digest
 
     def _stored(self, digest: str, layer: Layer) -> StoredLayer:
         found = self.store.read(digest, layer.shape)
@@ -149,6 +172,7 @@ class Workbench:
         """Input statistics at a revision."""
         if self._activations is None or self._activations[0] != revision:
             self.sync(revision)
+            self._left.clear()
             measured = measure_activations(self.loaded, self.windows.calibration, progress)
             self._activations = (revision, measured)
             self.tokens["calibration"] += self.windows.calibration.numel()
@@ -158,6 +182,7 @@ class Workbench:
         """Gradient statistics at a revision."""
         if self._gradients is None or self._gradients[0] != revision:
             self.sync(revision)
+            self._left.clear()
             windows = self.windows.calibration[: self.request.texts.windows.gradient]
             measured = measure_gradients(
                 self.loaded,
@@ -239,6 +264,7 @@ class Workbench:
     def test_losses(self, revision: str, progress: Progress | None = None) -> list[float]:
         """Mean loss of each test window at a revision, nats a token."""
         self.sync(revision)
+        self._left.clear()
         self.tokens["test"] += self.windows.test.numel()
         return window_losses(self.loaded.model, self.head, self.windows.test, progress)
 
@@ -274,6 +300,7 @@ class Workbench:
             masks = self._masks(revision, gradient_revision, counts, progress)
             return self.store.put(manifest, masks, about)
         wanted = self._wanted(revision, gradient_revision, counts, progress)
+        self._left.clear()
         try:
             self._at |= dict.fromkeys(wanted, "")  # no revision's, so that the sync restores them
             solved, notes = solve_blocks(
@@ -416,6 +443,26 @@ class Workbench:
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By size, the integers that weights are seen as while they are written."""
+
+
+def _room(layers: list[Layer], loaded: LoadedModel) -> bool:
+    """Whether second weights of some layers fit beside the live ones with as much to spare.
+
+    Never on an accelerator, whose memory is what a user is short of.
+    """
+    if loaded.device.type != "cpu":
+        return False
+    size = sum(layer.numel for layer in layers) * loaded.dtype.itemsize
+    return int(psutil.virtual_memory().available) > 2 * size
+
+
+def _write_stored(weight: Tensor, dense: Tensor, stored: StoredLayer, scratch: Tensor) -> None:
+    """Set a layer to what a revision holds of it; for the arguments see `_write_masked`."""
+    _write_masked(weight, dense, stored.bits, scratch)
+    if stored.kept is not None:
+        places = unpack_kept(stored.bits, weight.numel()).bool()
+        places = places.view(weight.shape).to(weight.device)
+        weight.masked_scatter_(places, stored.kept.to(weight.device))
 
 
 def _write_masked(weight: Tensor, dense: Tensor, bits: Tensor, scratch: Tensor) -> None:
