@@ -4,7 +4,7 @@ What prunes a block with the inputs that the pruned blocks before it give (Spars
 2301.00774) cannot use the model's own forward pass: that would run all blocks again for each.
 """
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +28,17 @@ class _Call:
     """Whether the hidden states come as ``hidden_states=``."""
 
 
+class _EnteredError(Exception):
+    """Ends a pass of the whole model where its first block begins."""
+
+
 class BlockRunner:
     """Runs single blocks of a model on the hidden states of some windows.
 
-    The blocks' other arguments (masks, positions, whatever a family passes) are taken from one
-    pass of the whole model and given back to each block as they were.
+    The blocks' other arguments (masks, positions, whatever a family passes) are taken from a pass
+    of the whole model and given back to each block as they were. Where those of two windows are
+    equal they do not depend on the text, and of the other windows only the first block's inputs
+    are made.
 
     Attributes:
         blocks: the model's decoder blocks.
@@ -43,7 +49,7 @@ class BlockRunner:
     def __init__(
         self, loaded: LoadedModel, windows: Tensor, progress: Progress | None = None
     ) -> None:
-        """Run the model once over the windows and keep what its blocks were called with.
+        """Keep what the model's blocks are called with as it runs over the windows.
 
         Args:
             loaded: the model, with whatever weights are live.
@@ -58,15 +64,32 @@ class BlockRunner:
         self.first: list[Tensor] = []
         self._calls: list[list[_Call]] = []
         for index, window in enumerate(windows):
-            calls, states = self._record(window.to(loaded.device))
-            if index == 0:
-                self._check(calls, states)
-            self.first.append(states[0])
-            self._calls.append(calls if index == 0 else _share(calls, self._calls[0]))
+            self._enter(window.to(loaded.device))
             if progress is not None:
                 progress("inputs of blocks", index + 1, len(windows))
 
-    def _record(self, window: Tensor) -> tuple[list[_Call], list[Tensor]]:
+    def _enter(self, window: Tensor) -> None:
+        """Keep what enters the first block for a window, and what each block is called with."""
+        if len(self._calls) > 1 and all(
+            _equal(call, first) for call, first in zip(self._calls[1], self._calls[0], strict=True)
+        ):
+            entry, states = self._record(window, only_first=True)
+            if _equal(_share(entry, self._calls[0][:1])[0], self._calls[0][0]):
+                self.first.append(states[0])
+                self._calls.append(self._calls[0])
+                return
+        calls, states = self._record(window)
+        if self._calls:
+            calls = _share(calls, self._calls[0])
+        else:
+            self._check(calls, states)
+        self.first.append(states[0])
+        self._calls.append(calls)
+
+    def _record(
+        self, window: Tensor, *, only_first: bool = False
+    ) -> tuple[list[_Call], list[Tensor]]:
+        """What each block, or the first, is called with, and the hidden states that it is given."""
         calls: list[_Call] = []
         states: list[Tensor] = []
 
@@ -76,13 +99,17 @@ class BlockRunner:
             # Only the first block's are kept: the others' are checked, and made anew.
             calls.append(_Call(tuple(arguments[1:]), rest, not arguments))
             states.append(hidden)
+            if only_first:
+                raise _EnteredError
 
         with ExitStack() as stack:
+            if only_first:
+                stack.enter_context(suppress(_EnteredError))
             for block in self.blocks:
                 handle = block.register_forward_pre_hook(before, with_kwargs=True)
                 stack.callback(handle.remove)
             hidden_states(self._loaded.model, window.unsqueeze(0))
-        if len(calls) != len(self.blocks):
+        if not only_first and len(calls) != len(self.blocks):
             raise InputError(
                 f"{len(self.blocks)} blocks were called {len(calls)} times in one pass: this "
                 "model cannot be pruned block by block (criterion sparsegpt, reconstruct)"
@@ -134,6 +161,23 @@ class BlockRunner:
             outputs = block(hidden, *call.rest, **call.keywords)
         states: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
         return states
+
+
+def _equal(call: _Call, first: _Call) -> bool:
+    """Whether a call, shared with the first window's, has nothing of its own."""
+
+    def equal(value: Any, other: Any) -> bool:
+        if isinstance(value, tuple) and isinstance(other, tuple):
+            return len(value) == len(other) and all(map(equal, value, other))
+        plain = isinstance(value, bool | int | float | str) and type(value) is type(other)
+        return value is other or (plain and bool(value == other))
+
+    return (
+        call.by_keyword == first.by_keyword
+        and equal(call.rest, first.rest)
+        and call.keywords.keys() == first.keywords.keys()
+        and all(equal(value, first.keywords[key]) for key, value in call.keywords.items())
+    )
 
 
 def _share(calls: list[_Call], model: list[_Call]) -> list[_Call]:

@@ -73,6 +73,48 @@ def test_blocks_one_by_one_give_what_the_whole_model_gives(load: Loader, family:
         assert torch.equal(hidden, expected)
 
 
+def test_whole_passes_are_made_only_where_a_blocks_arguments_depend_on_the_text(
+    load: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load()
+    ids = windows(5)
+    last = list(find_blocks(loaded.model)[1])[-1]
+    passes = 0
+
+    def counted(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    with last.register_forward_hook(counted):
+        BlockRunner(loaded, ids)
+    assert passes == 2
+
+    words: list[float] = []
+    forward = last.forward
+
+    def worded(*arguments: Any, word: Tensor, **keywords: Any) -> Any:
+        words.append(float(word))
+        return forward(*arguments, **keywords)
+
+    def tell(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        return arguments, {"word": arguments[0].float().sum()} | keywords
+
+    monkeypatch.setattr(last, "forward", worded)
+    passes = 0
+    with (
+        last.register_forward_pre_hook(tell, with_kwargs=True),
+        last.register_forward_hook(counted),
+    ):
+        runner = BlockRunner(loaded, ids)
+        assert passes == 5
+        told = words.copy()
+        words.clear()
+        for window in range(5):
+            runner.run(len(runner.blocks) - 1, window, torch.zeros_like(runner.first[window]))
+    assert words == told
+    assert len(set(told)) == 5
+
+
 def test_a_model_that_works_between_its_blocks_is_refused(load: Loader) -> None:
     loaded = load()
     base = loaded.model.base_model
