@@ -94,6 +94,19 @@ class LoadedModel:
                         raise StoreError(f"{path} has changed since the model was loaded")
                     yield tensor.to(device=self.device, dtype=self.dtype)
 
+    def standing(self) -> dict[str, Any]:
+        """What the loaded model's outputs depend on: hashes of its files, dtype and device."""
+        return {
+            "model": self.fingerprint,
+            "settings": {
+                path.name: sha256_file(path)
+                for path in sorted(self.directory.glob("*.json"))
+                if not path.name.endswith(".index.json")
+            },
+            "dtype": str(self.dtype),
+            "device": self.device.type,
+        }
+
     def check_length(self, length: int) -> None:
         """Refuse windows longer than the positions that the model has.
 

@@ -18,6 +18,7 @@ import torch
 from scipy import stats
 
 from prunewright.state import InputError, StoreError
+from prunewright.tools.evaluation import Evaluation, evaluate
 from prunewright.tools.evaluation.harness import evaluate_tasks
 from prunewright.tools.evaluation.scores import (
     QuestionOutcome,
@@ -241,6 +242,55 @@ def test_a_killed_evaluation_goes_on(
     done[0].write_text('{"outcomes": []}')
     with pytest.raises(StoreError, match="delete it, and its questions are asked again"):
         evaluate_tasks(loaded, ["facts"], shots=1, limit=96, store=store)
+
+
+def test_a_killed_perplexity_goes_on(directory: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    code = (
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from prunewright.tools.evaluation import evaluate\n"
+        "torch.set_num_threads(1)\n"
+        "evaluate(sys.argv[1], ['embedded'], windows=200, length=64, dtype='float32',\n"
+        "         device='cpu', store=Path(sys.argv[2]))\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(directory), str(store)], stderr=subprocess.DEVNULL
+    )
+    while not (found := sorted(store.glob("outcomes/perplexity-*.json"))):
+        assert child.poll() is None
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    (file,) = found
+    kept = json.loads(file.read_text())["losses"]
+    assert 8 <= len(kept) < 200
+
+    def run(store: Path | None) -> tuple[Evaluation, list[tuple[str, int, int]]]:
+        told: list[tuple[str, int, int]] = []
+        found = evaluate(
+            str(directory),
+            ["embedded"],
+            windows=200,
+            length=64,
+            dtype="float32",
+            device="cpu",
+            store=store,
+            progress=lambda *values: told.append(values),
+        )
+        return found, told
+
+    again, told = run(store)
+    assert told == [("perplexity", n, 200) for n in range(len(kept) + 1, 201)]
+    losses = json.loads(file.read_text())["losses"]
+    assert (losses[: len(kept)], len(losses)) == (kept, 200)
+    fresh, told = run(None)
+    assert len(told) == 200
+    assert again.texts[0].perplexity == pytest.approx(fresh.texts[0].perplexity, rel=1e-5)
+    assert run(store) == (again, [])  # nothing is left to score
+    file.write_text('{"losses": [1, "x"]}')
+    with pytest.raises(StoreError, match="delete it, and its text is scored again"):
+        run(store)
 
 
 def test_another_model_shares_no_outcomes(

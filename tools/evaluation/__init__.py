@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict
 
 from prunewright.tools.evaluation.harness import Quiz, ask
 from prunewright.tools.evaluation.scores import Comparison, TaskScore, compare
+from prunewright.tools.evaluation.windows import kept_losses
 from prunewright.tools.models import LoadedModel, load_model
-from prunewright.tools.perplexity import Head, Progress, perplexity, window_losses
+from prunewright.tools.perplexity import Head, Progress, perplexity
 from prunewright.tools.storage import write_json
 from prunewright.tools.texts import load_test_windows
 
@@ -122,7 +123,7 @@ def evaluate(
             drawn = {s: load_test_windows(s, loaded.tokenizer, count, length) for s in texts}
             head = Head(loaded.model)
             scores = [
-                _score(source, window_losses(loaded.model, head, ids, progress), length)
+                _score(source, kept_losses(loaded, head, ids, store, progress), length)
                 for source, ids in drawn.items()
             ]
             return Evaluation(

@@ -353,15 +353,7 @@ def _check_examples(
 def _standing(loaded: LoadedModel, quiz: Quiz) -> dict[str, Any]:
     """All that outcomes depend on, but for the questions asked."""
     folder = _folder()
-    return {
-        "model": loaded.fingerprint,
-        "settings": {
-            p.name: sha256_file(p)
-            for p in sorted(loaded.directory.glob("*.json"))
-            if not p.name.endswith(".index.json")
-        },
-        "dtype": str(loaded.dtype),
-        "device": loaded.device.type,
+    return loaded.standing() | {
         "task": quiz.task,
         "shots": quiz.shots,
         "data": quiz.data_hash,

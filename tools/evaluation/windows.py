@@ -1,0 +1,76 @@
+"""Losses of a text's windows, kept as they come, so that a killed evaluation goes on."""
+
+import math
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from prunewright.state import StoreError
+from prunewright.tools.models import LoadedModel
+from prunewright.tools.perplexity import Head, Progress, window_losses
+from prunewright.tools.storage import canonical_json, read_json, sha256_bytes, write_json
+
+CHUNK = 8
+"""Windows whose losses are stored together: what a kill can cost."""
+
+
+class _Stored(BaseModel):
+    """The losses of a text's first windows, nats a token; None where not finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    losses: list[float | None]
+
+
+def kept_losses(
+    loaded: LoadedModel,
+    head: Head,
+    windows: Tensor,
+    store: Path | None = None,
+    progress: Progress | None = None,
+) -> list[float]:
+    """Mean token loss of each window, those that are kept not computed again.
+
+    Args:
+        loaded: the model; with ``store`` its weights must be those of its files.
+        head: its head.
+        windows: token ids [windows, length].
+        store: directory where losses are kept.
+        progress: told after each window.
+
+    Returns:
+        One mean loss a window, nats a token.
+
+    Raises:
+        StoreError: what is kept is damaged, or it cannot be written.
+    """
+    if store is None:
+        return window_losses(loaded.model, head, windows, progress)
+    tokens = sha256_bytes(canonical_json(windows.tolist()))
+    key = sha256_bytes(canonical_json([loaded.standing(), tokens]))[:24]
+    file = store / "outcomes" / f"perplexity-{key}.json"
+    losses = _read(file, len(windows)) if file.exists() else []
+    for begin in range(len(losses), len(windows), CHUNK):
+
+        def told(what: str, done: int, _: int, begin: int = begin) -> None:
+            if progress is not None:
+                progress(what, begin + done, len(windows))
+
+        losses += window_losses(loaded.model, head, windows[begin : begin + CHUNK], told)
+        kept = _Stored(losses=[loss if math.isfinite(loss) else None for loss in losses])
+        write_json(file, kept.model_dump(mode="json"))
+    return losses
+
+
+def _read(file: Path, most: int) -> list[float]:
+    again = "delete it, and its text is scored again"
+    try:
+        losses = _Stored.model_validate(read_json(file)).losses
+    except ValidationError:
+        raise StoreError(f"{file} is damaged: {again}") from None
+    except StoreError as error:
+        raise StoreError(f"{error}: {again}") from error
+    if len(losses) > most:
+        raise StoreError(f"{file} is damaged: {again}")
+    return [math.nan if loss is None else loss for loss in losses]
