@@ -396,7 +396,7 @@ def baseline_command(
     overrides: _SetOption = None,
     criterion: Annotated[
         str | None,
-        typer.Option("--criterion", help="magnitude, wanda, gblm, fisher or sparsegpt."),
+        typer.Option("--criterion", help="magnitude, wanda, gblm, fisher, sparsegpt or obs."),
     ] = None,
     pattern: Annotated[
         str | None,

@@ -14,7 +14,7 @@ DEFAULT_AGENT = "google_genai:gemini-3-flash-preview"
 BASELINE = "baseline"
 """The name that stands for "no agent" in a run directory's config and trace."""
 
-CriterionName = Literal["magnitude", "wanda", "gblm", "fisher", "sparsegpt"]
+CriterionName = Literal["magnitude", "wanda", "gblm", "fisher", "sparsegpt", "obs"]
 Signal = Literal["z_s", "z_g", "z_c"]
 
 

@@ -5,9 +5,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from prunewright.state.config import CriterionName
 from prunewright.tools import reconstruction
 from prunewright.tools.blocks import BlockRunner
-from prunewright.tools.criteria import LayerStatistics, expert_share, prune_mask, sparsegpt
+from prunewright.tools.criteria import (
+    CRITERIA,
+    LayerStatistics,
+    expert_share,
+    fisher,
+    prune_mask,
+    sparsegpt,
+)
 from prunewright.tools.layers import Layer
 from prunewright.tools.models import LoadedModel
 from prunewright.tools.perplexity import Progress
@@ -22,13 +30,15 @@ class Wanted:
 
     Attributes:
         mask: True where pruned, of the parameter's shape; its kept weights are reconstructed.
-        pruned: weights that SparseGPT shall prune.
-        pattern: ``(keep_n, group_m)`` for SparseGPT.
+        pruned: weights that the criterion's sweep shall prune.
+        pattern: ``(keep_n, group_m)`` for it.
+        gradient_square: E[d_i^2] [outputs] or [experts, outputs], if the criterion weighs outputs.
     """
 
     mask: Tensor | None = None
     pruned: int | None = None
     pattern: tuple[int, int] | None = None
+    gradient_square: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -86,21 +96,23 @@ def solve_blocks(
     windows: Tensor,
     wanted: dict[str, Wanted],
     *,
+    criterion: CriterionName = "sparsegpt",
     reconstruct: bool,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Solved], list[str]]:
     """Prune some layers block by block, each on what the blocks before it give once pruned.
 
     A layer whose mask is given is reconstructed: its outputs are drawn to what its dense weights
-    make of the same inputs. The others are pruned by SparseGPT, and reconstructed on its masks if
-    ``reconstruct`` says so. (To draw them to the outputs of the dense model, whose inputs are
-    others, was tried: what is fitted to inputs that are half noise shrinks, block after block,
-    and SmolLM2-135M broke.)
+    make of the same inputs. The others are pruned by the sweep of ``criterion``, and reconstructed
+    on its masks if ``reconstruct`` says so. (To draw them to the outputs of the dense model, whose
+    inputs are others, was tried: what is fitted to inputs that are half noise shrinks, block after
+    block, and SmolLM2-135M broke.)
 
     Args:
         loaded: the model; layers that are not wanted keep their live weights.
         windows: calibration token ids [windows, length].
         wanted: what to prune.
+        criterion: one that solves, for layers whose mask is not given.
         reconstruct: see above.
         progress: told after each window of the first pass, and after each block.
 
@@ -129,7 +141,9 @@ def solve_blocks(
         for window, hidden in enumerate(states if layers else []):
             runner.run(index, window, hidden, grams.see, layers)
         for layer in layers:
-            found, words = _solve(layer, dense[layer.name], wanted[layer.name], grams, reconstruct)
+            found, words = _solve(
+                layer, dense[layer.name], wanted[layer.name], grams, criterion, reconstruct
+            )
             loaded.weight(layer).copy_(found.weight)
             solved[layer.name] = Solved(found.mask.cpu(), loaded.weight(layer).cpu().clone())
             notes += words
@@ -151,7 +165,12 @@ def _start(
 
 
 def _solve(
-    layer: Layer, dense: Tensor, wanted: Wanted, grams: _Grams, reconstruct: bool
+    layer: Layer,
+    dense: Tensor,
+    wanted: Wanted,
+    grams: _Grams,
+    criterion: CriterionName,
+    reconstruct: bool,
 ) -> tuple[Solved, list[str]]:
     """One layer, expert by expert, of the parameter's shape; and what must be told of it."""
     matrix = layer.matrix(dense)
@@ -167,7 +186,12 @@ def _solve(
             found = weight.float().masked_fill(mask, 0)
         else:
             share = wanted.pruned and expert_share(wanted.pruned, index, len(experts))
-            mask, found, words = _sparsegpt(weight, gram, share, wanted.pattern, name)
+            squares = wanted.gradient_square
+            if squares is not None and fused:
+                squares = squares[index]
+            mask, found, words = _sweep(
+                weight, gram, share, wanted.pattern, squares, criterion, name
+            )
             notes += words
         if not mask.any():
             found = weight  # dense, and stays so
@@ -185,27 +209,32 @@ def _solve(
     return Solved(layer.matrix(mask), layer.matrix(found.to(dense.dtype))), notes
 
 
-def _sparsegpt(
+def _sweep(
     weight: Tensor,
     gram: Tensor | None,
     pruned: int | None,
     pattern: tuple[int, int] | None,
+    gradient_square: Tensor | None,
+    criterion: CriterionName,
     name: str,
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """Mask and weights of one matrix; by magnitude where no token came, and without an update
-    where no damping helps."""
-    found = None
+    """Mask and weights of one matrix; by what is known of single weights, and without an update,
+    where no token came or no damping helps."""
+    dampings = CRITERIA[criterion].dampings
+    notes = []
+    inputs = torch.ones(weight.shape[1], device=weight.device)
     if gram is not None:
-        found = sparsegpt.prune(weight, gram, pruned=pruned, pattern=pattern)
+        factors = None if gradient_square is None else fisher.damped(gradient_square)
+        found = sparsegpt.prune(
+            weight, gram, pruned=pruned, pattern=pattern, factors=factors, dampings=dampings
+        )
         if found is not None:
             mask, updated, damping = found
-            if damping == sparsegpt.DAMPINGS[0]:
-                return mask, updated, []
-            return mask, updated, [f"{name}: solved with a damping of {damping:g}"]
-    squares = torch.ones(weight.shape[1], device=weight.device)
-    notes = []
-    if gram is not None:
-        squares = gram.diagonal().nan_to_num()
+            if damping != dampings[0]:
+                notes = [f"{name}: solved with a damping of {damping:g}"]
+            return mask, updated, notes
+        inputs = gram.diagonal().nan_to_num()
         notes = [f"{name}: cannot be solved with any damping, so its weights are not updated"]
-    mask = prune_mask(weight, LayerStatistics(squares), "sparsegpt", pruned=pruned, pattern=pattern)
+    statistics = LayerStatistics(inputs, gradient_square)
+    mask = prune_mask(weight, statistics, criterion, pruned=pruned, pattern=pattern)
     return mask, weight.float().masked_fill(mask, 0), notes

@@ -307,6 +307,7 @@ class Workbench:
                 self.loaded,
                 self.windows.calibration,
                 wanted,
+                criterion=request.criterion,
                 reconstruct=request.reconstruct,
                 progress=progress,
             )
@@ -343,9 +344,14 @@ class Workbench:
             masks = self._masks(revision, gradient_revision, counts, progress)
             wanted = {name: Wanted(mask=mask) for name, mask in masks.items()}
         else:
+            squares: dict[str, Tensor] = {}
+            if CRITERIA[self.request.criterion].needs_gradients:
+                squares = self.gradients(gradient_revision, progress).gradient_square
             for name in self.loaded.layers if counts is None else counts:
                 pruned, pattern = self._amount(name, counts)
-                wanted[name] = Wanted(pruned=pruned, pattern=pattern)
+                wanted[name] = Wanted(
+                    pruned=pruned, pattern=pattern, gradient_square=squares.get(name)
+                )
         if self.request.reconstruct:
             for name, digest in self.store.manifest(revision).items():
                 if name not in wanted:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from prunewright.graph import baseline, fork, run
 from prunewright.graph.cli import app
+from prunewright.tools.criteria import CRITERIA
 from prunewright.tools.rundir import RunDirectory
 from prunewright.tools.workbench import Workbench, workbench
 
@@ -21,7 +22,7 @@ Submit = Callable[[dict[str, Any]], dict[str, Any]]
 WAYS = {
     "sparsegpt": {"criterion": "sparsegpt"},
     "wanda, reconstructed": {"criterion": "wanda", "reconstruct": True},
-    "sparsegpt, reconstructed": {"criterion": "sparsegpt", "reconstruct": True},
+    "obs, reconstructed": {"criterion": "obs", "reconstruct": True},
 }
 
 
@@ -103,7 +104,7 @@ def test_reconstruction_lowers_the_perplexity_of_the_same_masks(
     assert better.metrics.sparsity == plain.metrics.sparsity
 
 
-@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt", "gblm", "fisher", "magnitude"])
+@pytest.mark.parametrize("criterion", sorted(CRITERIA))
 @pytest.mark.parametrize("reconstruct", ["true", "false"])
 def test_a_pattern_holds_in_the_saved_model_with_each_criterion(
     reference_config: dict[str, Any], tmp_path: Path, criterion: str, reconstruct: str

@@ -1,5 +1,6 @@
 """Blocks run one by one give what the model gives, and layers are solved on just those inputs."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from prunewright.state import InputError
 from prunewright.tools import reconstruction
 from prunewright.tools.blocks import BlockRunner
-from prunewright.tools.criteria import sparsegpt
+from prunewright.tools.criteria import CRITERIA, sparsegpt
 from prunewright.tools.layers import find_blocks
 from prunewright.tools.models import LoadedModel
 from prunewright.tools.perplexity import hidden_states
@@ -205,6 +206,49 @@ def test_sparsegpt_sees_dense_blocks_behind_pruned_ones(load: Loader) -> None:
         torch.testing.assert_close(solved[name].weight, expected[name][1], rtol=0.05, atol=5e-3)
 
 
+@pytest.mark.parametrize("family", ["LlamaConfig", "Qwen3MoeConfig"])
+def test_obs_weighs_outputs_by_the_mean_of_their_gradient_and_the_layers(
+    load: Loader, family: str
+) -> None:
+    loaded = load(family)
+    name = "model.layers.0.self_attn.v_proj"
+    layer = loaded.layers[name]
+    squares = torch.rand(layer.shape[0], generator=torch.Generator().manual_seed(1)) ** 4
+    dense = loaded.dense(layer)
+    x = watch(loaded, windows(), name)[name].float()
+    wanted = {name: Wanted(pruned=layer.numel // 2, gradient_square=squares)}
+    solved, notes = solve_blocks(loaded, windows(), wanted, criterion="obs", reconstruct=False)
+    assert notes == []
+    expected = sparsegpt.prune(
+        dense,
+        x.T @ x,
+        pruned=layer.numel // 2,
+        factors=(squares + squares.mean()) / 2,
+        dampings=(0.1,),
+    )
+    assert expected is not None
+    same = (solved[name].mask == expected[0]).float().mean()
+    assert float(same) > 0.999  # sums in another order may flip a near tie
+    by_row = solved[name].mask.sum(1)
+    assert int(by_row[squares.argmin()]) > int(by_row[squares.argmax()])
+
+
+def test_each_expert_is_swept_with_its_own_gradients(load: Loader) -> None:
+    loaded = load("Qwen3MoeConfig")
+    name = next(n for n, ly in loaded.layers.items() if len(ly.shape) == 3)
+    layer = loaded.layers[name]
+    experts, rows = layer.matrix(loaded.dense(layer)).shape[:2]
+    squares = torch.ones(experts, rows)
+    squares[1, 0] = 1e6
+    wanted = {name: Wanted(pruned=layer.numel // 2, gradient_square=squares)}
+    solved, _ = solve_blocks(loaded, windows(8), wanted, criterion="obs", reconstruct=False)
+    by_row = layer.matrix(solved[name].mask).sum(-1).tolist()
+    assert {sum(pruned) for pruned in by_row} == {layer.numel // 2 // experts}
+    usual = layer.numel // 2 // experts // rows
+    assert by_row[1][0] < usual / 2
+    assert by_row[0][0] > usual / 2
+
+
 def test_layers_that_are_not_wanted_keep_their_weights(load: Loader) -> None:
     loaded = load()
     before = weights(loaded)
@@ -224,7 +268,8 @@ def test_patterns_and_failures_of_the_solve(load: Loader, monkeypatch: pytest.Mo
     assert set(kept.tolist()) == {2}
     assert notes == []
     # With no damping to try, every matrix is one that cannot be factored.
-    monkeypatch.setattr(sparsegpt, "DAMPINGS", ())
+    none = dataclasses.replace(CRITERIA["sparsegpt"], dampings=())
+    monkeypatch.setitem(CRITERIA, "sparsegpt", none)
     dense = loaded.dense(loaded.layers[name])
     solved, notes = solve_blocks(loaded, windows(), {name: Wanted(pruned=700)}, reconstruct=False)
     assert notes == [f"{name}: cannot be solved with any damping, so its weights are not updated"]

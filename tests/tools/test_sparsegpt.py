@@ -20,18 +20,20 @@ def layer(
 
 
 def surgeon(
-    weight: Tensor, gram: Tensor, pruned: int, panel: int
+    weight: Tensor, gram: Tensor, pruned: int, panel: int, factors: Tensor, damping: float
 ) -> tuple[list[list[bool]], Tensor]:
     """Left to right, each pruned weight's error on the weights to its right: all by definition."""
     rows, inputs = weight.shape
-    h = gram.double() + 0.01 * gram.diagonal().mean().double() * torch.eye(inputs).double()
+    h = gram.double() + damping * gram.diagonal().mean().double() * torch.eye(inputs).double()
     inverses = [torch.linalg.inv(h[j:, j:]) for j in range(inputs)]
     w = weight.double().clone()
     mask = [[False] * inputs for _ in range(rows)]
     for start in range(0, inputs, panel):
         columns = range(start, min(start + panel, inputs))
         price = {
-            (i, j): float(w[i, j] ** 2 / inverses[j][0, 0]) for i in range(rows) for j in columns
+            (i, j): float(factors[i] * w[i, j] ** 2 / inverses[j][0, 0])
+            for i in range(rows)
+            for j in columns
         }
         share = pruned * (columns[-1] + 1) // inputs - pruned * start // inputs
         for i, j in sorted(price, key=price.__getitem__)[:share]:
@@ -46,15 +48,23 @@ def surgeon(
 
 @pytest.mark.parametrize("panel", [20, 8, 5])
 @pytest.mark.parametrize("pruned", [0, 1, 53, 60, 120])
-def test_masks_and_weights_are_those_of_optimal_brain_surgeon(pruned: int, panel: int) -> None:
+@pytest.mark.parametrize("weighed", [False, True])
+def test_masks_and_weights_are_those_of_optimal_brain_surgeon(
+    pruned: int, panel: int, weighed: bool
+) -> None:
     weight, x = layer()
     gram = x.T @ x
-    found = sparsegpt.prune(weight, gram, pruned=pruned, panel=panel)
+    factors = torch.tensor([0.1, 3.0, 1.0, 0.02, 1.0, 0.5]) if weighed else None
+    first = 0.1 if weighed else 0.01
+    found = sparsegpt.prune(
+        weight, gram, pruned=pruned, factors=factors, dampings=(first, 1.0), panel=panel
+    )
     assert found is not None
     mask, weights, damping = found
-    expected_mask, expected = surgeon(weight, gram, pruned, panel)
+    weighing = torch.ones(6) if factors is None else factors
+    expected_mask, expected = surgeon(weight, gram, pruned, panel, weighing, first)
     assert mask.tolist() == expected_mask
-    assert damping == 0.01
+    assert damping == first
     torch.testing.assert_close(weights, expected.float(), rtol=1e-3, atol=1e-4)
     assert int(mask.sum()) == pruned
     assert not weights[mask].any()

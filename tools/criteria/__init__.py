@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from prunewright.state.config import CriterionName
-from prunewright.tools.criteria import fisher, gblm, magnitude, sparsegpt, wanda
+from prunewright.tools.criteria import fisher, gblm, magnitude, obs, sparsegpt, wanda
 from prunewright.tools.masks import Group, nm_mask, unstructured_mask
 
 
@@ -47,15 +47,21 @@ class Criterion:
         score: of a matrix [outputs, inputs] and its statistics.
         needs_gradients: whether ``gradient_square`` or ``weight_gradient_square`` is read.
         by_weight: whether it is the latter, which takes a number a weight to keep.
-        solves: whether masks come out of a solve that changes the kept weights, too
-            (`tools.solving`); ``score`` then only stands in where a mask's effect is predicted.
+        dampings: not empty if masks come out of a sweep that changes the kept weights, too
+            (`sparsegpt.prune`): what it tries. ``score`` then only stands in where a mask's effect
+            is predicted.
     """
 
     group: Group
     score: Callable[[Tensor, LayerStatistics], Tensor]
     needs_gradients: bool = False
     by_weight: bool = False
-    solves: bool = False
+    dampings: tuple[float, ...] = ()
+
+    @property
+    def solves(self) -> bool:
+        """Whether its masks come out of a sweep that changes the kept weights."""
+        return bool(self.dampings)
 
 
 def _taken(gradients: Tensor | None) -> Tensor:
@@ -79,7 +85,15 @@ CRITERIA: dict[CriterionName, Criterion] = {
         needs_gradients=True,
     ),
     "sparsegpt": Criterion(
-        sparsegpt.GROUP, lambda w, s: sparsegpt.score(w, s.input_square), solves=True
+        sparsegpt.GROUP,
+        lambda w, s: sparsegpt.score(w, s.input_square),
+        dampings=sparsegpt.DAMPINGS,
+    ),
+    "obs": Criterion(
+        obs.GROUP,
+        lambda w, s: obs.score(w, s.input_square, _taken(s.gradient_square)),
+        needs_gradients=True,
+        dampings=obs.DAMPINGS,
     ),
 }
 

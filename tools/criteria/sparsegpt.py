@@ -32,6 +32,8 @@ def prune(
     *,
     pruned: int | None = None,
     pattern: tuple[int, int] | None = None,
+    factors: Tensor | None = None,
+    dampings: tuple[float, ...] = DAMPINGS,
     panel: int = PANEL,
 ) -> tuple[Tensor, Tensor, float] | None:
     """The mask of one matrix and its updated weights.
@@ -41,11 +43,13 @@ def prune(
         gram: X^T X over the calibration tokens [inputs, inputs], up to a factor, float32.
         pruned: number of weights to prune; each panel gives its share.
         pattern: ``(keep_n, group_m)`` instead.
+        factors: what each output's error weighs when rows compete [outputs]; None: all the same.
+        dampings: shares of the mean diagonal of the matrix, tried one after another.
         panel: inputs whose masks are chosen together, rounded down to whole groups.
 
     Returns:
         The mask, True where pruned; the weights in float32, 0 there; and the damping that was
-        needed. None if no damping of `DAMPINGS` made the matrix positive definite.
+        needed. None if no damping made the matrix positive definite.
 
     Raises:
         ValueError: neither or both of ``pruned`` and ``pattern``, or the inputs do not divide.
@@ -54,7 +58,7 @@ def prune(
         raise ValueError("give the number of weights to prune, or a pattern")
     inputs = weight.shape[1]
     work = weight.float().clone()
-    found = inverse_factor(gram.float())
+    found = inverse_factor(gram.float(), dampings)
     if found is None:
         return None
     factor, damping = found
@@ -69,7 +73,10 @@ def prune(
         scale = corner.diagonal()
         if pruned is not None:
             share = pruned * end // inputs - pruned * start // inputs
-            mask[:, start:end] = unstructured_mask((part / scale).square(), share, "layer")
+            price = (part / scale).square()
+            if factors is not None:
+                price *= factors.unsqueeze(1)
+            mask[:, start:end] = unstructured_mask(price, share, "layer")
         errors = torch.empty_like(part)
         for j in range(end - start):
             if pattern is not None and j % group == 0:
@@ -81,20 +88,23 @@ def prune(
     return mask, work.masked_fill_(mask, 0.0), damping
 
 
-def inverse_factor(gram: Tensor) -> tuple[Tensor, float] | None:
+def inverse_factor(
+    gram: Tensor, dampings: tuple[float, ...] = DAMPINGS
+) -> tuple[Tensor, float] | None:
     """Upper Cholesky factor of the inverse of a damped matrix, and the damping that was needed.
 
     Args:
         gram: symmetric [n, n], float32.
+        dampings: shares of the mean diagonal, tried one after another.
 
     Returns:
         U with U^T U = (gram + damping * mean diagonal * I)^-1, and the damping; None if the
-        matrix is not positive definite with any of `DAMPINGS`.
+        matrix is not positive definite with any of them.
     """
     if not bool(gram.isfinite().all()):
         return None
     mean = gram.diagonal().mean()
-    for damping in DAMPINGS:
+    for damping in dampings:
         damped = gram.clone()
         damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
