@@ -4,6 +4,7 @@ One-shot pruning at the allocation that equalises the marginal `crowded_costs` o
 its guard perplexity; beside it the uniform allocation.
 
     python benchmarks/crowding.py --calibration web.jsonl.gz --criterion wanda
+    python benchmarks/crowding.py --calibration web.jsonl.gz --criterion obs --set reconstruct=true
 """
 
 import argparse
@@ -50,8 +51,10 @@ def main() -> None:
     parser.add_argument("--criterion", default="wanda")
     parser.add_argument("--target", type=float, default=0.45)
     parser.add_argument("--exponents", nargs="+", type=float, default=[0.0, 0.5, 1.0, 2.0])
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
     options = parser.parse_args()
     overrides = [f"texts.calibration={options.calibration}", "texts.windows.guard=4"]
+    overrides += options.overrides
     config = load_config(None, overrides, criterion=options.criterion)
     with (
         tempfile.TemporaryDirectory() as scratch,

@@ -217,6 +217,7 @@ class Workbench:
             sparsities=self.sparsities(),
             pattern=parse_pattern(self.request.pattern),
             patterned=set(self.store.manifest(revision)),
+            reconstruct=self.request.reconstruct,
         )
 
     def guard_losses(self, revision: str, progress: Progress | None = None) -> list[float]:

@@ -267,7 +267,7 @@ def test_greedy_has_the_lowest_predicted_total(bench_of: Callable[..., Workbench
         levels = [0.025 * i for i in range(37)]
         columns = [round(level * layer.shape[1]) for level in levels]
         losses = [float(sorted_rows[c - 1]) if c else 0.0 for c in columns]
-        costs = [0.0, *crowded_costs(levels, losses, 0.4)]
+        costs = [0.0, *crowded_costs(levels, losses, 0.4, 2.0)]
         prices[name] = [
             (costs[i + 1] - costs[i]) / (0.025 * layer.numel) for i in range(len(levels) - 1)
         ]

@@ -480,21 +480,22 @@ def test_the_sample_visits_rows_and_columns_evenly(
     assert int(by_row.max() - by_row.min()) <= 1
 
 
-def priced(levels: list[float], losses: list[float], mean: float) -> list[float]:
-    """Each slice of the predicted loss, dearer by the square of how crowded its layer is."""
+def priced(levels: list[float], losses: list[float], mean: float, power: int) -> list[float]:
+    """Each slice of the predicted loss, dearer by a power of how crowded its layer is."""
     prices = []
     for k in range(1, len(levels)):
         slices = [
             abs(losses[i + 1] - losses[i])
-            * ((1 - mean) / max(0.05, 1 - min(levels[i], levels[i + 1]))) ** 2
+            * ((1 - mean) / max(0.05, 1 - min(levels[i], levels[i + 1]))) ** power
             for i in range(k)
         ]
         prices.append(sum(slices))
     return prices
 
 
+@pytest.mark.parametrize(("reconstruct", "power"), [(False, 2), (True, 0)])
 def test_a_profile_holds_every_layer_with_its_signals(
-    load: Load, family: str, windows: Tensor
+    load: Load, family: str, windows: Tensor, reconstruct: bool, power: int
 ) -> None:
     loaded = load(family)
     activations = measure_activations(loaded, windows)
@@ -510,6 +511,7 @@ def test_a_profile_holds_every_layer_with_its_signals(
         revision="r",
         gradient_revision="q",
         sparsities=sparsities,
+        reconstruct=reconstruct,
     )
     assert (profile.revision, profile.gradient_revision) == ("r", "q")
     assert [p.name for p in profile.layers] == list(loaded.layers)
@@ -529,10 +531,10 @@ def test_a_profile_holds_every_layer_with_its_signals(
         start = sparsities[p.name]
         levels = [min(start + d, 1.0) for d in (0.0, *COST_DELTAS)]
         losses = predict_losses(dense, statistics, "wanda", levels)
-        assert p.loss_cost == pytest.approx(priced(levels, losses, mean))
+        assert p.loss_cost == pytest.approx(priced(levels, losses, mean, power))
         levels_down = [max(start - d, 0.0) for d in (0.0, *COST_DELTAS)]
         losses_down = predict_losses(dense, statistics, "wanda", levels_down)
-        assert p.regrow_gain == pytest.approx(priced(levels_down, losses_down, mean))
+        assert p.regrow_gain == pytest.approx(priced(levels_down, losses_down, mean, power))
         marginal.append(p.loss_cost[1] / max(layer.numel * (levels[2] - start), 1.0))
     assert profile.layers[0].loss_cost == (0.0, 0.0, 0.0)
     assert all(p.loss_cost[0] > 0 for p in profile.layers[1:])

@@ -6,7 +6,12 @@ from itertools import pairwise
 from prunewright.state.config import Options
 from prunewright.tools.allocation.counts import Allotment, exact_counts
 from prunewright.tools.perplexity import Progress
-from prunewright.tools.profiling import crowded_costs, predict_losses, statistics_of
+from prunewright.tools.profiling import (
+    crowded_costs,
+    crowding_exponent,
+    predict_losses,
+    statistics_of,
+)
 from prunewright.tools.revisions import DENSE
 from prunewright.tools.workbench import Workbench
 
@@ -19,7 +24,7 @@ class GreedyOptions(Options):
 
 
 def allocate(bench: Workbench, _: GreedyOptions, progress: Progress | None = None) -> Allotment:
-    """The lowest total of the layers' predicted costs, crowding included, at the target.
+    """The lowest total of the layers' predicted costs, as the profile has them, at the target.
 
     Each layer offers slices of sparsity at the rise of the loss that the profile predicts for
     them; the cheapest a weight are taken first. A later slice of a layer never goes before an
@@ -31,12 +36,13 @@ def allocate(bench: Workbench, _: GreedyOptions, progress: Progress | None = Non
     layers = bench.loaded.layers
     steps = math.ceil(request.max_layer_sparsity / WIDTH - 1e-9)
     levels = [min(WIDTH * step, request.max_layer_sparsity) for step in range(steps + 1)]
+    exponent = crowding_exponent(request.reconstruct)
     slices = []
     for index, (name, layer) in enumerate(layers.items()):
         statistics = statistics_of(name, activations, gradients)
         dense = layer.matrix(bench.loaded.dense(layer))
         losses = predict_losses(dense, statistics, request.criterion, levels)
-        costs = [0.0, *crowded_costs(levels, losses, request.target)]
+        costs = [0.0, *crowded_costs(levels, losses, request.target, exponent)]
         slices += _slices(name, layer.numel, levels, costs)
         if progress is not None:
             progress("allocation", index + 1, len(layers))
