@@ -840,7 +840,10 @@ def plan_command(
     """
     session: Session = ctx.obj
     settled = load_config(config, overrides, model=model, target=target)
+    from prunewright.graph.whole_layers import check_request
     from prunewright.tools.plan import make_plan
+
+    check_request(settled.request)
 
     _quiet_transformers(session.debug)
     plan = make_plan(settled.request, out or Path(settled.out or "runs"))

@@ -232,6 +232,14 @@ def test_a_text_too_short_for_a_window(config_file: Path, tmp_path: Path) -> Non
     assert not out.exists()
 
 
+def test_a_target_above_the_pattern_is_refused(config_file: Path, tmp_path: Path) -> None:
+    for command in ("run", "plan"):
+        options = ["--set", "pattern=2:4", "--target", "0.6", "-o", tmp_path / "r"]
+        result = invoke(command, "-c", config_file, *options)
+        assert result.exit_code == 2
+        assert "target 0.6 is above 0.5" in flat(result.stderr)
+
+
 def test_a_pickled_model_is_refused(config_file: Path, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
