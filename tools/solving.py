@@ -21,7 +21,7 @@ from prunewright.tools.models import LoadedModel
 from prunewright.tools.perplexity import Progress
 
 PASSES = 3
-"""Times that the windows go through the blocks."""
+"""Times that the windows go through the blocks, at most: see `BlockRunner` for the first."""
 
 
 @dataclass(frozen=True)
