@@ -49,6 +49,7 @@ class Workbench:
             device=request.device,
             trust_remote_code=request.trust_remote_code,
         )
+        _own_memory(self.loaded)
         self.loaded.check_length(request.texts.windows.length)
         self.windows: Windows = load_windows(request.texts, self.loaded.tokenizer, request.seed)
         self._stamps = _stamps(request, self.loaded.directory)
@@ -113,7 +114,7 @@ class Workbench:
             if digest is None:
                 weight.copy_(dense)
             else:
-                _write_stored(weight, dense, stored[layer.name], scratch)
+                _write_stored(weight, dense, stored.pop(layer.name), scratch)
             self._exchange(layer.name, digest, weight)
 
     def _exchange(self, name: str, digest: str | None, weight: Tensor) -> None:
@@ -450,6 +451,17 @@ class Workbench:
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By size, the integers that weights are seen as while they are written."""
+
+
+def _own_memory(loaded: LoadedModel) -> None:
+    """Give each tensor memory of its own, which can be freed when it is replaced.
+
+    On a processor they are loaded as views of one map of the file, which stays as long as any of
+    them is alive.
+    """
+    if loaded.device.type == "cpu":
+        for tensor in (*loaded.model.parameters(), *loaded.model.buffers()):
+            tensor.data = tensor.data.clone()
 
 
 def _room(layers: list[Layer], loaded: LoadedModel) -> bool:
