@@ -206,6 +206,19 @@ def test_without_the_harness_its_extra_is_named(
         evaluate_tasks(loaded, ["facts"])
 
 
+def kill_when_kept(code: str, directory: Path, store: Path, pattern: str) -> list[Path]:
+    """Run code in a process that is killed once something is kept; what is there then."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(directory), str(store)], stderr=subprocess.DEVNULL
+    )
+    while not list(store.glob(pattern)):
+        assert child.poll() is None
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    return sorted(store.glob(pattern))
+
+
 def test_a_killed_evaluation_goes_on(
     directory: Path, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,15 +232,7 @@ def test_a_killed_evaluation_goes_on(
         "loaded = load_model(sys.argv[1], dtype='float32', device='cpu', keep_dense=False)\n"
         "evaluate_tasks(loaded, ['facts'], shots=1, limit=96, store=Path(sys.argv[2]))\n"
     )
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, str(directory), str(store)], stderr=subprocess.DEVNULL
-    )
-    while not (done := sorted(store.glob("outcomes/*.json"))):
-        assert child.poll() is None
-        time.sleep(0.02)
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    done = sorted(store.glob("outcomes/*.json"))
+    done = kill_when_kept(code, directory, store, "outcomes/*.json")
     assert 1 <= len(done) < 3
     written = {path: path.stat().st_mtime_ns for path in done}
     again = evaluate_tasks(loaded, ["facts"], shots=1, limit=96, store=store)
@@ -254,15 +259,7 @@ def test_a_killed_perplexity_goes_on(directory: Path, tmp_path: Path) -> None:
         "evaluate(sys.argv[1], ['embedded'], windows=200, length=64, dtype='float32',\n"
         "         device='cpu', store=Path(sys.argv[2]))\n"
     )
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, str(directory), str(store)], stderr=subprocess.DEVNULL
-    )
-    while not (found := sorted(store.glob("outcomes/perplexity-*.json"))):
-        assert child.poll() is None
-        time.sleep(0.005)
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    (file,) = found
+    (file,) = kill_when_kept(code, directory, store, "outcomes/perplexity-*.json")
     kept = json.loads(file.read_text())["losses"]
     assert 8 <= len(kept) < 200
 

@@ -11,9 +11,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from prunewright.state import InputError, StoreError
+from prunewright.state import InputError
+from prunewright.tools.evaluation.kept import damaged, read_kept
 from prunewright.tools.evaluation.scores import QuestionOutcome, TaskScore, summarize
 from prunewright.tools.models import LoadedModel
 from prunewright.tools.perplexity import Progress
@@ -27,7 +28,6 @@ from prunewright.tools.questions import (
 )
 from prunewright.tools.storage import (
     canonical_json,
-    read_json,
     sha256_bytes,
     sha256_file,
     write_json,
@@ -193,15 +193,10 @@ def _stored(file: Path, ids: list[str]) -> list[QuestionOutcome] | None:
     """
     if not file.exists():
         return None
-    again = "delete it, and its questions are asked again"
-    try:
-        outcomes = _Stored.model_validate(read_json(file)).outcomes
-    except ValidationError:
-        raise StoreError(f"{file} is damaged: {again}") from None
-    except StoreError as error:
-        raise StoreError(f"{error}: {again}") from error
+    again = "its questions are asked again"
+    outcomes = read_kept(file, _Stored, again).outcomes
     if [o.id for o in outcomes] != ids:
-        raise StoreError(f"{file} is damaged: {again}")
+        raise damaged(file, again)
     return outcomes
 
 

@@ -3,13 +3,13 @@
 import math
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from prunewright.state import StoreError
+from prunewright.tools.evaluation.kept import damaged, read_kept
 from prunewright.tools.models import LoadedModel
 from prunewright.tools.perplexity import Head, Progress, window_losses
-from prunewright.tools.storage import canonical_json, read_json, sha256_bytes, write_json
+from prunewright.tools.storage import canonical_json, sha256_bytes, write_json
 
 CHUNK = 8
 """Windows whose losses are stored together: what a kill can cost."""
@@ -64,13 +64,8 @@ def kept_losses(
 
 
 def _read(file: Path, most: int) -> list[float]:
-    again = "delete it, and its text is scored again"
-    try:
-        losses = _Stored.model_validate(read_json(file)).losses
-    except ValidationError:
-        raise StoreError(f"{file} is damaged: {again}") from None
-    except StoreError as error:
-        raise StoreError(f"{error}: {again}") from error
+    again = "its text is scored again"
+    losses = read_kept(file, _Stored, again).losses
     if len(losses) > most:
-        raise StoreError(f"{file} is damaged: {again}")
+        raise damaged(file, again)
     return [math.nan if loss is None else loss for loss in losses]
