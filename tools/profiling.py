@@ -394,10 +394,12 @@ def salience_percentile(weight: Tensor, input_square: Tensor, fraction: float = 
     values = weight.reshape(-1)[index].float().abs()
     expert, column = index // (outputs * inputs), index % inputs
     norms = input_square.sqrt().reshape(-1)[expert * inputs + column]
-    scores = (values * norms)[values != 0]
-    if len(scores) == 0:
+    active = int(torch.count_nonzero(values))
+    if active == 0:
         return 0.0
-    return float(scores.kthvalue(1 + math.floor(fraction * (len(scores) - 1))).values)
+    # The weights that are gone score zero, so they come first.
+    rank = len(values) - active + 1 + math.floor(fraction * (active - 1))
+    return float((values * norms).kthvalue(rank).values)
 
 
 def predict_losses(

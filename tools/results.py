@@ -10,13 +10,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 import yaml
 from safetensors import SafetensorError
 
 from prunewright.state import PruneRequest, PrunewrightError, StoreError
 from prunewright.state.config import BASELINE
 from prunewright.state.metrics import Metrics, Pair, Perplexities
+from prunewright.tools.masks import count_zeros
 from prunewright.tools.models import EMBEDDED, load_model
 from prunewright.tools.perplexity import Head, Progress, perplexity, window_losses
 from prunewright.tools.revisions import DENSE
@@ -164,10 +164,7 @@ def _verify(directory: Path, bench: Workbench, outcome: Outcome) -> None:
         trust_remote_code=bench.request.trust_remote_code,
         keep_dense=False,
     )
-    zeros = {
-        name: layer.numel - int(torch.count_nonzero(saved.weight(layer)))
-        for name, layer in saved.layers.items()
-    }
+    zeros = {name: count_zeros(saved.weight(layer)) for name, layer in saved.layers.items()}
     if zeros != bench.zeros():
         raise PrunewrightError(f"the model saved in {directory} reloads with other zeros")
     count = min(VERIFY_WINDOWS, len(bench.windows.guard))

@@ -18,6 +18,7 @@ from prunewright.state.profile import ModelProfile
 from prunewright.tools.continuations import answer_scores, fact_tokens
 from prunewright.tools.criteria import CRITERIA, prune_mask
 from prunewright.tools.layers import Layer
+from prunewright.tools.masks import INTEGERS, count_zeros
 from prunewright.tools.models import LoadedModel, load_model
 from prunewright.tools.perplexity import Head, Progress, window_losses
 from prunewright.tools.profiling import (
@@ -59,7 +60,9 @@ class Workbench:
         self._left: dict[str, tuple[str | None, Tensor]] = {}
         """Digest and weights that layers had before the last `sync`, so that a rollback takes no
         time; None stands for the dense ones. Let go before anything is measured."""
-        self._zeros = {name: _zeros(self.loaded, name) for name in self.loaded.layers}
+        self._zeros = {
+            name: count_zeros(self.loaded.weight(ly)) for name, ly in self.loaded.layers.items()
+        }
         self._counted: dict[tuple[str, str | None], int] = {
             (name, None): zeros for name, zeros in self._zeros.items()
         }
@@ -102,7 +105,7 @@ class Workbench:
             self._exchange(name, target.get(name), self._left[name][1])
         room = _room(layers, self.loaded)
         largest = max((layer.numel for layer in layers), default=0)
-        scratch = torch.empty(largest, dtype=_INTEGERS[self.loaded.dtype.itemsize])
+        scratch = torch.empty(largest, dtype=INTEGERS[self.loaded.dtype.itemsize])
         for layer, dense in zip(layers, self.loaded.dense_layers(layers), strict=True):
             digest = target.get(layer.name)
             weight = self.loaded.weight(layer)
@@ -129,7 +132,7 @@ class Workbench:
         self.loaded.model.get_parameter(layer.parameter).data = weight
         key = (name, digest)
         if key not in self._counted:
-            self._counted[key] = _zeros(self.loaded, name)
+            self._counted[key] = count_zeros(weight)
         self._zeros[name] = self._counted[key]
         if digest is None:
             self._at.pop(name)
@@ -449,10 +452,6 @@ class Workbench:
         return masks
 
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By size, the integers that weights are seen as while they are written."""
-
-
 def _own_memory(loaded: LoadedModel) -> None:
     """Give each tensor memory of its own, which can be freed when it is replaced.
 
@@ -499,11 +498,6 @@ def _write_masked(weight: Tensor, dense: Tensor, bits: Tensor, scratch: Tensor) 
     """
     kept = scratch[: weight.numel()].copy_(unpack_kept(bits, weight.numel())).view(weight.shape)
     torch.mul(dense.view(kept.dtype), kept.to(weight.device), out=weight.view(kept.dtype))
-
-
-def _zeros(loaded: LoadedModel, name: str) -> int:
-    weight = loaded.weight(loaded.layers[name])
-    return weight.numel() - int(torch.count_nonzero(weight))
 
 
 def _stamps(request: PruneRequest, directory: Path) -> set[tuple[str, int, int]]:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prunewright.tools.masks import nm_mask, row_counts, unstructured_mask
+from prunewright.tools.masks import count_zeros, nm_mask, row_counts, unstructured_mask
 
 
 def lowest(values: list[float], count: int) -> set[int]:
@@ -124,3 +124,15 @@ def test_scores_that_are_not_numbers_are_refused() -> None:
 def test_infinite_scores_go_last() -> None:
     scores: Tensor = torch.tensor([[torch.inf, 1.0, 2.0, torch.inf]])
     assert unstructured_mask(scores, 3, "row").tolist() == [[True, True, True, False]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_zeros_of_either_sign_are_counted_and_nothing_else(dtype: torch.dtype) -> None:
+    least = torch.tensor(torch.finfo(dtype).smallest_normal, dtype=dtype)
+    values = [0.0, -0.0, 1.0, -1.0, float("inf"), float("-inf"), float("nan")]
+    weight = torch.tensor(values, dtype=dtype).repeat(3, 1)
+    weight[1, 2], weight[1, 3] = least, -least
+    weight[2, 2] = 0
+    assert count_zeros(weight) == 7
+    assert count_zeros(weight.T) == 7
+    assert count_zeros(weight.T.contiguous()[0]) == 3

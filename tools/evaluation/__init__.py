@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict
 
 from prunewright.tools.evaluation.harness import Quiz, ask
 from prunewright.tools.evaluation.scores import Comparison, TaskScore, compare
 from prunewright.tools.evaluation.windows import kept_losses
+from prunewright.tools.masks import count_zeros
 from prunewright.tools.models import LoadedModel, load_model
 from prunewright.tools.perplexity import Head, Progress, perplexity
 from prunewright.tools.storage import write_json
@@ -168,5 +168,5 @@ def _score(source: str, losses: list[float], length: int) -> TextScore:
 
 
 def _sparsity(loaded: LoadedModel) -> float:
-    kept = sum(int(torch.count_nonzero(loaded.weight(ly))) for ly in loaded.layers.values())
-    return 1 - kept / loaded.prunable
+    zeros = sum(count_zeros(loaded.weight(layer)) for layer in loaded.layers.values())
+    return zeros / loaded.prunable
