@@ -58,8 +58,8 @@ class Workbench:
         self.store = RevisionStore(Path())
         self._at: Manifest = {}
         self._left: dict[str, tuple[str | None, Tensor]] = {}
-        """Digest and weights that layers had before the last `sync`, so that a rollback takes no
-        time; None stands for the dense ones. Let go before anything is measured."""
+        """Digest and weights that layers had before an undoable `sync`; None stands for the dense
+        ones."""
         self._zeros = {
             name: count_zeros(self.loaded.weight(ly)) for name, ly in self.loaded.layers.items()
         }
@@ -79,8 +79,13 @@ class Workbench:
         """Whether a file that the model or a local text was read from has changed since."""
         return self._stamps != _stamps(self.request, self.loaded.directory)
 
-    def sync(self, revision: str) -> None:
+    def sync(self, revision: str, *, undoable: bool = False) -> None:
         """Bring the live weights to a revision, touching only the layers that differ.
+
+        Args:
+            revision: which.
+            undoable: keep the weights that are replaced, if there is room, until statistics are
+                taken or the test text is measured, so that the way back takes no time.
 
         Raises:
             StoreError: a manifest or mask is missing or damaged, or of another model; the weights
@@ -103,7 +108,7 @@ class Workbench:
         }
         for name in back:
             self._exchange(name, target.get(name), self._left[name][1])
-        room = _room(layers, self.loaded)
+        room = undoable and _room(layers, self.loaded)
         largest = max((layer.numel for layer in layers), default=0)
         scratch = torch.empty(largest, dtype=INTEGERS[self.loaded.dtype.itemsize])
         for layer, dense in zip(layers, self.loaded.dense_layers(layers), strict=True):
@@ -119,6 +124,12 @@ class Workbench:
             else:
                 _write_stored(weight, dense, stored.pop(layer.name), scratch)
             self._exchange(layer.name, digest, weight)
+
+    def _let_go(self) -> None:
+        """Drop the weights that were kept for the way back."""
+        if self._left:
+            self._left.clear()
+            _release_memory()
 
     def _exchange(self, name: str, digest: str | None, weight: Tensor) -> None:
         """Make a tensor the live weights of a layer, those of a digest; keep the ones it had."""
@@ -176,7 +187,7 @@ class Workbench:
         """Input statistics at a revision."""
         if self._activations is None or self._activations[0] != revision:
             self.sync(revision)
-            self._left.clear()
+            self._let_go()
             measured = measure_activations(self.loaded, self.windows.calibration, progress)
             self._activations = (revision, measured)
             self.tokens["calibration"] += self.windows.calibration.numel()
@@ -186,7 +197,7 @@ class Workbench:
         """Gradient statistics at a revision."""
         if self._gradients is None or self._gradients[0] != revision:
             self.sync(revision)
-            self._left.clear()
+            self._let_go()
             windows = self.windows.calibration[: self.request.texts.windows.gradient]
             measured = measure_gradients(
                 self.loaded,
@@ -269,7 +280,7 @@ class Workbench:
     def test_losses(self, revision: str, progress: Progress | None = None) -> list[float]:
         """Mean loss of each test window at a revision, nats a token."""
         self.sync(revision)
-        self._left.clear()
+        self._let_go()
         self.tokens["test"] += self.windows.test.numel()
         return window_losses(self.loaded.model, self.head, self.windows.test, progress)
 
@@ -305,7 +316,7 @@ class Workbench:
             masks = self._masks(revision, gradient_revision, counts, progress)
             return self.store.put(manifest, masks, about)
         wanted = self._wanted(revision, gradient_revision, counts, progress)
-        self._left.clear()
+        self._let_go()
         try:
             self._at |= dict.fromkeys(wanted, "")  # no revision's, so that the sync restores them
             solved, notes = solve_blocks(

@@ -164,19 +164,23 @@ def test_only_layers_that_differ_are_touched_and_a_rollback_reads_nothing(
     monkeypatch.setattr(bench.loaded, "dense_layers", noted)
     others = {n: ly for n, ly in bench.loaded.layers.items() if n not in (GATE, DOWN)}
     pointers = {n: bench.loaded.weight(ly).data_ptr() for n, ly in others.items()}
-    for revision, touched, back in (
-        (one, [GATE], True),  # where the second `prune` took its statistics
-        (both, [DOWN], False),
-        (both, [], False),
-        (one, [DOWN], True),
-        (DENSE, [GATE], True),
-        (DENSE, [], False),
-        (both, [GATE, DOWN], True),
+    for revision, undoable, touched, back in (
+        (one, True, [GATE], False),
+        (both, True, [DOWN], False),
+        (both, True, [], False),
+        (one, False, [DOWN], True),
+        (DENSE, False, [GATE], True),
+        (DENSE, False, [], False),
+        (both, False, [GATE, DOWN], True),
     ):
         read.clear()
-        bench.sync(revision)
+        bench.sync(revision, undoable=undoable)
         assert read == ([] if back and memory == "room" else touched)
     bench.activations(both)  # what is measured has the memory to itself
+    read.clear()
+    bench.sync(one)
+    assert read == [DOWN]
+    bench.sync(both)  # nobody asked for a way back
     read.clear()
     bench.sync(one)
     assert read == [DOWN]
@@ -190,8 +194,9 @@ def test_the_way_to_a_revision_does_not_matter(bench_of: Bench) -> None:
     second = bench.prune(first, DENSE, counts_at(bench, 0.4))
     third = bench.prune(DENSE, DENSE, {GATE: 100})
     seen: dict[str, dict[str, Tensor]] = {}
-    for revision in (second, third, DENSE, first, second, first, third, second, DENSE):
-        bench.sync(revision)
+    order = (second, third, DENSE, first, second, first, third, second, DENSE)
+    for index, revision in enumerate(order):
+        bench.sync(revision, undoable=index % 3 != 1)
         assert_same(weights(bench), seen.setdefault(revision, weights(bench)))
     fresh = bench_of()
     fresh.sync(second)
@@ -220,9 +225,9 @@ def test_any_sequence_of_masks_leaves_the_dense_bits_and_positive_zeros(
                 for n in names
             }
             revisions[bench.store.put({}, masks)] = masks
-    order = random.Random(3).choices(list(revisions), k=40)
-    for revision in [*order, DENSE]:
-        bench.sync(revision)
+    draws = random.Random(3)
+    for revision in [*draws.choices(list(revisions), k=40), DENSE]:
+        bench.sync(revision, undoable=draws.random() < 0.7)
         zeros = {}
         for name, layer in bench.loaded.layers.items():
             expected = stored[layer.parameter].to(getattr(torch, dtype))
@@ -412,7 +417,7 @@ def test_an_interrupt_in_the_middle_is_mended_by_the_next_sync(
     with monkeypatch.context() as patch:
         patch.setattr(module, "_write_masked", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            bench.sync(second)
+            bench.sync(second, undoable=True)
     bench.sync(first)
     assert_same(weights(bench), expected)
     assert bench.zeros() == counts_at(bench, 0.3)
@@ -429,7 +434,7 @@ def test_what_is_written_over_live_weights_never_comes_back(bench_of: Bench) -> 
         for name, layer in bench.loaded.layers.items():
             gone = torch.ones(layer.shape, dtype=torch.bool)
             bench.try_mask(name, gone, bench.loaded.dense(layer))
-        bench.sync(revision)
+        bench.sync(revision, undoable=True)
     bench.sync(first)
     assert_same(weights(bench), expected)
 
