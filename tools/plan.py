@@ -48,8 +48,9 @@ class Plan(BaseModel):
         disk: ``model`` (saved at the end), ``masks`` (each layer once, with its kept weights where
             they are solved for), ``total`` (masks of all steps included).
         disk_free: free where the run directory would be.
-        memory: ``weights``, ``profile`` (backward pass), ``masks``, ``finish`` (the saved
-            model is reloaded beside the live one) and ``peak``, the largest in all.
+        memory: ``weights``, ``profile`` (backward pass), ``masks``, ``apply`` (on a processor,
+            the weights of the step before beside the map of the dense ones), ``finish`` (the
+            saved model is reloaded beside the live one) and ``peak``, the largest in all.
         memory_available: of the device or, on the processor, of the machine.
         flops: by what is done in a step, and ``finish``.
         flops_per_second: measured on a short matrix product.
@@ -139,7 +140,7 @@ def make_plan(request: PruneRequest, out: Path = Path()) -> Plan:
     finish = flops["finish"] / (EFFICIENCY * rate)
     first = flops["guard"] / (EFFICIENCY * rate)
     steps = math.ceil(request.target / min(request.step, request.target))
-    memory = _memory(request, shape, dtype)
+    memory = _memory(request, shape, dtype, device)
     disk = _disk(request, shape, dtype, steps)
     available, free = _available(device), _free(out)
     return Plan(
@@ -256,7 +257,9 @@ def _solves(request: PruneRequest) -> bool:
     return request.reconstruct or CRITERIA[request.criterion].solves
 
 
-def _memory(request: PruneRequest, shape: _Shape, dtype: torch.dtype) -> dict[str, int]:
+def _memory(
+    request: PruneRequest, shape: _Shape, dtype: torch.dtype, device: torch.device
+) -> dict[str, int]:
     length, size = request.texts.windows.length, dtype.itemsize
     inputs = length * shape.width * size
     # Queries, keys, values, output, residuals, norms; gate, up, activation and product.
@@ -278,6 +281,8 @@ def _memory(request: PruneRequest, shape: _Shape, dtype: torch.dtype) -> dict[st
     }
     if not _solves(request):
         del parts["solve"]
+    if device.type == "cpu":
+        parts["apply"] = 2 * shape.prunable * size
     process = psutil.Process().memory_info().rss
     peak = process + weights + max(size for name, size in parts.items() if name != "weights")
     return parts | {"peak": peak}

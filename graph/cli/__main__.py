@@ -1,0 +1,5 @@
+"""``python -m prunewright.graph.cli``."""
+
+from prunewright.graph.cli import main
+
+main()

@@ -1,0 +1,159 @@
+"""`evaluate`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prunewright.graph import console
+from prunewright.graph.cli.options import JsonOption
+from prunewright.graph.cli.session import Session, quiet_transformers
+from prunewright.graph.console import Live
+from prunewright.state import InputError, load_config
+
+
+def evaluate_command(
+    ctx: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A model directory, a run directory, a hub name, or embedded.",
+            show_default=False,
+        ),
+    ],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text",
+            help="embedded, a local .txt/.jsonl/.parquet file, or a hub data set name[:config]; "
+            "may be repeated. Default: embedded, if no --task is named.",
+        ),
+    ] = None,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            "--protocol",
+            help="windows: the first of each text. literature: all of them, cut from the text "
+            "tokenized once, 2048 tokens each unless --length says otherwise.",
+        ),
+    ] = "windows",
+    windows: Annotated[
+        int | None,
+        typer.Option("--windows", min=1, help="Windows of each text. Default: 20."),
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option("--length", min=8, help="Tokens in one window. Default: 1024."),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            help="mmlu (letters), mmlu-cloze (the answers' words) or facts (FreebaseQA's form); "
+            "may be repeated. Needs the extra eval.",
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="TASK=SOURCE",
+            help="Questions of a task: a .jsonl, .json or .parquet file, a hub data set "
+            "name[:config[:split]], or embedded, which is the default. May be repeated.",
+        ),
+    ] = None,
+    examples: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--examples",
+            metavar="TASK=SOURCE",
+            help="Where a task's examples are from. Default: other questions of its own.",
+        ),
+    ] = None,
+    shots: Annotated[
+        int, typer.Option("--shots", min=0, help="Examples before each question.")
+    ] = 5,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", min=1, help="Questions of each task, equally many of a subject."),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="MODEL",
+            help="Another model, mostly the dense one, that is asked the same and compared.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Directory for evaluation.json and all answers so far: the same command goes on "
+            "after a kill.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")
+    ] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings.")
+    ] = False,
+    _json: JsonOption = False,
+) -> None:
+    """Measure perplexity and answers of any model, dense or pruned, alone or against another."""
+    session: Session = ctx.obj
+    # The config's own bounds, before anything is loaded.
+    bounds = load_config(None, None, dtype=dtype, device=device)
+    if protocol not in ("windows", "literature"):
+        raise InputError(f"--protocol is windows or literature, not {protocol!r}")
+    if protocol == "literature" and windows is not None:
+        raise InputError("--protocol literature takes all windows of a text: leave out --windows")
+    from prunewright.tools.evaluation import evaluate
+    from prunewright.tools.evaluation.harness import prepare_quizzes
+
+    quiet_transformers(session.debug)
+    quizzes = prepare_quizzes(
+        task or [],
+        data=_by_task("--data", data),
+        examples=_by_task("--examples", examples),
+        shots=shots,
+        limit=limit,
+    )
+    with Live(session.screen) as live:
+        found = evaluate(
+            model_of(model),
+            list(dict.fromkeys(text or ([] if task else ["embedded"]))),
+            quizzes,
+            against=None if against is None else model_of(against),
+            protocol="literature" if protocol == "literature" else "windows",
+            windows=windows or 20,
+            length=length or (2048 if protocol == "literature" else 1024),
+            dtype=bounds.dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            store=out,
+            progress=live.progress,
+        )
+    session.emit(found.model_dump(mode="json"))
+    console.print_evaluation(session.screen, found)
+
+
+def _by_task(option: str, values: list[str] | None) -> dict[str, str]:
+    """The sources of ``TASK=SOURCE`` options."""
+    found = {}
+    for value in values or []:
+        task, equals, source = value.partition("=")
+        if not (task and equals and source):
+            raise InputError(f"{option} wants TASK=SOURCE, got {value!r}")
+        found[task] = source
+    return found
+
+
+def model_of(name: str) -> str:
+    """A run directory stands for the model in it."""
+    inside = Path(name).expanduser() / "model"
+    return str(inside) if (inside / "config.json").is_file() else name

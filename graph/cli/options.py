@@ -1,0 +1,66 @@
+"""What several commands take."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN_DIR", help="Directory of the run.", show_default=False)
+]
+
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="YAML file with the configuration.")
+]
+
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="Any key of the configuration; dots reach nested ones: texts.windows.guard=16. "
+        "May be repeated.",
+    ),
+]
+
+
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", help="embedded, a model directory or a hub name.")
+]
+
+
+TargetOption = Annotated[
+    float | None,
+    typer.Option("--target", "-t", help="Sparsity over all prunable weights, such as 0.45."),
+]
+
+
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", help="Run directory, new or empty. Default: runs/<time>-<id>."),
+]
+
+
+def _keep_stdout(ctx: typer.Context, value: bool) -> bool:
+    if value:
+        ctx.find_root().obj.json = True
+    return value
+
+
+def print_lines(ctx: typer.Context, value: bool) -> bool:
+    """As --json does, but with an object a line."""
+    ctx.find_root().obj.lines = value
+    return _keep_stdout(ctx, value)
+
+
+JsonOption = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        callback=_keep_stdout,
+        help="Print one JSON object on standard output; all else goes to standard error.",
+    ),
+]

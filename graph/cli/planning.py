@@ -1,0 +1,86 @@
+"""`plan`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from prunewright.graph import console
+from prunewright.graph.cli.options import (
+    ConfigOption,
+    JsonOption,
+    ModelOption,
+    OutOption,
+    SetOption,
+    TargetOption,
+)
+from prunewright.graph.cli.session import Session, quiet_transformers
+from prunewright.graph.console import Screen
+from prunewright.state import PruneConfig, load_config
+
+if TYPE_CHECKING:
+    from prunewright.tools.plan import Plan
+
+
+def plan_command(
+    ctx: typer.Context,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    model: ModelOption = None,
+    target: TargetOption = None,
+    out: OutOption = None,
+    _json: JsonOption = False,
+) -> None:
+    """Say what a run would load, and predict its memory, disk and time. Nothing is pruned.
+
+    Only a model's configuration is read, and one short matrix product timed.
+    """
+    session: Session = ctx.obj
+    settled = load_config(config, overrides, model=model, target=target)
+    from prunewright.graph.whole_layers import check_request
+    from prunewright.tools.plan import make_plan
+
+    check_request(settled.request)
+
+    quiet_transformers(session.debug)
+    plan = make_plan(settled.request, out or Path(settled.out or "runs"))
+    session.emit(plan.model_dump(mode="json"))
+    _print_plan(session.screen, settled, plan)
+
+
+def _print_plan(screen: Screen, config: PruneConfig, plan: "Plan") -> None:
+    stored = ", ".join(f"{console.size(n)} in {kind}" for kind, n in plan.stored.items())
+    memory, seconds = plan.memory, plan.seconds
+    screen.pairs(
+        [
+            ("model", f"{plan.model} in {plan.directory}"),
+            (
+                "layers",
+                f"{plan.layers} in {plan.blocks} blocks, {plan.prunable:,} prunable of "
+                f"{plan.parameters:,} parameters",
+            ),
+            ("stored", stored or "weights not on this machine yet"),
+            ("loaded", f"{console.size(plan.weights)} in {plan.dtype} on {plan.device}"),
+            *console.request_rows(config),
+            (
+                "memory",
+                f"about {console.size(memory['peak'])} at most, "
+                f"{console.size(plan.memory_available)} available",
+            ),
+            (
+                "disk",
+                f"about {console.size(plan.disk['total'])} (model "
+                f"{console.size(plan.disk['model'])}, masks {console.size(plan.disk['masks'])} "
+                f"if every layer changes), {console.size(plan.disk_free)} free",
+            ),
+            (
+                "time",
+                f"about {console.duration(seconds['step'])} a step, {plan.steps} steps or more, "
+                f"{console.duration(seconds['run'])} in all, at "
+                f"{plan.flops_per_second / 1e9:.0f} GFLOP/s, to within a factor of two, and what "
+                "the agent takes to answer",
+            ),
+        ]
+    )
+    for words in plan.warnings:
+        screen.line(("warning    ", "yellow"), words)

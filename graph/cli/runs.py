@@ -1,0 +1,380 @@
+"""`run`, `resume`, `fork`, `watch` and `baseline`."""
+
+import logging
+import os
+import shlex
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from prunewright.graph import console
+from prunewright.graph.cli.options import (
+    ConfigOption,
+    JsonOption,
+    ModelOption,
+    OutOption,
+    RunArgument,
+    SetOption,
+    TargetOption,
+    print_lines,
+)
+from prunewright.graph.cli.session import DONE, ENDED_EARLY, Session, quiet_transformers
+from prunewright.graph.console import Live, Screen
+from prunewright.state import PruneConfig, StepRecord, load_config
+from prunewright.state.config import BASELINE
+
+if TYPE_CHECKING:
+    from prunewright.graph.runner import RunResult
+    from prunewright.graph.terminal import TerminalReviewer
+    from prunewright.tools.rundir import RunDirectory
+
+
+_GOOD_ENDS = ("target_reached", "baseline")
+
+
+def run_command(
+    ctx: typer.Context,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    agent: Annotated[
+        str | None,
+        typer.Option(
+            "--agent",
+            "-a",
+            help="Who decides, such as provider:model, greedy, replay:FILE, exchange:DIR; "
+            "`prunewright agents` lists all.",
+        ),
+    ] = None,
+    model: ModelOption = None,
+    target: TargetOption = None,
+    out: OutOption = None,
+    _json: JsonOption = False,
+) -> None:
+    """Prune a model step by step and save the result.
+
+    Starts from the defaults, then --config, then --set, then the other options. A run that was
+    stopped or failed goes on with `prunewright resume RUN_DIR`.
+    """
+    session: Session = ctx.obj
+    settled = load_config(config, overrides, agent=agent, model=model, target=target)
+    from prunewright.graph import runner
+    from prunewright.graph.agents import resolve_agent
+
+    quiet_transformers(session.debug)
+    resolved = resolve_agent(settled.agent, settled.agent_options)
+    session.run = _directory(settled, out)
+    screen = session.screen
+    _check_person(settled)
+    _print_head(screen, settled, session.run, resolved.words)
+    with _live(screen, settled, session.run) as live:
+        result = runner.run(settled, session.run, live.on_event, _reviewer(screen, live))
+    _report(session, screen, result)
+
+
+def resume_command(
+    ctx: typer.Context,
+    run_directory: RunArgument,
+    overrides: SetOption = None,
+    _json: JsonOption = False,
+) -> None:
+    """Go on with a run that was stopped or failed; a finished one is only reported.
+
+    --set may change who decides and how (agent, guard.max_increase, max_steps ...), not what
+    defines the run (model, target, texts ...).
+    """
+    session: Session = ctx.obj
+    from prunewright.graph import runner
+    from prunewright.graph.agents import resolve_agent
+    from prunewright.tools.rundir import RunDirectory
+
+    quiet_transformers(session.debug)
+    directory = RunDirectory(run_directory)
+    session.run = run_directory
+    settled, changes = _changes(directory, overrides)
+    screen = session.screen
+    if not directory.metrics_file.exists():
+        _check_person(settled)
+        who = settled.agent
+        if who != BASELINE:
+            resolved = resolve_agent(who, settled.agent_options)
+            who = resolved.words
+        _print_head(screen, settled, run_directory, who)
+        records = directory.read_trace()
+        if records:
+            screen.pairs([("resumed", f"after step {records[-1].step + 1}")])
+            screen.line(*console.step_line(records[-1]))
+    with _live(screen, settled, run_directory) as live:
+        reviewer = _reviewer(screen, live)
+        result = runner.resume(run_directory, live.on_event, reviewer, **changes)
+    _report(session, screen, result)
+
+
+def fork_command(
+    ctx: typer.Context,
+    run_directory: RunArgument,
+    step: Annotated[
+        int,
+        typer.Option(
+            "--step",
+            min=0,
+            help="Steps to take over, rolled-back ones included; 0 starts from the dense model.",
+            show_default=False,
+        ),
+    ],
+    overrides: SetOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Run directory, new or empty. Default: <time>-<id> beside RUN_DIR."
+        ),
+    ] = None,
+    _json: JsonOption = False,
+) -> None:
+    """Go on from just after a step of a run, in a new directory; the run stays as it is.
+
+    It may be finished, or going on elsewhere. --set changes what `resume` may change.
+    """
+    session: Session = ctx.obj
+    from prunewright.graph import runner
+    from prunewright.graph.agents import resolve_agent
+    from prunewright.tools.rundir import RunDirectory
+
+    quiet_transformers(session.debug)
+    parent = RunDirectory(run_directory)
+    settled, changes = _changes(parent, overrides)
+    _check_person(settled)
+    session.run = out or run_directory.parent / _fresh_name()
+    resolved = resolve_agent(settled.agent, settled.agent_options)
+    screen = session.screen
+    _print_head(screen, settled, session.run, resolved.words)
+    screen.pairs([("forked", f"from {run_directory} after step {step}")])
+    with _live(screen, settled, session.run, parent.read_trace()[:step]) as live:
+        result = runner.fork(
+            run_directory, step, session.run, live.on_event, _reviewer(screen, live), **changes
+        )
+    _report(session, screen, result)
+
+
+def watch_command(
+    ctx: typer.Context,
+    run_directory: RunArgument,
+    _lines: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            callback=print_lines,
+            help="Print JSON lines on standard output: each step, who works on the run, and the "
+            "results; all else goes to standard error.",
+        ),
+    ] = False,
+) -> None:
+    """Follow a run that another terminal, a notebook or Studio drives, until it ends or Ctrl-C.
+
+    Only its files are read. Ends with the exit code of the run.
+    """
+    session: Session = ctx.obj
+    from prunewright.graph.runner import RunResult
+    from prunewright.graph.watch import follow
+    from prunewright.tools.rundir import RunDirectory
+    from prunewright.tools.trace import load_metrics
+
+    directory = RunDirectory(run_directory)
+    config = directory.config()
+    screen = session.screen
+    _print_head(screen, config, run_directory, config.agent)
+    command = f"prunewright resume {shlex.quote(str(run_directory))}"
+    try:
+        with Live(screen) as live:
+            for mode, event in follow(directory):
+                live.on_event(mode, event)
+                if mode == "holder":
+                    number = event["process"]
+                    words = f"nobody works on it; go on with: {command}"
+                    screen.pairs([("at work", f"process {number}" if number else words)])
+                    live.say("" if number else "waiting for someone to go on with it")
+                if mode == "holder" or "step" in event:
+                    session.emit(event)
+    except KeyboardInterrupt:
+        Screen(stderr=True).line("No longer watching; the run is left as it is.")
+        raise typer.Exit(128 + signal.SIGINT) from None
+    _report(session, screen, RunResult(run_directory, load_metrics(directory)))
+
+
+def baseline_command(
+    ctx: typer.Context,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    criterion: Annotated[
+        str | None,
+        typer.Option("--criterion", help="magnitude, wanda, gblm, fisher, sparsegpt or obs."),
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            "--pattern",
+            help="unstructured, or the number kept of each group, 2:4, which fixes the sparsity.",
+        ),
+    ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            "--allocation",
+            help="How the layers share the target: uniform, owl, alphapruning, atp, greedy, "
+            "evolutionary, global, or from:RUN_DIR, another run's final one. "
+            "Options: --set allocation_options.lam=0.05.",
+        ),
+    ] = None,
+    model: ModelOption = None,
+    target: TargetOption = None,
+    out: OutOption = None,
+    _json: JsonOption = False,
+) -> None:
+    """Prune in one shot, every layer alike or by --allocation: the controls for `run`.
+
+    The same texts, evaluation and output files as a run.
+    """
+    session: Session = ctx.obj
+    settled = load_config(
+        config,
+        overrides,
+        criterion=criterion,
+        pattern=pattern,
+        allocation=allocation,
+        model=model,
+        target=target,
+    )
+    from prunewright.graph import runner
+
+    quiet_transformers(session.debug)
+    session.run = _directory(settled, out)
+    screen = session.screen
+    one_shot = settled.model_copy(update={"agent": BASELINE})
+    _print_head(screen, one_shot, session.run, f"none: {settled.allocation}, one shot")
+    with Live(screen) as live:
+        result = runner.baseline(settled, session.run, live.on_event)
+    _report(session, screen, result)
+
+
+def _directory(config: PruneConfig, out: Path | None) -> Path:
+    """The run directory, named now so that every message can name it."""
+    if out is not None or config.out is not None:
+        return Path(out or config.out or "")
+    return Path("runs") / _fresh_name()
+
+
+def _fresh_name() -> str:
+    return f"{datetime.now():%Y%m%d-%H%M%S}-{os.urandom(3).hex()}"
+
+
+def _changes(
+    directory: "RunDirectory", overrides: list[str] | None
+) -> tuple[PruneConfig, dict[str, Any]]:
+    """A run's configuration with --set applied, and what that changes."""
+    before = directory.config()
+    settled = load_config(directory.config_file, overrides) if overrides else before
+    old = before.model_dump()
+    return settled, {k: v for k, v in settled.model_dump().items() if v != old[k]}
+
+
+def _check_person(config: PruneConfig) -> None:
+    if config.review:
+        from prunewright.graph.terminal import check_terminal
+
+        check_terminal()
+
+
+def _reviewer(screen: Screen, live: Live) -> "TerminalReviewer":
+    from prunewright.graph.terminal import TerminalReviewer
+
+    return TerminalReviewer(screen, live)
+
+
+def _print_head(screen: Screen, config: PruneConfig, directory: Path, agent: str) -> None:
+    screen.pairs(
+        [
+            ("model", config.model),
+            ("agent", agent),
+            *console.request_rows(config),
+            ("run", str(directory)),
+        ]
+    )
+
+
+@contextmanager
+def _live(
+    screen: Screen,
+    config: PruneConfig,
+    directory: Path,
+    records: list[StepRecord] | None = None,
+) -> Iterator[Live]:
+    from prunewright.tools.rundir import RunDirectory
+    from prunewright.tools.storage import read_json
+
+    def loaded(dense: float | None) -> None:
+        facts = read_json(directory / "manifest.json")
+        model, windows = facts["model"], config.texts.windows
+        screen.pairs(
+            [
+                (
+                    "loaded",
+                    f"{facts['dtype']} on {facts['device']}, {model['prunable_layers']} layers, "
+                    f"{model['prunable_weights']:,} prunable weights",
+                )
+            ]
+        )
+        if dense is not None:
+            screen.pairs(
+                [
+                    (
+                        "dense",
+                        f"perplexity {dense:.3f} on {windows.guard} guard windows of "
+                        f"{windows.length} tokens",
+                    )
+                ]
+            )
+
+    with Live(screen, loaded, records or RunDirectory(directory).read_trace()) as live:
+        yield live
+
+
+def _report(session: Session, screen: Screen, result: "RunResult") -> NoReturn:
+    """Print how a run ended, and leave with the exit code that says it."""
+    from prunewright.graph.whole_layers import MISSING
+    from prunewright.tools.report import FILE
+    from prunewright.tools.rundir import RunDirectory
+    from prunewright.tools.signatures import failure_signatures
+
+    metrics = result.metrics
+    records = RunDirectory(result.directory).read_trace()
+    signatures = failure_signatures(records)
+    console.print_metrics(screen, metrics, str(result.directory), str(result.model_directory))
+    for note in records[-1].notes if records else []:
+        if note.endswith(MISSING):
+            screen.pairs([("target", note)])
+    page = result.directory / FILE
+    if page.is_file():
+        screen.pairs([("report", str(page))])
+    for words in signatures:
+        screen.line(("warning    ", "yellow"), words)
+    reached = metrics.status in _GOOD_ENDS
+    code = DONE if reached else ENDED_EARLY
+    reason = console.status_words(metrics.status)
+    session.emit(
+        {
+            "directory": str(result.directory),
+            "model_directory": str(result.model_directory),
+            "reason": reason,
+            "exit_code": code,
+            "signatures": signatures,
+            **metrics.model_dump(mode="json"),
+        }
+    )
+    if not reached:
+        head = ("Ended before the target: ", "yellow")
+        session.complain(logging.WARNING, head, f"{reason}. Sparsity {metrics.sparsity:.4f}.")
+    raise typer.Exit(code)

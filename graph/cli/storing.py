@@ -1,0 +1,90 @@
+"""What is kept on disk: `pack`, `unpack` and `gc`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from prunewright.graph import console
+from prunewright.graph.cli.evaluating import model_of
+from prunewright.graph.cli.options import JsonOption, RunArgument
+from prunewright.graph.cli.session import Session
+from prunewright.graph.console import Live
+
+if TYPE_CHECKING:
+    from prunewright.tools.packing import Sizes
+
+
+def pack_command(
+    ctx: typer.Context,
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL_OR_RUN_DIR", help="A model directory or a run's.", show_default=False
+        ),
+    ],
+    archive: Annotated[
+        Path,
+        typer.Argument(metavar="ARCHIVE", help="Directory, new or empty.", show_default=False),
+    ],
+    _json: JsonOption = False,
+) -> None:
+    """Pack a pruned model without loss: a bit for each weight, and the weights that are not zero.
+
+    Only for storage: `unpack` gives the model's directory back, every file byte for byte.
+    """
+    session: Session = ctx.obj
+    from prunewright.tools.packing import pack_model
+
+    with Live(session.screen) as live:
+        sizes = pack_model(model_of(str(model)), archive, live.progress)
+    _print_sizes(session, sizes, archive)
+
+
+def unpack_command(
+    ctx: typer.Context,
+    archive: Annotated[
+        Path, typer.Argument(metavar="ARCHIVE", help="What `pack` wrote.", show_default=False)
+    ],
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="Directory, new or empty.", show_default=False),
+    ],
+    _json: JsonOption = False,
+) -> None:
+    """Unpack what `pack` wrote, and check every file against its hash."""
+    session: Session = ctx.obj
+    from prunewright.tools.packing import unpack_model
+
+    with Live(session.screen) as live:
+        sizes = unpack_model(archive, model, live.progress)
+    _print_sizes(session, sizes, model)
+
+
+def gc_command(
+    ctx: typer.Context,
+    run_directory: RunArgument,
+    _json: JsonOption = False,
+) -> None:
+    """Delete the masks that no checkpoint of a run refers to, such as those of a killed step."""
+    session: Session = ctx.obj
+    from prunewright.graph.runner import collect_garbage
+
+    files, size = collect_garbage(run_directory)
+    session.emit({"files": files, "bytes": size})
+    session.screen.line(f"{files} files deleted, {size:,} bytes")
+
+
+def _print_sizes(session: Session, sizes: "Sizes", written: Path) -> None:
+    """What an archive saves."""
+    session.emit({"directory": str(written), **asdict(sizes)})
+    rows = [
+        ("model", f"{console.size(sizes.model)} in all"),
+        ("archive", f"{console.size(sizes.archive)}, {sizes.archive / sizes.model:.3f} of that"),
+    ]
+    if sizes.pruned:
+        before, after = console.size(sizes.pruned), console.size(sizes.packed)
+        words = f"{before} of tensors with zeros became {after}, {sizes.packed / sizes.pruned:.3f}"
+        rows.append(("packed", words))
+    session.screen.pairs([*rows, ("written", str(written))])
