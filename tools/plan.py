@@ -27,7 +27,7 @@ SCORINGS = 4.5
 """Times that scoring and ordering a weight once goes into a step's profile and masks (there)."""
 HELD = 384 * 2**20
 """Bytes on a processor beyond what is counted: libraries that a run loads later, and freed memory
-that the allocator keeps for each thread. The demo's peak is 369 MiB above the rest (two threads)."""
+that the allocator keeps by thread. The demo's peak is 369 MiB above the rest (two threads)."""
 
 _TIMING_WIDTH = 4096
 _TIMING_WEIGHTS = 2**20
