@@ -26,7 +26,6 @@ from prunewright.state import InputError, PrunewrightError
 
 _log = logging.getLogger(LOGGER)
 
-
 DONE, FAILURE, BAD_INPUT, ENDED_EARLY = 0, 1, 2, 3
 
 
