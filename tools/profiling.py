@@ -4,8 +4,10 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -390,16 +392,21 @@ def salience_percentile(weight: Tensor, input_square: Tensor, fraction: float = 
         fraction: which percentile.
     """
     outputs, inputs = weight.shape[-2:]
-    index = _spread(weight.numel(), inputs, weight.device)
-    values = weight.reshape(-1)[index].float().abs()
-    expert, column = index // (outputs * inputs), index % inputs
-    norms = input_square.sqrt().reshape(-1)[expert * inputs + column]
+    spread = _spread(weight.numel() // inputs, inputs, weight.device)
+    values = spread.of(weight).float().abs()
+    columns = spread.columns
+    if weight.ndim == 3:
+        columns = columns + spread.rows // outputs * inputs  # its own norms for each expert
+    norms = input_square.sqrt().reshape(-1).index_select(0, columns)
     active = int(torch.count_nonzero(values))
     if active == 0:
         return 0.0
     # The weights that are gone score zero, so they come first.
-    rank = len(values) - active + 1 + math.floor(fraction * (active - 1))
-    return float((values * norms).kthvalue(rank).values)
+    rank = len(values) - active + math.floor(fraction * (active - 1))
+    values *= norms
+    if values.device.type == "cpu":  # some ten times as fast as torch's
+        return float(np.partition(values.numpy(), rank)[rank])
+    return float(values.kthvalue(rank + 1).values)
 
 
 def predict_losses(
@@ -428,15 +435,23 @@ def predict_losses(
         rule = CRITERIA[criterion]
         if rule.group == "row":
             rows, saliency, scale = _sampled_rows(matrix, stats)
-            order = rule.score(matrix[rows], stats.rows(rows)).argsort(dim=1)
-            running = saliency.gather(1, order).cumsum(dim=1).sum(dim=0, dtype=wide)
+            if rule.follows_saliency:
+                ordered = _sorted(saliency)
+            else:
+                order = rule.score(matrix[rows], stats.rows(rows)).argsort(dim=1)
+                ordered = saliency.gather(1, order)
+            running = ordered.cumsum(dim=1).sum(dim=0, dtype=wide)
         else:
-            index = _spread(matrix.numel(), matrix.shape[1], matrix.device)
-            factors = fisher.damped(stats.gradient_square)
-            saliency = fisher.saliency(matrix, stats.input_square, factors).reshape(-1)[index]
-            order = rule.score(matrix, stats).reshape(-1)[index].argsort()
-            running = saliency[order].cumsum(0, dtype=wide)
-            scale = matrix.numel() / len(index)
+            spread = _spread(matrix.shape[0], matrix.shape[1], matrix.device)
+            inputs = stats.input_square.index_select(0, spread.columns)
+            factors = fisher.damped(stats.gradient_square).index_select(0, spread.rows)
+            saliency = fisher.saliency(spread.of(matrix), inputs, factors)
+            if rule.follows_saliency:
+                ordered = _sorted(saliency)
+            else:
+                ordered = saliency[spread.of(rule.score(matrix, stats)).argsort()]
+            running = ordered.cumsum(0, dtype=wide)
+            scale = matrix.numel() / len(ordered)
         counts = [round(level * len(running)) for level in levels]
         losses = [scale * float(running[n - 1]) if n else 0.0 for n in counts]
         totals = [total + loss for total, loss in zip(totals, losses, strict=True)]
@@ -473,18 +488,51 @@ def _sampled_rows(matrix: Tensor, stats: LayerStatistics) -> tuple[slice, Tensor
     factors = fisher.damped(stats.gradient_square)
     step = min(math.ceil(matrix.numel() / SAMPLE), matrix.shape[0])
     rows = slice(step // 2, None, step)
-    saliency = fisher.saliency(matrix[rows], stats.input_square, factors[rows])
+    saliency = fisher.saliency(matrix[rows], stats.input_square, factors[rows].unsqueeze(1))
     whole = matrix.float().square() @ stats.input_square @ factors
     sampled = float(saliency.sum(dtype=_wide(matrix.device)))
     return rows, saliency, 0.5 * float(whole) / max(sampled, 1e-300)
 
 
-def _spread(numel: int, inputs: int, device: torch.device) -> Tensor:
-    """Indices of at most `SAMPLE` weights, evenly spread over rows and columns alike."""
-    stride = math.ceil(numel / SAMPLE)
+@dataclass(frozen=True)
+class _Spread:
+    """Some weights of a matrix, evenly spread over rows and columns alike.
+
+    Attributes:
+        stride: from one to the next in the flattened matrix, the first one included.
+        rows: of each [n], int32.
+        columns: of each [n], int32.
+    """
+
+    stride: int
+    rows: Tensor
+    columns: Tensor
+
+    def of(self, matrix: Tensor) -> Tensor:
+        """Its values there [n]: a view, if the matrix is contiguous."""
+        return matrix.reshape(-1)[:: self.stride]
+
+
+def _spread(rows: int, inputs: int, device: torch.device) -> _Spread:
+    """At most `SAMPLE` weights of a matrix [rows, inputs]."""
+    stride = math.ceil(rows * inputs / SAMPLE)
     while math.gcd(stride, inputs) > 1:
         stride += 1
-    return torch.arange(0, numel, stride, device=device)
+    return _Spread(stride, *_places(rows * inputs, inputs, stride, device))
+
+
+@lru_cache(maxsize=8)  # a model has few shapes
+def _places(numel: int, inputs: int, stride: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows and columns of every ``stride``-th weight."""
+    index = torch.arange(0, numel, stride, device=device)
+    return (index // inputs).int(), (index % inputs).int()
+
+
+def _sorted(values: Tensor) -> Tensor:
+    """Ascending along the last dimension; on a processor some twenty times as fast as torch."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.sort(values.numpy(), axis=-1))
+    return values.sort(dim=-1).values
 
 
 def _weights(loaded: LoadedModel) -> list[tuple[Layer, Tensor]]:

@@ -356,6 +356,10 @@ def test_salience_of_experts_is_taken_over_all_of_them_and_of_nothing_is_zero() 
     assert salience_percentile(torch.zeros(4, 5), torch.ones(5)) == 0.0
 
 
+PREDICTED = ["magnitude", "wanda", "fisher", "sparsegpt", "obs"]
+"""Inside rows and layers, in the order of the saliency and not."""
+
+
 def predicted_by_loops(
     weight: Tensor, statistics: LayerStatistics, criterion: str, level: float
 ) -> float:
@@ -379,7 +383,7 @@ def random_layer(rows: int, inputs: int, seed: int = 0) -> tuple[Tensor, LayerSt
     )
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "fisher"])
+@pytest.mark.parametrize("criterion", PREDICTED)
 def test_predicted_losses_are_the_saliency_of_what_would_go(criterion: str) -> None:
     weight, statistics = random_layer(10, 20)
     levels = [0.0, 0.05, 0.3, 0.5, 0.95, 1.0]
@@ -389,7 +393,7 @@ def test_predicted_losses_are_the_saliency_of_what_would_go(criterion: str) -> N
     assert predicted[0] == 0.0
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "fisher"])
+@pytest.mark.parametrize("criterion", PREDICTED)
 @pytest.mark.parametrize("pattern", [(2, 4), (4, 5), (1, 20)])
 def test_the_predicted_loss_of_a_pattern_is_the_saliency_of_its_mask(
     criterion: str, pattern: tuple[int, int]
@@ -417,7 +421,7 @@ def test_a_pattern_of_a_large_layer_is_estimated_from_rows(monkeypatch: pytest.M
     )
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "fisher"])
+@pytest.mark.parametrize("criterion", PREDICTED)
 def test_predicted_losses_of_experts_add_up(criterion: str) -> None:
     layers = [random_layer(6, 10, seed) for seed in range(3)]
     fused = LayerStatistics(
@@ -430,7 +434,7 @@ def test_predicted_losses_of_experts_add_up(criterion: str) -> None:
     assert together == pytest.approx([sum(v) for v in zip(*single, strict=True)], rel=1e-5)
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "fisher"])
+@pytest.mark.parametrize("criterion", PREDICTED)
 def test_predicted_losses_rise_with_the_level(criterion: str) -> None:
     weight, statistics = random_layer(16, 40, seed=7)
     levels = [i / 50 for i in range(51)]
@@ -439,7 +443,7 @@ def test_predicted_losses_rise_with_the_level(criterion: str) -> None:
     assert losses[0] < losses[25] < losses[50]
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "fisher"])
+@pytest.mark.parametrize("criterion", PREDICTED)
 @pytest.mark.parametrize("shape", [(256, 256), (1024, 64), (16, 4096)])
 def test_a_large_layer_is_estimated_from_a_sample(
     criterion: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
@@ -472,11 +476,13 @@ def test_the_sample_visits_rows_and_columns_evenly(
     rows: int, inputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(profiling, "SAMPLE", 512)
-    index = profiling._spread(rows * inputs, inputs, torch.device("cpu"))
-    assert len(index) <= 512
-    visits = torch.bincount(index % inputs, minlength=inputs)
+    spread = profiling._spread(rows, inputs, torch.device("cpu"))
+    assert len(spread.rows) == len(spread.columns) <= 512
+    matrix = torch.randn(rows, inputs)
+    assert torch.equal(spread.of(matrix), matrix[spread.rows, spread.columns])
+    visits = torch.bincount(spread.columns, minlength=inputs)
     assert int(visits.max() - visits.min()) <= 2
-    by_row = torch.bincount(index // inputs, minlength=rows)
+    by_row = torch.bincount(spread.rows, minlength=rows)
     assert int(by_row.max() - by_row.min()) <= 1
 
 

@@ -46,6 +46,7 @@ class Criterion:
         group: inside which scores compete.
         score: of a matrix [outputs, inputs] and its statistics.
         needs_gradients: whether ``gradient_square`` or ``weight_gradient_square`` is read.
+        follows_saliency: whether, inside the group, weights go in the order of `fisher.saliency`.
         by_weight: whether it is the latter, which takes a number a weight to keep.
         dampings: not empty if masks come out of a sweep that changes the kept weights, too
             (`sparsegpt.prune`): what it tries. ``score`` then only stands in where a mask's effect
@@ -55,6 +56,7 @@ class Criterion:
     group: Group
     score: Callable[[Tensor, LayerStatistics], Tensor]
     needs_gradients: bool = False
+    follows_saliency: bool = False
     by_weight: bool = False
     dampings: tuple[float, ...] = ()
 
@@ -72,7 +74,9 @@ def _taken(gradients: Tensor | None) -> Tensor:
 
 CRITERIA: dict[CriterionName, Criterion] = {
     "magnitude": Criterion(magnitude.GROUP, lambda w, _: magnitude.score(w)),
-    "wanda": Criterion(wanda.GROUP, lambda w, s: wanda.score(w, s.input_square)),
+    "wanda": Criterion(
+        wanda.GROUP, lambda w, s: wanda.score(w, s.input_square), follows_saliency=True
+    ),
     "gblm": Criterion(
         gblm.GROUP,
         lambda w, s: gblm.score(w, s.input_square, _taken(s.weight_gradient_square)),
@@ -83,6 +87,7 @@ CRITERIA: dict[CriterionName, Criterion] = {
         fisher.GROUP,
         lambda w, s: fisher.score(w, s.input_square, _taken(s.gradient_square)),
         needs_gradients=True,
+        follows_saliency=True,
     ),
     "sparsegpt": Criterion(
         sparsegpt.GROUP,
@@ -93,6 +98,7 @@ CRITERIA: dict[CriterionName, Criterion] = {
         obs.GROUP,
         lambda w, s: obs.score(w, s.input_square, _taken(s.gradient_square)),
         needs_gradients=True,
+        follows_saliency=True,
         dampings=obs.DAMPINGS,
     ),
 }

@@ -33,14 +33,20 @@ def score(weight: Tensor, input_square: Tensor, gradient_square: Tensor) -> Tens
     Returns:
         Predicted loss increase of each weight, nats, float32 [outputs, inputs].
     """
-    return saliency(weight, input_square, damped(gradient_square))
+    return saliency(weight, input_square, damped(gradient_square).unsqueeze(1))
 
 
 def saliency(weight: Tensor, input_square: Tensor, factors: Tensor) -> Tensor:
-    """1/2 * w_ij^2 * E[x_j^2] * D_i for given factors D [outputs], float32 [outputs, inputs]."""
+    """1/2 * w_ij^2 * E[x_j^2] * D_i for given factors D, float32.
+
+    Args:
+        weight: of any shape.
+        input_square: the E[x_j^2] that belong to it, of a shape that is broadcast to its.
+        factors: the D_i, likewise.
+    """
     product = weight.float().square()
     product *= input_square.float()
-    product *= factors.float().unsqueeze(1) * 0.5
+    product *= factors.float() * 0.5
     return product
 
 
