@@ -157,6 +157,13 @@ class PruneRequest(Options):
         description='unstructured, or "keep_n:group_m": "2:4"; in a run the agent chooses which '
         "layers take it, each as a whole, until the target is reached",
     )
+    shrinkage: float = Field(
+        0.2,
+        ge=0,
+        allow_inf_nan=False,
+        description="criterion sparsegpt: share of its own diagonal added to X^T X, which is known "
+        "from few tokens; 0: as published",
+    )
     reconstruct: bool = Field(
         False,
         description="update the kept weights so that each layer's outputs stay near the dense ones",

@@ -97,6 +97,7 @@ def solve_blocks(
     wanted: dict[str, Wanted],
     *,
     criterion: CriterionName = "sparsegpt",
+    shrinkage: float = 0.0,
     reconstruct: bool,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Solved], list[str]]:
@@ -113,6 +114,7 @@ def solve_blocks(
         windows: calibration token ids [windows, length].
         wanted: what to prune.
         criterion: one that solves, for layers whose mask is not given.
+        shrinkage: what its sweep adds of its own diagonal to X^T X (`sparsegpt.prune`).
         reconstruct: see above.
         progress: told after each window of the first pass, and after each block.
 
@@ -142,7 +144,13 @@ def solve_blocks(
             runner.run(index, window, hidden, grams.see, layers)
         for layer in layers:
             found, words = _solve(
-                layer, dense[layer.name], wanted[layer.name], grams, criterion, reconstruct
+                layer,
+                dense[layer.name],
+                wanted[layer.name],
+                grams,
+                criterion,
+                shrinkage,
+                reconstruct,
             )
             loaded.weight(layer).copy_(found.weight)
             solved[layer.name] = Solved(found.mask.cpu(), loaded.weight(layer).cpu().clone())
@@ -170,6 +178,7 @@ def _solve(
     wanted: Wanted,
     grams: _Grams,
     criterion: CriterionName,
+    shrinkage: float,
     reconstruct: bool,
 ) -> tuple[Solved, list[str]]:
     """One layer, expert by expert, of the parameter's shape; and what must be told of it."""
@@ -190,7 +199,7 @@ def _solve(
             if squares is not None and fused:
                 squares = squares[index]
             mask, found, words = _sweep(
-                weight, gram, share, wanted.pattern, squares, criterion, name
+                weight, gram, share, wanted.pattern, squares, criterion, shrinkage, name
             )
             notes += words
         if not mask.any():
@@ -216,6 +225,7 @@ def _sweep(
     pattern: tuple[int, int] | None,
     gradient_square: Tensor | None,
     criterion: CriterionName,
+    shrinkage: float,
     name: str,
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Mask and weights of one matrix; by what is known of single weights, and without an update,
@@ -226,7 +236,13 @@ def _sweep(
     if gram is not None:
         factors = None if gradient_square is None else fisher.damped(gradient_square)
         found = sparsegpt.prune(
-            weight, gram, pruned=pruned, pattern=pattern, factors=factors, dampings=dampings
+            weight,
+            gram,
+            pruned=pruned,
+            pattern=pattern,
+            factors=factors,
+            dampings=dampings,
+            shrinkage=shrinkage,
         )
         if found is not None:
             mask, updated, damping = found

@@ -324,6 +324,7 @@ class Workbench:
                 self.windows.calibration,
                 wanted,
                 criterion=request.criterion,
+                shrinkage=request.shrinkage if request.criterion == "sparsegpt" else 0.0,
                 reconstruct=request.reconstruct,
                 progress=progress,
             )

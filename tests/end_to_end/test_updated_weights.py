@@ -130,6 +130,18 @@ def test_a_pattern_holds_in_the_saved_model_with_each_criterion(
         assert set((weight != 0).reshape(-1, 4).sum(-1).tolist()) == {2}
 
 
+@pytest.mark.parametrize(("criterion", "matters"), [("sparsegpt", True), ("obs", False)])
+def test_shrinkage_is_sparsegpts(
+    reference_config: dict[str, Any], tmp_path: Path, criterion: str, matters: bool
+) -> None:
+    config = reference_config | {"criterion": criterion}
+    usual = baseline(config, out=tmp_path / "usual")
+    given = baseline(config | {"shrinkage": 0.2}, out=tmp_path / "given")
+    published = baseline(config | {"shrinkage": 0.0}, out=tmp_path / "published")
+    assert given.metrics.revision == usual.metrics.revision
+    assert (published.metrics.revision != usual.metrics.revision) is matters
+
+
 def test_a_layer_of_another_dtype_is_refused(
     reference_config: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -179,7 +179,8 @@ def test_masks_hold_and_the_live_model_has_what_is_returned(
             assert int(layer.mask.sum()) == counts[name]
 
 
-def test_sparsegpt_sees_dense_blocks_behind_pruned_ones(load: Loader) -> None:
+@pytest.mark.parametrize("shrinkage", [0.0, 0.3])
+def test_sparsegpt_sees_dense_blocks_behind_pruned_ones(load: Loader, shrinkage: float) -> None:
     """Its own result, from inputs taken by hooks from whole passes of the model."""
     loaded = load()
     ids = windows(8)
@@ -193,13 +194,13 @@ def test_sparsegpt_sees_dense_blocks_behind_pruned_ones(load: Loader) -> None:
         inputs = watch(loaded, ids, *part)  # all layers of a block are dense still
         for name in part:
             x = inputs[name].float()
-            found = sparsegpt.prune(dense[name], x.T @ x, pruned=counts[name])
+            found = sparsegpt.prune(dense[name], x.T @ x, pruned=counts[name], shrinkage=shrinkage)
             assert found is not None
             expected[name] = found[:2]
         for name in part:
             loaded.weight(loaded.layers[name]).copy_(expected[name][1])
     wanted = {n: Wanted(pruned=counts[n]) for n in names}
-    solved, _ = solve_blocks(loaded, ids, wanted, reconstruct=False)
+    solved, _ = solve_blocks(loaded, ids, wanted, shrinkage=shrinkage, reconstruct=False)
     for name in names:
         same = (solved[name].mask == expected[name][0]).float().mean()
         assert float(same) > 0.999  # sums in another order may flip a near tie

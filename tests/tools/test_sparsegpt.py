@@ -20,11 +20,19 @@ def layer(
 
 
 def surgeon(
-    weight: Tensor, gram: Tensor, pruned: int, panel: int, factors: Tensor, damping: float
+    weight: Tensor,
+    gram: Tensor,
+    pruned: int,
+    panel: int,
+    factors: Tensor,
+    damping: float,
+    shrinkage: float,
 ) -> tuple[list[list[bool]], Tensor]:
     """Left to right, each pruned weight's error on the weights to its right: all by definition."""
     rows, inputs = weight.shape
     h = gram.double() + damping * gram.diagonal().mean().double() * torch.eye(inputs).double()
+    for j in range(inputs):
+        h[j, j] += shrinkage * gram[j, j]
     inverses = [torch.linalg.inv(h[j:, j:]) for j in range(inputs)]
     w = weight.double().clone()
     mask = [[False] * inputs for _ in range(rows)]
@@ -49,20 +57,28 @@ def surgeon(
 @pytest.mark.parametrize("panel", [20, 8, 5])
 @pytest.mark.parametrize("pruned", [0, 1, 53, 60, 120])
 @pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize("shrinkage", [0.0, 0.7])
 def test_masks_and_weights_are_those_of_optimal_brain_surgeon(
-    pruned: int, panel: int, weighed: bool
+    pruned: int, panel: int, weighed: bool, shrinkage: float
 ) -> None:
     weight, x = layer()
+    x *= torch.linspace(0.3, 3, 20)  # so that its own diagonal is another thing than the mean
     gram = x.T @ x
     factors = torch.tensor([0.1, 3.0, 1.0, 0.02, 1.0, 0.5]) if weighed else None
     first = 0.1 if weighed else 0.01
     found = sparsegpt.prune(
-        weight, gram, pruned=pruned, factors=factors, dampings=(first, 1.0), panel=panel
+        weight,
+        gram,
+        pruned=pruned,
+        factors=factors,
+        dampings=(first, 1.0),
+        shrinkage=shrinkage,
+        panel=panel,
     )
     assert found is not None
     mask, weights, damping = found
     weighing = torch.ones(6) if factors is None else factors
-    expected_mask, expected = surgeon(weight, gram, pruned, panel, weighing, first)
+    expected_mask, expected = surgeon(weight, gram, pruned, panel, weighing, first, shrinkage)
     assert mask.tolist() == expected_mask
     assert damping == first
     torch.testing.assert_close(weights, expected.float(), rtol=1e-3, atol=1e-4)
@@ -80,9 +96,10 @@ def test_patterns_hold_exactly(keep_n: int, group_m: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_update_lowers_the_error_of_the_mask_alone(seed: int) -> None:
+@pytest.mark.parametrize("shrinkage", [0.0, 0.2])
+def test_the_update_lowers_the_error_of_the_mask_alone(seed: int, shrinkage: float) -> None:
     weight, x = layer(rows=16, inputs=32, tokens=400, seed=seed)
-    found = sparsegpt.prune(weight, x.T @ x, pruned=16 * 32 // 2)
+    found = sparsegpt.prune(weight, x.T @ x, pruned=16 * 32 // 2, shrinkage=shrinkage)
     assert found is not None
     mask, weights, _ = found
 
@@ -92,10 +109,11 @@ def test_the_update_lowers_the_error_of_the_mask_alone(seed: int) -> None:
     assert error(weights) < error(weight.masked_fill(mask, 0))
 
 
-def test_an_input_that_is_never_used_goes_first_and_breaks_nothing() -> None:
+@pytest.mark.parametrize("shrinkage", [0.0, 0.2])
+def test_an_input_that_is_never_used_goes_first_and_breaks_nothing(shrinkage: float) -> None:
     weight, x = layer()
     x[:, 3] = 0
-    found = sparsegpt.prune(weight, x.T @ x, pruned=40)
+    found = sparsegpt.prune(weight, x.T @ x, pruned=40, shrinkage=shrinkage)
     assert found is not None
     mask, weights, _ = found
     assert bool(mask[:, 3].all())
@@ -115,6 +133,18 @@ def test_damping_grows_until_the_matrix_can_be_factored_and_no_further() -> None
     assert found[2] == 0.1
     assert sparsegpt.prune(weight, -gram, pruned=60) is None
     assert sparsegpt.prune(weight, gram * math.nan, pruned=60) is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_fitted_to_few_tokens_holds_better_on_others_if_it_is_shrunk(seed: int) -> None:
+    weight, x = layer(rows=32, inputs=64, tokens=2000, seed=seed)
+    few, others = x[:80], x[80:]
+    errors = []
+    for shrinkage in (0.0, 0.2):
+        found = sparsegpt.prune(weight, few.T @ few, pruned=1024, shrinkage=shrinkage)
+        assert found is not None
+        errors.append(float(((found[1] - weight) @ others.T).square().sum()))
+    assert errors[1] < errors[0]
 
 
 def test_a_group_that_does_not_divide_is_refused() -> None:

@@ -3,6 +3,11 @@
 Minimises, row by row, the squared error of the layer's outputs over the calibration tokens. The
 error that a pruned weight leaves is made up for by the kept weights to its right (Optimal Brain
 Surgeon with the inverse of X^T X, walked through by its Cholesky factor).
+
+X^T X is known from a sample of tokens only, and what the update owes to chance correlations between
+inputs it loses on other text. So it may be shrunk towards its diagonal first, as covariances of few
+samples are (Schaefer and Strimmer 2005): X^T X + shrinkage * diag(X^T X), up to a factor that
+changes nothing. With 0 it is SparseGPT as published.
 """
 
 import torch
@@ -34,6 +39,7 @@ def prune(
     pattern: tuple[int, int] | None = None,
     factors: Tensor | None = None,
     dampings: tuple[float, ...] = DAMPINGS,
+    shrinkage: float = 0.0,
     panel: int = PANEL,
 ) -> tuple[Tensor, Tensor, float] | None:
     """The mask of one matrix and its updated weights.
@@ -45,6 +51,7 @@ def prune(
         pattern: ``(keep_n, group_m)`` instead.
         factors: what each output's error weighs when rows compete [outputs]; None: all the same.
         dampings: shares of the mean diagonal of the matrix, tried one after another.
+        shrinkage: share of its own diagonal that is added to the matrix.
         panel: inputs whose masks are chosen together, rounded down to whole groups.
 
     Returns:
@@ -58,7 +65,7 @@ def prune(
         raise ValueError("give the number of weights to prune, or a pattern")
     inputs = weight.shape[1]
     work = weight.float().clone()
-    found = inverse_factor(gram.float(), dampings)
+    found = inverse_factor(gram.float(), dampings, shrinkage)
     if found is None:
         return None
     factor, damping = found
@@ -89,24 +96,25 @@ def prune(
 
 
 def inverse_factor(
-    gram: Tensor, dampings: tuple[float, ...] = DAMPINGS
+    gram: Tensor, dampings: tuple[float, ...] = DAMPINGS, shrinkage: float = 0.0
 ) -> tuple[Tensor, float] | None:
     """Upper Cholesky factor of the inverse of a damped matrix, and the damping that was needed.
 
     Args:
         gram: symmetric [n, n], float32.
         dampings: shares of the mean diagonal, tried one after another.
+        shrinkage: share of its own diagonal that is added, too.
 
     Returns:
-        U with U^T U = (gram + damping * mean diagonal * I)^-1, and the damping; None if the
-        matrix is not positive definite with any of them.
+        U with U^T U = (gram + shrinkage * diag(gram) + damping * mean diagonal * I)^-1, and the
+        damping; None if the matrix is not positive definite with any of them.
     """
     if not bool(gram.isfinite().all()):
         return None
     mean = gram.diagonal().mean()
     for damping in dampings:
         damped = gram.clone()
-        damped.diagonal().add_(damping * mean)
+        damped.diagonal().mul_(1 + shrinkage).add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if int(failed) == 0:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
