@@ -10,11 +10,13 @@ import psutil
 import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
+from torch import Tensor
 
 from prunewright.state import PruneRequest
 from prunewright.tools import reconstruction
 from prunewright.tools.criteria import CRITERIA
 from prunewright.tools.layers import Layer, find_blocks, find_layers
+from prunewright.tools.masks import unstructured_mask
 from prunewright.tools.models import model_skeleton, resolve_device, resolve_dtype
 from prunewright.tools.perplexity import TOKENS_AT_ONCE
 from prunewright.tools.results import VERIFY_WINDOWS
@@ -185,8 +187,9 @@ def scoring_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Weights a second that are scored and ordered, as a mask is made of them."""
     weight = torch.rand(_TIMING_WEIGHTS, device=device).to(dtype)
 
-    def work() -> float:
-        return float(weight.float().square().kthvalue(_TIMING_WEIGHTS // 2).values)
+    def work() -> Tensor:
+        scores = weight.float().square().unsqueeze(0)
+        return unstructured_mask(scores, _TIMING_WEIGHTS // 2, "layer")
 
     return _TIMING_WEIGHTS / _best_of(work)
 

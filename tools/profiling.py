@@ -19,7 +19,7 @@ from prunewright.state.config import CriterionName
 from prunewright.state.profile import COST_DELTAS, LayerProfile, ModelProfile
 from prunewright.tools.criteria import CRITERIA, LayerStatistics, fisher, split_experts
 from prunewright.tools.layers import Layer, find_blocks
-from prunewright.tools.masks import nm_mask
+from prunewright.tools.masks import kth_lowest, nm_mask
 from prunewright.tools.models import LoadedModel
 from prunewright.tools.observe import ProductObserver
 from prunewright.tools.perplexity import TOKENS_AT_ONCE, Head, Progress, hidden_states
@@ -279,10 +279,11 @@ def build_profile(
     exponent = crowding_exponent(reconstruct)
     patterns: dict[str, float] = {}
     mean = sum(sparsities[n] * ly.numel for n, ly in loaded.layers.items()) / loaded.prunable
-    for name, layer in loaded.layers.items():
+    layers = list(loaded.layers.values())
+    for layer, weight in zip(layers, loaded.dense_layers(layers), strict=True):
+        name, dense = layer.name, layer.matrix(weight)
         statistics = statistics_of(name, activations, gradients)
         live = layer.matrix(loaded.weight(layer))
-        dense = layer.matrix(loaded.dense(layer))
         middle, span = sparsities[name], (0.0, *COST_DELTAS)
         up = [min(middle + delta, 1.0) for delta in span]
         down = [max(middle - delta, 0.0) for delta in span]
@@ -402,11 +403,8 @@ def salience_percentile(weight: Tensor, input_square: Tensor, fraction: float = 
     if active == 0:
         return 0.0
     # The weights that are gone score zero, so they come first.
-    rank = len(values) - active + math.floor(fraction * (active - 1))
-    values *= norms
-    if values.device.type == "cpu":  # some ten times as fast as torch's
-        return float(np.partition(values.numpy(), rank)[rank])
-    return float(values.kthvalue(rank + 1).values)
+    rank = len(values) - active + 1 + math.floor(fraction * (active - 1))
+    return float(kth_lowest(values * norms, rank))
 
 
 def predict_losses(

@@ -54,11 +54,13 @@ def solve(
     residual = product(dense - found)
     direction = residual / scale
     size = (residual * direction).sum(1, keepdim=True)
+    # Below this a row's residual is rounding alone, and steps along it lead anywhere.
+    solved = size * torch.finfo(torch.float32).eps ** 2
     for _ in range(iterations):
         moved = product(direction)
         curvature = (direction * moved).sum(1, keepdim=True)
         # A row that is solved, or has no weight left, stays where it is.
-        length = torch.where(curvature > 0, size / curvature, 0.0)
+        length = torch.where((curvature > 0) & (size > solved), size / curvature, 0.0)
         found.addcmul_(direction, length)
         residual.addcmul_(moved, length, value=-1)
         scaled = residual / scale

@@ -7,6 +7,7 @@ wherever they were made, equal layers are stored once, and nothing is ever alter
 """
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ _log = logging.getLogger("prunewright")
 
 DENSE = sha256_bytes(canonical_json({}))
 """The name of the revision without masks: the dense model."""
+
+WRITERS = 8
+"""Files of a revision that are written at once."""
 
 Manifest = dict[str, str]
 """Digest of the mask of each layer that has one."""
@@ -68,16 +72,25 @@ class RevisionStore:
             StoreError: cannot write (disk full, no permission).
         """
         layers = dict(parent)
-        for name, mask in masks.items():
-            if not mask.any():  # a dense layer has no mask, so that equal models have equal names
-                layers.pop(name, None)
-                continue
-            data = pack_layer(mask, (weights or {}).get(name))
+
+        def store(name: str) -> str | None:
+            # A dense layer has no mask, so that equal models have equal names.
+            if not masks[name].cpu().numpy().any():
+                return None
+            data = pack_layer(masks[name], (weights or {}).get(name))
             digest = sha256_bytes(data)
             path = self._mask(digest)
             if not path.exists():
                 write_atomic(path, data)
-            layers[name] = digest
+            return digest
+
+        # Each file is forced to the disk: side by side they wait for it together.
+        with ThreadPoolExecutor(WRITERS) as pool:
+            for name, digest in zip(masks, pool.map(store, masks), strict=True):
+                if digest is None:
+                    layers.pop(name, None)
+                else:
+                    layers[name] = digest
         revision = sha256_bytes(canonical_json(layers))
         path = self._manifest(revision)
         if not path.exists():

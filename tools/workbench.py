@@ -443,14 +443,17 @@ class Workbench:
         gradients = self.gradients(gradient_revision, progress) if rule.needs_gradients else None
         activations = self.activations(revision, progress)
         self.sync(revision)
-        names = list(self.loaded.layers) if counts is None else list(counts)
+        names = self.loaded.layers if counts is None else counts
+        layers = [self.loaded.layers[name] for name in names]
         masks = {}
-        for index, name in enumerate(names):
-            layer = self.loaded.layers[name]
+        for index, (layer, dense) in enumerate(
+            zip(layers, self.loaded.dense_layers(layers), strict=True)
+        ):
+            name = layer.name
             pruned, pattern = self._amount(name, counts)
             try:
                 mask = prune_mask(
-                    layer.matrix(self.loaded.dense(layer)),
+                    layer.matrix(dense),
                     statistics_of(name, activations, gradients),
                     request.criterion,
                     pruned=pruned,

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prunewright.tools.masks import count_zeros, nm_mask, row_counts, unstructured_mask
+from prunewright.tools.masks import count_zeros, kth_lowest, nm_mask, row_counts, unstructured_mask
 
 
 def lowest(values: list[float], count: int) -> set[int]:
@@ -28,6 +28,16 @@ matrices = st.integers(1, 6).flatmap(
         )
     )
 )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_kth_lowest_is_that_of_the_sorted_values(dtype: torch.dtype) -> None:
+    values = torch.randn(3, 4, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for k in (1, 7, 50):
+        found = kth_lowest(values, k)
+        assert found.dtype == dtype
+        for i, matrix in enumerate(values.tolist()):
+            assert found[i].tolist() == [sorted(row)[k - 1] for row in matrix]
 
 
 @settings(max_examples=150, deadline=None)
