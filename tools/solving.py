@@ -33,12 +33,14 @@ class Wanted:
         pruned: weights that the criterion's sweep shall prune.
         pattern: ``(keep_n, group_m)`` for it.
         gradient_square: E[d_i^2] [outputs] or [experts, outputs], if the criterion weighs outputs.
+        shrinkage: what the sweep adds of its own diagonal to X^T X (`sparsegpt.prune`).
     """
 
     mask: Tensor | None = None
     pruned: int | None = None
     pattern: tuple[int, int] | None = None
     gradient_square: Tensor | None = None
+    shrinkage: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,6 @@ def solve_blocks(
     wanted: dict[str, Wanted],
     *,
     criterion: CriterionName = "sparsegpt",
-    shrinkage: float = 0.0,
     reconstruct: bool,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Solved], list[str]]:
@@ -114,7 +115,6 @@ def solve_blocks(
         windows: calibration token ids [windows, length].
         wanted: what to prune.
         criterion: one that solves, for layers whose mask is not given.
-        shrinkage: what its sweep adds of its own diagonal to X^T X (`sparsegpt.prune`).
         reconstruct: see above.
         progress: told after each window of the first pass, and after each block.
 
@@ -144,13 +144,7 @@ def solve_blocks(
             runner.run(index, window, hidden, grams.see, layers)
         for layer in layers:
             found, words = _solve(
-                layer,
-                dense[layer.name],
-                wanted[layer.name],
-                grams,
-                criterion,
-                shrinkage,
-                reconstruct,
+                layer, dense[layer.name], wanted[layer.name], grams, criterion, reconstruct
             )
             loaded.weight(layer).copy_(found.weight)
             solved[layer.name] = Solved(found.mask.cpu(), loaded.weight(layer).cpu().clone())
@@ -178,7 +172,6 @@ def _solve(
     wanted: Wanted,
     grams: _Grams,
     criterion: CriterionName,
-    shrinkage: float,
     reconstruct: bool,
 ) -> tuple[Solved, list[str]]:
     """One layer, expert by expert, of the parameter's shape; and what must be told of it."""
@@ -199,7 +192,7 @@ def _solve(
             if squares is not None and fused:
                 squares = squares[index]
             mask, found, words = _sweep(
-                weight, gram, share, wanted.pattern, squares, criterion, shrinkage, name
+                weight, gram, share, wanted.pattern, squares, wanted.shrinkage, criterion, name
             )
             notes += words
         if not mask.any():
@@ -224,8 +217,8 @@ def _sweep(
     pruned: int | None,
     pattern: tuple[int, int] | None,
     gradient_square: Tensor | None,
-    criterion: CriterionName,
     shrinkage: float,
+    criterion: CriterionName,
     name: str,
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Mask and weights of one matrix; by what is known of single weights, and without an update,

@@ -324,7 +324,6 @@ class Workbench:
                 self.windows.calibration,
                 wanted,
                 criterion=request.criterion,
-                shrinkage=request.shrinkage if request.criterion == "sparsegpt" else 0.0,
                 reconstruct=request.reconstruct,
                 progress=progress,
             )
@@ -357,17 +356,21 @@ class Workbench:
     ) -> dict[str, Wanted]:
         """What a solve is asked for: the layers that change and, if reconstructed, all pruned."""
         wanted = {}
-        if not CRITERIA[self.request.criterion].solves:
+        rule = CRITERIA[self.request.criterion]
+        if not rule.solves:
             masks = self._masks(revision, gradient_revision, counts, progress)
             wanted = {name: Wanted(mask=mask) for name, mask in masks.items()}
         else:
             squares: dict[str, Tensor] = {}
-            if CRITERIA[self.request.criterion].needs_gradients:
+            if rule.needs_gradients:
                 squares = self.gradients(gradient_revision, progress).gradient_square
             for name in self.loaded.layers if counts is None else counts:
                 pruned, pattern = self._amount(name, counts)
                 wanted[name] = Wanted(
-                    pruned=pruned, pattern=pattern, gradient_square=squares.get(name)
+                    pruned=pruned,
+                    pattern=pattern,
+                    gradient_square=squares.get(name),
+                    shrinkage=self.request.shrinkage if rule.shrinks else 0.0,
                 )
         if self.request.reconstruct:
             for name, digest in self.store.manifest(revision).items():

@@ -199,8 +199,8 @@ def test_sparsegpt_sees_dense_blocks_behind_pruned_ones(load: Loader, shrinkage:
             expected[name] = found[:2]
         for name in part:
             loaded.weight(loaded.layers[name]).copy_(expected[name][1])
-    wanted = {n: Wanted(pruned=counts[n]) for n in names}
-    solved, _ = solve_blocks(loaded, ids, wanted, shrinkage=shrinkage, reconstruct=False)
+    wanted = {n: Wanted(pruned=counts[n], shrinkage=shrinkage) for n in names}
+    solved, _ = solve_blocks(loaded, ids, wanted, reconstruct=False)
     for name in names:
         same = (solved[name].mask == expected[name][0]).float().mean()
         assert float(same) > 0.999  # sums in another order may flip a near tie

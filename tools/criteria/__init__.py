@@ -51,6 +51,7 @@ class Criterion:
         dampings: not empty if masks come out of a sweep that changes the kept weights, too
             (`sparsegpt.prune`): what it tries. ``score`` then only stands in where a mask's effect
             is predicted.
+        shrinks: whether that sweep shrinks X^T X as the request's ``shrinkage`` says.
     """
 
     group: Group
@@ -59,6 +60,7 @@ class Criterion:
     follows_saliency: bool = False
     by_weight: bool = False
     dampings: tuple[float, ...] = ()
+    shrinks: bool = False
 
     @property
     def solves(self) -> bool:
@@ -93,6 +95,7 @@ CRITERIA: dict[CriterionName, Criterion] = {
         sparsegpt.GROUP,
         lambda w, s: sparsegpt.score(w, s.input_square),
         dampings=sparsegpt.DAMPINGS,
+        shrinks=True,
     ),
     "obs": Criterion(
         obs.GROUP,
