@@ -9,10 +9,11 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import platformdirs
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +30,7 @@ from transformers import (
 
 from prunewright.state import InputError, StoreError
 from prunewright.tools.layers import Layer, find_layers
+from prunewright.tools.masks import INTEGERS
 from prunewright.tools.storage import canonical_json, sha256_bytes, sha256_file
 
 EMBEDDED = "embedded"
@@ -368,23 +370,29 @@ def _locate_dense(loaded: LoadedModel, files: list[Path]) -> dict[str, Path]:
 
 def _holds(files: dict[str, Path], loaded: LoadedModel) -> bool:
     """Whether the files hold each prunable parameter with the values that are live."""
+    layers = list(loaded.layers.values())
+    if any(layer.parameter not in files for layer in layers):
+        return False
+    stored = replace(loaded, _files=files)
     try:
         return all(
-            layer.parameter in files
-            and torch.equal(
-                _read(files[layer.parameter], layer.parameter).to(loaded.device, loaded.dtype),
-                loaded.weight(layer),
-            )
-            for layer in loaded.layers.values()
+            _same_bits(dense, loaded.weight(layer))
+            for layer, dense in zip(layers, stored.dense_layers(layers), strict=True)
         )
-    except (OSError, SafetensorError):
+    except StoreError:
         return False
 
 
-def _read(path: Path, key: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        tensor: Tensor = file.get_tensor(key)
-    return tensor
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one dtype and shape hold the same bits.
+
+    On a processor by numpy, some five times as fast as torch.
+    """
+    integers = INTEGERS[one.dtype.itemsize]
+    one, other = one.view(integers), other.view(integers)
+    if one.device.type == "cpu":
+        return np.array_equal(one.numpy(), other.numpy())
+    return torch.equal(one, other)
 
 
 def cache_directory() -> Path:

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -122,7 +123,12 @@ class Workbench:
             if digest is None:
                 weight.copy_(dense)
             else:
-                _write_stored(weight, dense, stored.pop(layer.name), scratch)
+                held = stored.pop(layer.name)
+                _write_stored(weight, dense, held, scratch)
+                if held.kept is None and self._counted[layer.name, None] == 0:
+                    # No dense weight is zero, so the mask knows: sixteen times fewer bits to read.
+                    pruned = int(np.bitwise_count(held.bits.numpy()).sum())
+                    self._counted[layer.name, digest] = pruned
             self._exchange(layer.name, digest, weight)
 
     def _let_go(self) -> None:
