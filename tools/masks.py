@@ -109,13 +109,11 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def count_zeros(weight: Tensor) -> int:
     """How many weights are zero, of either sign.
 
-    On a processor by their bits without the sign, some forty times as fast as
-    `torch.count_nonzero` of bfloat16.
+    By their bits without the sign: on a processor that is some forty times as fast as by the
+    values of bfloat16.
     """
-    if weight.device.type != "cpu":
-        return weight.numel() - int(torch.count_nonzero(weight))
-    bits = weight.view(INTEGERS[weight.dtype.itemsize]).numpy()
-    return weight.numel() - int(np.count_nonzero(bits << 1))
+    bits = weight.view(INTEGERS[weight.dtype.itemsize])
+    return weight.numel() - int(torch.count_nonzero(bits << 1))
 
 
 def _refuse_nan(scores: Tensor) -> None:

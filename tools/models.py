@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,17 @@ class LoadedModel:
     layers: dict[str, Layer]
     name: str
     directory: Path
-    fingerprint: str
-    """sha256 over the model's safetensors files."""
     device: torch.device
     dtype: torch.dtype
     _files: dict[str, Path] = field(default_factory=dict)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the model's safetensors files, as they are when it is first asked for."""
+        digest = hashlib.sha256()
+        for file in _weight_files(self.directory):
+            digest.update(sha256_file(file).encode())
+        return digest.hexdigest()
 
     @property
     def prunable(self) -> int:
@@ -188,7 +195,6 @@ def load_model(
         layers=find_layers(model),
         name=name,
         directory=directory,
-        fingerprint=_fingerprint(files),
         device=place,
         dtype=chosen,
     )
@@ -312,13 +318,6 @@ def _weight_files(directory: Path) -> list[Path]:
             "loaded: convert them to safetensors first"
         )
     raise InputError(f"{directory} holds no *.safetensors weights: is it a model directory?")
-
-
-def _fingerprint(files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(sha256_file(file).encode())
-    return digest.hexdigest()
 
 
 def model_digest(name: str) -> str:

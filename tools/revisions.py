@@ -27,7 +27,7 @@ _log = logging.getLogger("prunewright")
 DENSE = sha256_bytes(canonical_json({}))
 """The name of the revision without masks: the dense model."""
 
-WRITERS = 8
+WRITERS = 4
 """Files of a revision that are written at once."""
 
 Manifest = dict[str, str]
@@ -72,25 +72,21 @@ class RevisionStore:
             StoreError: cannot write (disk full, no permission).
         """
         layers = dict(parent)
-
-        def store(name: str) -> str | None:
-            # A dense layer has no mask, so that equal models have equal names.
-            if not masks[name].cpu().numpy().any():
-                return None
-            data = pack_layer(masks[name], (weights or {}).get(name))
-            digest = sha256_bytes(data)
-            path = self._mask(digest)
-            if not path.exists():
-                write_atomic(path, data)
-            return digest
-
         # Each file is forced to the disk: side by side they wait for it together.
         with ThreadPoolExecutor(WRITERS) as pool:
-            for name, digest in zip(masks, pool.map(store, masks), strict=True):
-                if digest is None:
+            writing = []
+            for name, mask in masks.items():
+                # A dense layer has no mask, so that equal models have equal names.
+                if not mask.cpu().numpy().any():
                     layers.pop(name, None)
-                else:
-                    layers[name] = digest
+                    continue
+                data = pack_layer(mask, (weights or {}).get(name))
+                layers[name] = sha256_bytes(data)
+                path = self._mask(layers[name])
+                if not path.exists():
+                    writing.append(pool.submit(write_atomic, path, data))
+            for written in writing:
+                written.result()
         revision = sha256_bytes(canonical_json(layers))
         path = self._manifest(revision)
         if not path.exists():

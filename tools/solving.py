@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from prunewright.state.config import CriterionName
+from prunewright.state.config import CriterionName, SparseGPTOptions
 from prunewright.tools import reconstruction
 from prunewright.tools.blocks import BlockRunner
 from prunewright.tools.criteria import (
@@ -22,6 +22,7 @@ from prunewright.tools.perplexity import Progress
 
 PASSES = 3
 """Times that the windows go through the blocks, at most: see `BlockRunner` for the first."""
+AS_PUBLISHED = SparseGPTOptions(shrinkage=0.0, group="layer")
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,14 @@ class Wanted:
         pruned: weights that the criterion's sweep shall prune.
         pattern: ``(keep_n, group_m)`` for it.
         gradient_square: E[d_i^2] [outputs] or [experts, outputs], if the criterion weighs outputs.
-        shrinkage: what the sweep adds of its own diagonal to X^T X (`sparsegpt.prune`).
+        options: how the sweep works.
     """
 
     mask: Tensor | None = None
     pruned: int | None = None
     pattern: tuple[int, int] | None = None
     gradient_square: Tensor | None = None
-    shrinkage: float = 0.0
+    options: SparseGPTOptions = AS_PUBLISHED
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def _solve(
             if squares is not None and fused:
                 squares = squares[index]
             mask, found, words = _sweep(
-                weight, gram, share, wanted.pattern, squares, wanted.shrinkage, criterion, name
+                weight, gram, share, wanted.pattern, squares, wanted.options, criterion, name
             )
             notes += words
         if not mask.any():
@@ -217,7 +218,7 @@ def _sweep(
     pruned: int | None,
     pattern: tuple[int, int] | None,
     gradient_square: Tensor | None,
-    shrinkage: float,
+    options: SparseGPTOptions,
     criterion: CriterionName,
     name: str,
 ) -> tuple[Tensor, Tensor, list[str]]:
@@ -235,7 +236,8 @@ def _sweep(
             pattern=pattern,
             factors=factors,
             dampings=dampings,
-            shrinkage=shrinkage,
+            shrinkage=options.shrinkage,
+            group=options.group,
         )
         if found is not None:
             mask, updated, damping = found

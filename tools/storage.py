@@ -44,8 +44,9 @@ def write_atomic(path: Path, data: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-        finally:
+        except BaseException:
             temporary.unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise StoreError(
             f"cannot write {path}: {error.strerror}. Nothing recorded so far is lost: "

@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ from prunewright.tools.profiling import (
 )
 from prunewright.tools.questions import hash_questions, load_facts
 from prunewright.tools.revisions import Manifest, RevisionStore, StoredLayer, unpack_kept
-from prunewright.tools.solving import PASSES, Wanted, solve_blocks
+from prunewright.tools.solving import AS_PUBLISHED, PASSES, Wanted, solve_blocks
 from prunewright.tools.texts import EMBEDDED, Windows, load_windows
 
 
@@ -85,8 +84,8 @@ class Workbench:
 
         Args:
             revision: which.
-            undoable: keep the weights that are replaced, if there is room, until statistics are
-                taken or the test text is measured, so that the way back takes no time.
+            undoable: keep the weights that are replaced, if there is room, until statistics or the
+                test text are measured, so that the way back takes no time.
 
         Raises:
             StoreError: a manifest or mask is missing or damaged, or of another model; the weights
@@ -123,12 +122,7 @@ class Workbench:
             if digest is None:
                 weight.copy_(dense)
             else:
-                held = stored.pop(layer.name)
-                _write_stored(weight, dense, held, scratch)
-                if held.kept is None and self._counted[layer.name, None] == 0:
-                    # No dense weight is zero, so the mask knows: sixteen times fewer bits to read.
-                    pruned = int(np.bitwise_count(held.bits.numpy()).sum())
-                    self._counted[layer.name, digest] = pruned
+                _write_stored(weight, dense, stored.pop(layer.name), scratch)
             self._exchange(layer.name, digest, weight)
 
     def _let_go(self) -> None:
@@ -283,10 +277,13 @@ class Workbench:
             self._facts = hash_questions(drawn), fact_tokens(drawn, self.loaded.tokenizer)
         return self._facts
 
-    def test_losses(self, revision: str, progress: Progress | None = None) -> list[float]:
-        """Mean loss of each test window at a revision, nats a token."""
-        self.sync(revision)
-        self._let_go()
+    def test_losses(
+        self, revision: str, progress: Progress | None = None, *, undoable: bool = False
+    ) -> list[float]:
+        """Mean loss of each test window at a revision, nats a token; ``undoable``: as in `sync`."""
+        self.sync(revision, undoable=undoable)
+        if not undoable:
+            self._let_go()
         self.tokens["test"] += self.windows.test.numel()
         return window_losses(self.loaded.model, self.head, self.windows.test, progress)
 
@@ -376,7 +373,7 @@ class Workbench:
                     pruned=pruned,
                     pattern=pattern,
                     gradient_square=squares.get(name),
-                    shrinkage=self.request.shrinkage if rule.shrinks else 0.0,
+                    options=self.request.sparsegpt if rule.tunable else AS_PUBLISHED,
                 )
         if self.request.reconstruct:
             for name, digest in self.store.manifest(revision).items():
