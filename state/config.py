@@ -70,20 +70,6 @@ class ProfileOptions(Options):
     )
 
 
-class SparseGPTOptions(Options):
-    """How the criterion sparsegpt works; with a shrinkage of 0 and the group layer as published."""
-
-    shrinkage: float = Field(
-        0.2,
-        ge=0,
-        allow_inf_nan=False,
-        description="share of its own diagonal added to X^T X, which is known from few tokens",
-    )
-    group: Literal["row", "layer"] = Field(
-        "row", description="whose weights compete inside 128 inputs: one output's, or all outputs'"
-    )
-
-
 class GuardOptions(Options):
     """When a step is rolled back."""
 
@@ -171,8 +157,12 @@ class PruneRequest(Options):
         description='unstructured, or "keep_n:group_m": "2:4"; in a run the agent chooses which '
         "layers take it, each as a whole, until the target is reached",
     )
-    sparsegpt: SparseGPTOptions = Field(
-        SparseGPTOptions(), description="how the criterion sparsegpt departs from the paper"
+    shrinkage: float = Field(
+        0.2,
+        ge=0,
+        allow_inf_nan=False,
+        description="criterion sparsegpt: share of its own diagonal added to X^T X, which is known "
+        "from few tokens; 0: as published",
     )
     reconstruct: bool = Field(
         False,

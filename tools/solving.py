@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from prunewright.state.config import CriterionName, SparseGPTOptions
+from prunewright.state.config import CriterionName
 from prunewright.tools import reconstruction
 from prunewright.tools.blocks import BlockRunner
 from prunewright.tools.criteria import (
@@ -22,7 +22,6 @@ from prunewright.tools.perplexity import Progress
 
 PASSES = 3
 """Times that the windows go through the blocks, at most: see `BlockRunner` for the first."""
-AS_PUBLISHED = SparseGPTOptions(shrinkage=0.0, group="layer")
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,14 @@ class Wanted:
         pruned: weights that the criterion's sweep shall prune.
         pattern: ``(keep_n, group_m)`` for it.
         gradient_square: E[d_i^2] [outputs] or [experts, outputs], if the criterion weighs outputs.
-        options: how the sweep works.
+        shrinkage: what the sweep adds of its own diagonal to X^T X (`sparsegpt.prune`).
     """
 
     mask: Tensor | None = None
     pruned: int | None = None
     pattern: tuple[int, int] | None = None
     gradient_square: Tensor | None = None
-    options: SparseGPTOptions = AS_PUBLISHED
+    shrinkage: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ def _solve(
             if squares is not None and fused:
                 squares = squares[index]
             mask, found, words = _sweep(
-                weight, gram, share, wanted.pattern, squares, wanted.options, criterion, name
+                weight, gram, share, wanted.pattern, squares, wanted.shrinkage, criterion, name
             )
             notes += words
         if not mask.any():
@@ -218,7 +217,7 @@ def _sweep(
     pruned: int | None,
     pattern: tuple[int, int] | None,
     gradient_square: Tensor | None,
-    options: SparseGPTOptions,
+    shrinkage: float,
     criterion: CriterionName,
     name: str,
 ) -> tuple[Tensor, Tensor, list[str]]:
@@ -236,8 +235,7 @@ def _sweep(
             pattern=pattern,
             factors=factors,
             dampings=dampings,
-            shrinkage=options.shrinkage,
-            group=options.group,
+            shrinkage=shrinkage,
         )
         if found is not None:
             mask, updated, damping = found

@@ -31,7 +31,7 @@ from prunewright.tools.profiling import (
 )
 from prunewright.tools.questions import hash_questions, load_facts
 from prunewright.tools.revisions import Manifest, RevisionStore, StoredLayer, unpack_kept
-from prunewright.tools.solving import AS_PUBLISHED, PASSES, Wanted, solve_blocks
+from prunewright.tools.solving import PASSES, Wanted, solve_blocks
 from prunewright.tools.texts import EMBEDDED, Windows, load_windows
 
 
@@ -373,7 +373,7 @@ class Workbench:
                     pruned=pruned,
                     pattern=pattern,
                     gradient_square=squares.get(name),
-                    options=self.request.sparsegpt if rule.tunable else AS_PUBLISHED,
+                    shrinkage=self.request.shrinkage if rule.shrinks else 0.0,
                 )
         if self.request.reconstruct:
             for name, digest in self.store.manifest(revision).items():
@@ -572,8 +572,8 @@ def workbench(request: PruneRequest, run_directory: Path) -> Iterator[Workbench]
 def _release_memory() -> None:
     """Give freed memory back to the system, where glibc would keep it.
 
-    LangGraph runs each node in whichever worker thread is free, and glibc keeps what a thread
-    frees for that thread: without this a run grows by some 100 MB a step.
+    Each node computes in a thread of its own, and glibc keeps what a thread frees for the next
+    ones: without this a run grows by some 100 MB a step.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent in other C libraries

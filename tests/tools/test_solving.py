@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from prunewright.state import InputError
-from prunewright.state.config import SparseGPTOptions
 from prunewright.tools import reconstruction
 from prunewright.tools.blocks import BlockRunner
 from prunewright.tools.criteria import CRITERIA, sparsegpt
 from prunewright.tools.layers import find_blocks
-from prunewright.tools.masks import Group
 from prunewright.tools.models import LoadedModel
 from prunewright.tools.perplexity import hidden_states
 from prunewright.tools.solving import Wanted, solve_blocks
@@ -181,10 +179,8 @@ def test_masks_hold_and_the_live_model_has_what_is_returned(
             assert int(layer.mask.sum()) == counts[name]
 
 
-@pytest.mark.parametrize(("shrinkage", "group"), [(0.0, "layer"), (0.3, "row")])
-def test_sparsegpt_sees_dense_blocks_behind_pruned_ones(
-    load: Loader, shrinkage: float, group: Group
-) -> None:
+@pytest.mark.parametrize("shrinkage", [0.0, 0.3])
+def test_sparsegpt_sees_dense_blocks_behind_pruned_ones(load: Loader, shrinkage: float) -> None:
     """Its own result, from inputs taken by hooks from whole passes of the model."""
     loaded = load()
     ids = windows(8)
@@ -198,15 +194,12 @@ def test_sparsegpt_sees_dense_blocks_behind_pruned_ones(
         inputs = watch(loaded, ids, *part)  # all layers of a block are dense still
         for name in part:
             x = inputs[name].float()
-            found = sparsegpt.prune(
-                dense[name], x.T @ x, pruned=counts[name], shrinkage=shrinkage, group=group
-            )
+            found = sparsegpt.prune(dense[name], x.T @ x, pruned=counts[name], shrinkage=shrinkage)
             assert found is not None
             expected[name] = found[:2]
         for name in part:
             loaded.weight(loaded.layers[name]).copy_(expected[name][1])
-    options = SparseGPTOptions(shrinkage=shrinkage, group=group)
-    wanted = {n: Wanted(pruned=counts[n], options=options) for n in names}
+    wanted = {n: Wanted(pruned=counts[n], shrinkage=shrinkage) for n in names}
     solved, _ = solve_blocks(loaded, ids, wanted, reconstruct=False)
     for name in names:
         same = (solved[name].mask == expected[name][0]).float().mean()

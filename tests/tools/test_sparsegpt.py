@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from prunewright.tools.criteria import gblm, sparsegpt
-from prunewright.tools.masks import Group, row_counts
 
 
 def layer(
@@ -28,7 +27,6 @@ def surgeon(
     factors: Tensor,
     damping: float,
     shrinkage: float,
-    group: Group,
 ) -> tuple[list[list[bool]], Tensor]:
     """Left to right, each pruned weight's error on the weights to its right: all by definition."""
     rows, inputs = weight.shape
@@ -46,15 +44,7 @@ def surgeon(
             for j in columns
         }
         share = pruned * (columns[-1] + 1) // inputs - pruned * start // inputs
-        order = sorted(price, key=price.__getitem__)
-        if group == "layer":
-            chosen = order[:share]
-        else:
-            left = row_counts(rows, share, weight.device).tolist()
-            chosen = [
-                place for i in range(rows) for place in [p for p in order if p[0] == i][: left[i]]
-            ]
-        for i, j in chosen:
+        for i, j in sorted(price, key=price.__getitem__)[:share]:
             mask[i][j] = True
         for j in columns:
             for i in range(rows):
@@ -68,9 +58,8 @@ def surgeon(
 @pytest.mark.parametrize("pruned", [0, 1, 53, 60, 120])
 @pytest.mark.parametrize("weighed", [False, True])
 @pytest.mark.parametrize("shrinkage", [0.0, 0.7])
-@pytest.mark.parametrize("group", ["layer", "row"])
 def test_masks_and_weights_are_those_of_optimal_brain_surgeon(
-    pruned: int, panel: int, weighed: bool, shrinkage: float, group: Group
+    pruned: int, panel: int, weighed: bool, shrinkage: float
 ) -> None:
     weight, x = layer()
     x *= torch.linspace(0.3, 3, 20)  # so that its own diagonal is another thing than the mean
@@ -84,15 +73,12 @@ def test_masks_and_weights_are_those_of_optimal_brain_surgeon(
         factors=factors,
         dampings=(first, 1.0),
         shrinkage=shrinkage,
-        group=group,
         panel=panel,
     )
     assert found is not None
     mask, weights, damping = found
     weighing = torch.ones(6) if factors is None else factors
-    expected_mask, expected = surgeon(
-        weight, gram, pruned, panel, weighing, first, shrinkage, group
-    )
+    expected_mask, expected = surgeon(weight, gram, pruned, panel, weighing, first, shrinkage)
     assert mask.tolist() == expected_mask
     assert damping == first
     torch.testing.assert_close(weights, expected.float(), rtol=1e-3, atol=1e-4)

@@ -51,7 +51,7 @@ class Criterion:
         dampings: not empty if masks come out of a sweep that changes the kept weights, too
             (`sparsegpt.prune`): what it tries. ``score`` then only stands in where a mask's effect
             is predicted.
-        tunable: whether that sweep follows the request's options for it (``sparsegpt``).
+        shrinks: whether that sweep shrinks X^T X as the request's ``shrinkage`` says.
     """
 
     group: Group
@@ -60,7 +60,7 @@ class Criterion:
     follows_saliency: bool = False
     by_weight: bool = False
     dampings: tuple[float, ...] = ()
-    tunable: bool = False
+    shrinks: bool = False
 
     @property
     def solves(self) -> bool:
@@ -94,9 +94,8 @@ CRITERIA: dict[CriterionName, Criterion] = {
     "sparsegpt": Criterion(
         sparsegpt.GROUP,
         lambda w, s: sparsegpt.score(w, s.input_square),
-        follows_saliency=True,
         dampings=sparsegpt.DAMPINGS,
-        tunable=True,
+        shrinks=True,
     ),
     "obs": Criterion(
         obs.GROUP,

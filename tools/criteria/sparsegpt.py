@@ -7,9 +7,7 @@ Surgeon with the inverse of X^T X, walked through by its Cholesky factor).
 X^T X is known from a sample of tokens only, and what the update owes to chance correlations between
 inputs it loses on other text. So it may be shrunk towards its diagonal first, as covariances of few
 samples are (Schaefer and Strimmer 2005): X^T X + shrinkage * diag(X^T X), up to a factor that
-changes nothing. And the weights of each output may compete among themselves, as Wanda's do (arXiv
-2306.11695), so that no output is stripped because its weights are small. With no shrinkage and one
-competition over all outputs it is SparseGPT as published.
+changes nothing. With 0 it is SparseGPT as published.
 """
 
 import torch
@@ -17,8 +15,7 @@ from torch import Tensor
 
 from prunewright.tools.masks import Group, nm_mask, unstructured_mask
 
-GROUP: Group = "row"
-"""Where the effect of a mask is predicted by `score`."""
+GROUP: Group = "layer"
 PANEL = 128
 """Inputs whose masks are chosen together."""
 DAMPINGS = (0.01, 0.1, 1.0)
@@ -43,7 +40,6 @@ def prune(
     factors: Tensor | None = None,
     dampings: tuple[float, ...] = DAMPINGS,
     shrinkage: float = 0.0,
-    group: Group = "layer",
     panel: int = PANEL,
 ) -> tuple[Tensor, Tensor, float] | None:
     """The mask of one matrix and its updated weights.
@@ -56,7 +52,6 @@ def prune(
         factors: what each output's error weighs when rows compete [outputs]; None: all the same.
         dampings: shares of the mean diagonal of the matrix, tried one after another.
         shrinkage: share of its own diagonal that is added to the matrix.
-        group: whose weights compete inside a panel; a pattern's do in its groups of a row.
         panel: inputs whose masks are chosen together, rounded down to whole groups.
 
     Returns:
@@ -75,10 +70,10 @@ def prune(
         return None
     factor, damping = found
     mask = torch.zeros(work.shape, dtype=torch.bool, device=work.device)
-    unit = pattern[1] if pattern else 1
-    if inputs % unit:
-        raise ValueError(f"{inputs} inputs do not divide into groups of {unit}")
-    panel = max(panel // unit, 1) * unit
+    group = pattern[1] if pattern else 1
+    if inputs % group:
+        raise ValueError(f"{inputs} inputs do not divide into groups of {group}")
+    panel = max(panel // group, 1) * group
     for start in range(0, inputs, panel):
         end = min(start + panel, inputs)
         part, corner = work[:, start:end], factor[start:end, start:end]
@@ -88,12 +83,12 @@ def prune(
             price = (part / scale).square()
             if factors is not None:
                 price *= factors.unsqueeze(1)
-            mask[:, start:end] = unstructured_mask(price, share, group)
+            mask[:, start:end] = unstructured_mask(price, share, "layer")
         errors = torch.empty_like(part)
         for j in range(end - start):
-            if pattern is not None and j % unit == 0:
-                now = (part[:, j : j + unit] / scale[j : j + unit]).square()
-                mask[:, start + j : start + j + unit] = nm_mask(now, *pattern)
+            if pattern is not None and j % group == 0:
+                now = (part[:, j : j + group] / scale[j : j + group]).square()
+                mask[:, start + j : start + j + group] = nm_mask(now, *pattern)
             errors[:, j] = part[:, j] * mask[:, start + j] / scale[j]
             part[:, j:].addr_(errors[:, j], corner[j, j:], alpha=-1)
         work[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
