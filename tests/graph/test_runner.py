@@ -1,6 +1,7 @@
 """`run` from any form of configuration, its events, and what it refuses before it begins."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
-from prunewright.graph import baseline, resume, run
+from prunewright.graph import baseline, nodes, resume, run
 from prunewright.graph.runner import load_metrics
 from prunewright.state import InputError, StoreError, load_config
 from prunewright.state.config import validate_config
 from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.workbench import Workbench
 
 
 def test_a_dict_a_file_and_an_object_are_the_same_run(
@@ -43,18 +45,18 @@ def test_the_directory_comes_from_out_from_the_config_or_from_the_time(
 
 
 def test_events_tell_every_node_and_the_end(pico_config: dict[str, Any], tmp_path: Path) -> None:
-    nodes: list[str] = []
+    ran: list[str] = []
     custom: list[dict[str, Any]] = []
 
     def on_event(mode: str, event: dict[str, Any]) -> None:
         if mode == "updates":
-            nodes.extend(event)
+            ran.extend(event)
         else:
             custom.append(event)
 
     result = run(pico_config, out=tmp_path / "run", on_event=on_event)
     steps = ["profile", "agent_decide", "apply_prune", "evaluate_ppl", "reflect"]
-    assert nodes == steps * result.metrics.steps
+    assert ran == steps * result.metrics.steps
     assert [e["step"]["step"] for e in custom if "step" in e] == list(range(result.metrics.steps))
     assert [e["metrics"] for e in custom if "metrics" in e] == [
         result.metrics.model_dump(mode="json")
@@ -62,6 +64,47 @@ def test_events_tell_every_node_and_the_end(pico_config: dict[str, Any], tmp_pat
     progress = [e["progress"] for e in custom if "progress" in e]
     assert all(1 <= p["done"] <= p["total"] for p in progress)
     assert {"activations", "perplexity", "masks"} <= {p["label"] for p in progress}
+
+
+def test_each_node_computes_in_a_thread_that_ends_with_it(
+    pico_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+    others_alive: list[bool] = []
+    sync = Workbench.sync
+
+    def watched(bench: Workbench, revision: str, *, undoable: bool = False) -> None:
+        here = threading.current_thread()
+        others_alive.append(any(other.is_alive() for other in threads if other is not here))
+        threads.append(here)
+        sync(bench, revision, undoable=undoable)
+
+    monkeypatch.setattr(Workbench, "sync", watched)
+    run(pico_config, out=tmp_path / "run")
+    assert len(set(threads)) > 3
+    assert not any(others_alive)
+
+
+def test_progress_is_told_of_the_end_of_each_part_and_else_at_intervals(
+    pico_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(interval: float) -> list[tuple[str, int, int]]:
+        monkeypatch.setattr(nodes, "INTERVAL", interval)
+        reports: list[dict[str, Any]] = []
+
+        def on_event(_: str, event: dict[str, Any]) -> None:
+            if "progress" in event:
+                reports.append(event["progress"])
+
+        run(pico_config, out=tmp_path / str(interval), on_event=on_event)
+        return [(r["label"], r["done"], r["total"]) for r in reports]
+
+    every, few = told(0.0), told(1e9)
+    ends = [(label, done, total) for label, done, total in every if done == total]
+    assert len(every) > len(ends)
+    assert [report for report in few if report[1] == report[2]] == ends
+    # Each node says its first word at once.
+    assert len(ends) < len(few) < len(every)
 
 
 @pytest.mark.parametrize(
