@@ -9,8 +9,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -24,7 +22,7 @@ from prunewright.graph.correction import predicted_costs
 from prunewright.graph.logs import log_fields
 from prunewright.graph.review import review
 from prunewright.graph.routing import TOLERANCE, guard_reason, step_price, termination
-from prunewright.graph.stopping import call_stoppable, check_stop
+from prunewright.graph.stopping import call_alone, call_stoppable, check_stop
 from prunewright.graph.summary import (
     applied_words,
     decision_words,
@@ -77,19 +75,7 @@ NO_THREAD = "default"
 """Stands for the thread where the graph runs without a checkpointer."""
 
 Node = Callable[[PruneState, Runtime[PruneContext]], PruneUpdate]
-_Value = TypeVar("_Value")
 _Node = TypeVar("_Node", bound=Callable[..., PruneUpdate])
-
-
-def _alone(work: Callable[[], _Value]) -> _Value:
-    """Call something in a thread of its own, which ends with it.
-
-    OpenMP keeps a team of threads for every thread that has computed. LangGraph takes whichever of
-    its threads is free, and with more teams alive than one, passes take a fifth longer and small
-    operations twice as long (SmolLM2-135M on two cores).
-    """
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(copy_context().run, work).result()
 
 
 def timed(node: _Node) -> _Node:
@@ -104,7 +90,7 @@ def timed(node: _Node) -> _Node:
         ):
             _log.info("%s begins", name)
             try:
-                update = _alone(functools.partial(node, state, runtime))
+                update = call_alone(functools.partial(node, state, runtime))
             except Exception as error:
                 _log.info("%s did not end: %s", name, type(error).__name__)
                 raise
