@@ -24,7 +24,7 @@ from prunewright.tools.models import LoadedModel
 from prunewright.tools.observe import ProductObserver
 from prunewright.tools.perplexity import TOKENS_AT_ONCE, Head, Progress, hidden_states
 
-SAMPLE = 2**17
+SAMPLE = 2**16
 """Weights of a layer that percentiles and loss costs are estimated on; all, if it has fewer."""
 CROWDING = 2.0
 """Exponent of `crowded_costs`.
