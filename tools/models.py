@@ -59,7 +59,10 @@ class LoadedModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the model's safetensors files, as they are when it is first asked for."""
+        """sha256 over the model's safetensors files, taken when it is first asked for.
+
+        At once for a model that is to be pruned, whose dense weights are read again.
+        """
         digest = hashlib.sha256()
         for file in _weight_files(self.directory):
             digest.update(sha256_file(file).encode())
@@ -200,6 +203,7 @@ def load_model(
     )
     if keep_dense:
         loaded._files = _locate_dense(loaded, files)
+        _ = loaded.fingerprint
     return loaded
 
 

@@ -395,12 +395,10 @@ def salience_percentile(weight: Tensor, input_square: Tensor, fraction: float = 
     outputs, inputs = weight.shape[-2:]
     spread = _spread(weight.numel() // inputs, inputs, weight.device)
     values = spread.of(weight).float().abs()
-    norms = input_square.sqrt()
-    if weight.ndim == 3:  # its own norms for each expert
-        columns = spread.by_input(torch.arange(inputs, device=weight.device))
-        norms = norms.reshape(-1).index_select(0, columns + spread.rows // outputs * inputs)
-    else:
-        norms = spread.by_input(norms)
+    columns = spread.columns
+    if weight.ndim == 3:
+        columns = columns + spread.rows // outputs * inputs  # its own norms for each expert
+    norms = input_square.sqrt().reshape(-1).index_select(0, columns)
     active = int(torch.count_nonzero(values))
     if active == 0:
         return 0.0
@@ -443,7 +441,7 @@ def predict_losses(
             running = ordered.sum(dim=0, dtype=wide).cumsum(0)
         else:
             spread = _spread(matrix.shape[0], matrix.shape[1], matrix.device)
-            inputs = spread.by_input(stats.input_square)
+            inputs = stats.input_square.index_select(0, spread.columns)
             factors = fisher.damped(stats.gradient_square).index_select(0, spread.rows)
             saliency = fisher.saliency(spread.of(matrix), inputs, factors)
             if rule.follows_saliency:
@@ -501,17 +499,12 @@ class _Spread:
     Attributes:
         stride: from one to the next in the flattened matrix, the first one included.
         rows: of each [n], int32.
-        columns: of the first ones, all different, after which they repeat, int32.
+        columns: of each [n], int32.
     """
 
     stride: int
     rows: Tensor
     columns: Tensor
-
-    def by_input(self, values: Tensor) -> Tensor:
-        """What belongs to the input of each [n], given for all inputs."""
-        count, period = len(self.rows), values.index_select(0, self.columns)
-        return period.repeat(math.ceil(count / len(period)))[:count]
 
     def of(self, matrix: Tensor) -> Tensor:
         """Its values there [n]: a view, if the matrix is contiguous."""
@@ -528,13 +521,9 @@ def _spread(rows: int, inputs: int, device: torch.device) -> _Spread:
 
 @lru_cache(maxsize=8)  # a model has few shapes
 def _places(numel: int, inputs: int, stride: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows and columns of every ``stride``-th weight.
-
-    The stride has no divisor in common with the inputs, so that the columns run through them all
-    before they repeat.
-    """
+    """Rows and columns of every ``stride``-th weight."""
     index = torch.arange(0, numel, stride, device=device)
-    return (index // inputs).int(), (index[:inputs] % inputs).int()
+    return (index // inputs).int(), (index % inputs).int()
 
 
 def _sorted(values: Tensor) -> Tensor:

@@ -477,11 +477,10 @@ def test_the_sample_visits_rows_and_columns_evenly(
 ) -> None:
     monkeypatch.setattr(profiling, "SAMPLE", 512)
     spread = profiling._spread(rows, inputs, torch.device("cpu"))
-    columns = spread.by_input(torch.arange(inputs))
-    assert len(spread.rows) == len(columns) <= 512
+    assert len(spread.rows) == len(spread.columns) <= 512
     matrix = torch.randn(rows, inputs)
-    assert torch.equal(spread.of(matrix), matrix[spread.rows, columns])
-    visits = torch.bincount(columns, minlength=inputs)
+    assert torch.equal(spread.of(matrix), matrix[spread.rows, spread.columns])
+    visits = torch.bincount(spread.columns, minlength=inputs)
     assert int(visits.max() - visits.min()) <= 2
     by_row = torch.bincount(spread.rows, minlength=rows)
     assert int(by_row.max() - by_row.min()) <= 1
