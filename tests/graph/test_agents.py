@@ -99,6 +99,7 @@ def test_controls_by_name(name: str, kind: type[Agent]) -> None:
         ("gemini-3-flash-preview", "did you mean google_genai:gemini-3-flash-preview?"),
         ("gpt", "unknown agent 'gpt'; known: auto, "),
         ("", "unknown agent ''"),
+        ("local:embedded", "no longer exists: serve the model (Ollama, llama.cpp, vLLM)"),
         (":", "not of the form provider:model"),
         ("google_genai:", "not of the form provider:model"),
         (":gemini-3-flash-preview", "not of the form provider:model"),

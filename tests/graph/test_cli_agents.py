@@ -41,7 +41,7 @@ def set_installed(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
     real = importlib.util.find_spec
 
     def find_spec(name: str, package: str | None = None) -> ModuleSpec | None:
-        if (name.startswith("langchain_") and name != "langchain_core") or name == "llguidance":
+        if name.startswith("langchain_") and name != "langchain_core":
             return ModuleSpec(name, None) if installed else None
         return real(name, package)
 
@@ -57,8 +57,6 @@ def test_agents_without_packages_and_keys(monkeypatch: pytest.MonkeyPatch) -> No
     for name in ("google_genai", "openai", "anthropic", "ollama"):
         assert rows[f"{name}:MODEL"]["ready"] is False
         assert "pip install" in rows[f"{name}:MODEL"]["words"]
-    assert rows["local:MODEL"]["ready"] is False
-    assert "pip install 'prunewright[local]'" in rows["local:MODEL"]["words"]
     text = invoke("agents").stdout
     for row in rows.values():
         assert row["name"] in text
@@ -75,7 +73,6 @@ def test_agents_with_packages_but_without_keys(monkeypatch: pytest.MonkeyPatch) 
         assert rows[f"{name}:MODEL"]["ready"] is False
         assert variable in rows[f"{name}:MODEL"]["words"]
     assert rows["ollama:MODEL"]["ready"] is True
-    assert rows["local:MODEL"]["ready"] is True
 
 
 def test_agents_with_keys_shows_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """Whole layers by an N:M pattern: landing, what may be chosen, what agents see and answer."""
 
-import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -210,32 +209,6 @@ def test_greedy_gives_back_a_layer_that_others_are_cheaper_than(
         "model.layers.1.mlp.down_proj": 0.5,
         "model.layers.2.mlp.down_proj": 0.5,
     }
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_local_model_can_only_write_whole_layers(
-    pico_models: Callable[..., Path],
-    tmp_path: Path,
-    make_layer: MakeLayer,
-    make_observation: MakeObservation,
-    seed: int,
-) -> None:
-    writer = tmp_path / "writer"
-    writer.mkdir()
-    for file in pico_models().iterdir():
-        (writer / file.name).write_bytes(file.read_bytes())
-    values = json.loads((writer / "config.json").read_text())
-    (writer / "config.json").write_text(json.dumps(values | {"max_position_embeddings": 16384}))
-    layers = [
-        make_layer(i, sparsity=0.0, pattern_cost=0.01, parameters=1000 * (1 + i)) for i in range(5)
-    ]
-    observation = make_observation(layers, pattern="3:4", target=0.2, max_step=0.1, seed=seed)
-    options = {"rows": 6, "max_layers": 4, "temperature": 2.0, "dtype": "float32"}
-    name, agent = make_agent(PruneContext(agent=f"local:{writer}", agent_options=options))
-    report = ask(name, agent, observation, repairs=0)
-    assert report.invalid_answers == []
-    assert report.decision.layers
-    assert {item.delta for item in report.decision.layers} == {0.25}
 
 
 def test_an_llm_is_told_the_right_deltas_and_goes_on_with_them(
