@@ -42,7 +42,6 @@ def observe(
         max_delta=request.max_delta,
         max_layer_sparsity=request.max_layer_sparsity,
         max_increase=context.guard.max_increase,
-        max_price=context.guard.max_price,
         max_knowledge_drop=context.guard.max_knowledge_drop,
         criterion=request.criterion,
         pattern=request.pattern,

@@ -21,7 +21,7 @@ from prunewright.graph.asking import ask, check, observe, spent_by
 from prunewright.graph.correction import predicted_costs
 from prunewright.graph.logs import log_fields
 from prunewright.graph.review import review
-from prunewright.graph.routing import TOLERANCE, guard_reason, step_price, termination
+from prunewright.graph.routing import TOLERANCE, guard_reason, termination
 from prunewright.graph.stopping import call_alone, call_stoppable, check_stop
 from prunewright.graph.summary import (
     applied_words,
@@ -259,17 +259,11 @@ def evaluate_ppl(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpda
             knowledge = _knowledge(state, bench, _progress(runtime))
             recalled = bench.knowledge(candidate, _progress(runtime))
         tokens = _spent(bench, before)
-    change = change_with_error(state["guard_losses"], losses) if finite else (math.inf, 0.0)
-    price = None
-    if context.guard.max_price is not None and math.isfinite(sum(change)):
-        predicted = sum(run.read_applied(state["applied"]).predicted_costs.values())
-        price = step_price(change, predicted, run.read_records(state["history"]))
     reason = guard_reason(
         state["perplexity"],
         value,
         state["dense_perplexity"],
         context.guard,
-        price,
         None if knowledge is None or recalled is None else (knowledge["dense"], recalled),
     )
     measured: PruneUpdate = {}

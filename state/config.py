@@ -3,7 +3,7 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -19,10 +19,27 @@ Signal = Literal["z_s", "z_g", "z_c"]
 
 
 class Options(BaseModel):
-    """Base of every options model: frozen, and an unknown key is an error."""
+    """Base of every options model: frozen, and an unknown key is an error.
+
+    Attributes:
+        removed: keys of earlier versions, each with what to use instead. Their null is dropped, so
+            that the configuration of an earlier run, which names every key, can be read.
+    """
 
     # Inputs stay out of error messages: someone may have put a key there.
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    removed: ClassVar[dict[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_removed(cls, data: Any) -> Any:
+        for key, instead in cls.removed.items():
+            if isinstance(data, dict) and key in data:
+                if data[key] is not None:
+                    raise ValueError(f"{key} no longer exists: {instead}")
+                data = {name: value for name, value in data.items() if name != key}
+        return data
 
 
 class WindowOptions(Options):
@@ -73,17 +90,13 @@ class ProfileOptions(Options):
 class GuardOptions(Options):
     """When a step is rolled back."""
 
+    removed = {"max_price": "bound the rise itself, by max_increase or max_total_increase"}
+
     max_increase: float = Field(
         0.15, gt=0, description="largest perplexity rise over the last accepted revision"
     )
     max_total_increase: float | None = Field(
         None, gt=0, description="largest perplexity rise over the dense model; null: no bound"
-    )
-    max_price: float | None = Field(
-        None,
-        gt=1,
-        description="largest rise of the loss as a multiple of what was predicted for the step "
-        "after correction by the steps before; null: no bound",
     )
     max_knowledge_drop: float | None = Field(
         None,

@@ -14,7 +14,7 @@ STATUS_WORDS: dict[Status, str] = {
     "target_reached": "the target sparsity is reached",
     "max_steps": "max_steps is used up before the target: raise max_steps or step",
     "stalled": "too many rollbacks or empty decisions in a row: "
-    "loosen the guard (max_increase, max_price), lower step, or accept this sparsity",
+    "loosen the guard (guard.max_increase), lower step, or accept this sparsity",
 }
 
 

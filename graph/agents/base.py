@@ -77,7 +77,6 @@ class Observation:
         max_delta: sparsity that it may add to one layer; without meaning where a pattern fixes it.
         max_layer_sparsity: ceiling of any layer.
         max_increase: relative perplexity rise that is rolled back.
-        max_price: multiple of a step's corrected prediction that is rolled back; None: any.
         max_knowledge_drop: fall below the dense model, of the log-probability of the right answers
             to the facts, that is rolled back, nats a token; None: any.
         criterion: which weights go inside a layer.
@@ -108,7 +107,6 @@ class Observation:
     dense_perplexity: float
     perplexity: float
     profile: ModelProfile
-    max_price: float | None = None
     max_knowledge_drop: float | None = None
     pattern: str = "unstructured"
     signals: tuple[Signal, ...] = ("z_s", "z_g", "z_c")

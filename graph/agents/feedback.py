@@ -27,7 +27,7 @@ def compile_feedback(observation: Observation) -> str:
     costs = "z_c" in observation.signals
     lines = _table(records, costs)
     for record in [r for r in records if r.verdict == "rolled_back"][-ROLLBACKS:]:
-        why = f"Step {record.step + 1} was rolled back: {_reason(record, costs)}."
+        why = f"Step {record.step + 1} was rolled back: {_one_line(record.reason, 300)}."
         lines.append(f"{why} It was {_layers(observation, record)}")
     lines += _last(observation, records[-1])
     if costs:
@@ -90,14 +90,6 @@ def _gained(record: StepRecord) -> float | None:
     """Sparsity that the step added to the model; None if it was rolled back."""
     accepted = record.verdict == "accepted"
     return record.sparsity - record.sparsity_before if accepted else None
-
-
-def _reason(record: StepRecord, costs: bool) -> str:
-    """Why a step was rolled back; without costs, nothing of what was predicted."""
-    if costs:
-        return _one_line(record.reason, 300)
-    finite = record.candidate_perplexity is not None
-    return "more than the guard allows" if finite else "the perplexity is not finite"
 
 
 def _last(observation: Observation, record: StepRecord) -> list[str]:

@@ -243,3 +243,10 @@ def test_patterns(keep: int, group: int) -> None:
 def test_no_patterns(pattern: str) -> None:
     with pytest.raises(ValueError, match="neither"):
         parse_pattern(pattern)
+
+
+def test_a_removed_key_says_what_to_use_and_its_null_is_read() -> None:
+    with pytest.raises(InputError, match=r"guard: max_price no longer exists: .*max_increase"):
+        validate_config({"guard": {"max_price": 2.0}})
+    old = validate_config({"guard": {"max_price": None, "max_increase": 0.1}})
+    assert old == validate_config({"guard": {"max_increase": 0.1}})
