@@ -42,6 +42,24 @@ PICO: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 16,
         "decoder_sparse_step": 1,
     },
+    # Keeps a layer of each block in float32, whatever dtype is asked for.
+    "DeepseekV32Config": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "index_n_heads": 2,
+        "index_head_dim": 16,
+        "index_topk": 8,
+    },
 }
 
 

@@ -78,7 +78,9 @@ class LoadedModel:
         return self.model.get_parameter(layer.parameter).data
 
     def dense(self, layer: Layer) -> Tensor:
-        """A copy of the layer's dense weights, read from disk, on the device, in the dtype.
+        """A copy of the layer's dense weights, read from disk, on its device, in its own dtype.
+
+        That need not be the model's: some classes keep modules in float32 whatever is asked for.
 
         Raises:
             StoreError: the file is gone or has changed since the model was loaded.
@@ -104,7 +106,7 @@ class LoadedModel:
                         ) from error
                     if tuple(tensor.shape) != layer.shape:
                         raise StoreError(f"{path} has changed since the model was loaded")
-                    yield tensor.to(device=self.device, dtype=self.dtype)
+                    yield tensor.to(device=self.device, dtype=self.weight(layer).dtype)
 
     def standing(self) -> dict[str, Any]:
         """What the loaded model's outputs depend on: hashes of its files, dtype and device."""

@@ -109,8 +109,8 @@ class Workbench:
         for name in back:
             self._exchange(name, target.get(name), self._left[name][1])
         room = undoable and _room(layers, self.loaded)
-        largest = max((layer.numel for layer in layers), default=0)
-        scratch = torch.empty(largest, dtype=INTEGERS[self.loaded.dtype.itemsize])
+        largest = max((self.loaded.weight(layer).nbytes for layer in layers), default=0)
+        scratch = torch.empty(largest, dtype=torch.uint8)
         for layer, dense in zip(layers, self.loaded.dense_layers(layers), strict=True):
             digest = target.get(layer.name)
             weight = self.loaded.weight(layer)
@@ -151,11 +151,11 @@ class Workbench:
             self._at[name] = digest
 
     def _stored(self, digest: str, layer: Layer) -> StoredLayer:
-        found = self.store.read(digest, layer.shape)
-        if found.kept is not None and found.kept.dtype != self.loaded.dtype:
+        found, dtype = self.store.read(digest, layer.shape), self.loaded.weight(layer).dtype
+        if found.kept is not None and found.kept.dtype != dtype:
             raise StoreError(
                 f"the weights that a revision holds of {layer.name} are {found.kept.dtype}, and "
-                f"the model is loaded in {self.loaded.dtype}"
+                f"they are loaded as {dtype}"
             )
         return found
 
@@ -491,7 +491,7 @@ def _room(layers: list[Layer], loaded: LoadedModel) -> bool:
     """
     if loaded.device.type != "cpu":
         return False
-    size = sum(layer.numel for layer in layers) * loaded.dtype.itemsize
+    size = sum(loaded.weight(layer).nbytes for layer in layers)
     return int(psutil.virtual_memory().available) > 2 * size
 
 
@@ -514,11 +514,13 @@ def _write_masked(weight: Tensor, dense: Tensor, bits: Tensor, scratch: Tensor) 
         weight: what is written.
         dense: of its shape and dtype.
         bits: the packed mask.
-        scratch: integers as wide as the weights, used again for each layer since fresh memory
-            costs more time than the product.
+        scratch: at least as many bytes, used again for each layer since fresh memory costs more
+            time than the product.
     """
-    kept = scratch[: weight.numel()].copy_(unpack_kept(bits, weight.numel())).view(weight.shape)
-    torch.mul(dense.view(kept.dtype), kept.to(weight.device), out=weight.view(kept.dtype))
+    integers = INTEGERS[weight.dtype.itemsize]
+    kept = scratch[: weight.nbytes].view(integers)
+    kept = kept.copy_(unpack_kept(bits, weight.numel())).view(weight.shape)
+    torch.mul(dense.view(integers), kept.to(weight.device), out=weight.view(integers))
 
 
 def _stamps(request: PruneRequest, directory: Path) -> set[tuple[str, int, int]]:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from prunewright.graph import resume, run
 from prunewright.state import PrunewrightError, load_config
@@ -48,6 +50,34 @@ def test_kept_weights_and_all_else_are_the_dense_ones(
             assert torch.equal(weight[kept], dense[name][kept])
         else:
             assert torch.equal(weight, dense[name])
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "sparsegpt"])
+def test_a_layer_that_is_kept_in_float32_keeps_its_own_values(
+    criterion: str,
+    reference_config: dict[str, Any],
+    pico_models: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(pico_models("DeepseekV32Config"), model)
+    dense = load_file(model / "model.safetensors")
+    # A checkpoint of mixed dtypes, too: the last block's tensors are stored as bfloat16.
+    dense = {n: w.bfloat16() if "layers.1." in n else w for n, w in dense.items()}
+    save_file(dense, model / "model.safetensors", {"format": "pt"})
+    changes = {"model": str(model), "dtype": "float16", "criterion": criterion, "agent": "uniform"}
+    found = run(reference_config | changes, tmp_path / "run")
+    assert found.metrics.steps > 1
+    saved = load_file(found.model_directory / "model.safetensors")
+    wide = [n for n in saved if "weights_proj" in n]
+    assert len(wide) == 2
+    for name in wide:
+        kept = saved[name] != 0
+        assert saved[name].dtype == torch.float32
+        assert 0 < int(kept.sum()) < kept.numel()
+        if criterion == "magnitude":
+            assert torch.equal(saved[name][kept], dense[name].float()[kept])
+        assert bool((saved[name] - dense[name])[kept].abs().max() < 1)
 
 
 def test_its_perplexity_is_the_reported_one(
