@@ -108,7 +108,7 @@ def timed(node: _Node) -> _Node:
 @timed
 def profile(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     """Profile every layer at the accepted revision; on a new thread, measure the dense model."""
-    request, run = _request(state), run_directory(runtime)
+    request, run = _request(state, runtime), run_directory(runtime)
     fresh = "revision" not in state
     step = 0 if fresh else state["step"]
     revision = DENSE if fresh else state["revision"]
@@ -164,7 +164,7 @@ def agent_decide(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpda
 
     After the last refusal the decision is empty, which counts as a stall.
     """
-    request, context, run = _request(state), _context(runtime), run_directory(runtime)
+    request, context, run = _request(state, runtime), _context(runtime), run_directory(runtime)
     step, records = state["step"], run.read_records(state["history"])
     observation = observe(state, request, context, run, records)
     scored: dict[str, float] = {}
@@ -203,7 +203,7 @@ def apply_prune(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdat
 
     Before that a person is asked, if the context says so.
     """
-    request, context, run = _request(state), _context(runtime), run_directory(runtime)
+    request, context, run = _request(state, runtime), _context(runtime), run_directory(runtime)
     # Neither the rules nor a person needs the earlier steps.
     observation = observe(state, request, context, run, records=())
     report = _checked(state, observation)
@@ -247,7 +247,7 @@ def evaluate_ppl(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpda
     candidate = state["candidate"]
     if candidate is None:
         return {"candidate_perplexity": None, "candidate_losses": [], "rollback_reason": ""}
-    request, context, run = _request(state), _context(runtime), run_directory(runtime)
+    request, context, run = _request(state, runtime), _context(runtime), run_directory(runtime)
     with workbench(request, run.path) as bench:
         run.check(request, bench)
         before = dict(bench.tokens)
@@ -283,7 +283,7 @@ def evaluate_ppl(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpda
 @timed
 def rollback(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     """Drop the candidate and bring the live model back to the accepted revision."""
-    request, run = _request(state), run_directory(runtime)
+    request, run = _request(state, runtime), run_directory(runtime)
     with workbench(request, run.path) as bench:
         run.check(request, bench)
         bench.sync(state["revision"])
@@ -297,7 +297,7 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
 
     When it ends, the results are written before the end is recorded.
     """
-    request, context, run = _request(state), _context(runtime), run_directory(runtime)
+    request, context, run = _request(state, runtime), _context(runtime), run_directory(runtime)
     record = _record(state, run.read_applied(state["applied"]))
     record, at_end = _whole_layers(record, run, request)
     summary: StepSummary = {
@@ -419,7 +419,7 @@ def _probes(
         runtime: the node's.
         scored: is told the tokens that they take, by use.
     """
-    request, run, progress = _request(state), run_directory(runtime), _progress(runtime)
+    request, run, progress = _request(state, runtime), run_directory(runtime), _progress(runtime)
 
     def measure(trial: Decision) -> ProbeReport:
         decision, problems = check(trial, observation)
@@ -636,11 +636,13 @@ def _fresh_state(dense: float, losses: list[float], sparsity: float) -> PruneUpd
     }
 
 
-def _request(state: PruneState) -> PruneRequest:
+def _request(state: PruneState, runtime: Runtime[PruneContext]) -> PruneRequest:
     """The run's request; as the first node's input it is what a user sent.
 
     Raises:
-        InputError: invalid, or its pattern rules out its target or its other bounds.
+        InputError: invalid, its pattern rules out its target or its other bounds, or the directory
+            holds another thread's run.
+        StoreError: it is not that of the run's configuration.
     """
     value: Any = state["request"]
     if isinstance(value, PruneRequest):
@@ -651,7 +653,7 @@ def _request(state: PruneState) -> PruneRequest:
         except ValidationError as error:
             raise InputError(describe_validation_error(error, PruneRequest)) from None
     check_request(request)
-    return request
+    return run_directory(runtime).settle(_thread(runtime), request)
 
 
 def _context(runtime: Runtime[PruneContext]) -> PruneContext:

@@ -8,7 +8,7 @@ from langchain_core.messages import BaseMessage
 from prunewright.graph.agents.prompt import prompt
 from prunewright.graph.agents.reading import answer_schema
 from prunewright.graph.asking import observe
-from prunewright.graph.runner import read_checkpoints
+from prunewright.graph.checkpoints import read_checkpoints
 from prunewright.state import STATUS_WORDS, InputError, PruneState, StoreError
 from prunewright.state.config import BASELINE
 from prunewright.tools.rundir import RunDirectory
@@ -81,7 +81,7 @@ def _states(directory: RunDirectory, step: int | None) -> tuple[dict[str, Any], 
     newest: dict[str, Any] = {}
     if thread is None:
         return newest, None
-    with read_checkpoints(directory) as saver:
+    with read_checkpoints(directory.database) as saver:
         for found in saver.list({"configurable": {"thread_id": thread}}):
             values = found.checkpoint["channel_values"]
             newest = newest or values

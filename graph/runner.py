@@ -13,12 +13,12 @@ from typing import Any, cast
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import CheckpointTuple
-from langgraph.checkpoint.sqlite import SqliteSaver
 from langgraph.types import Command
 from pydantic_core import to_jsonable_python
 
 from prunewright.graph.agents import check_agent
 from prunewright.graph.builder import build_graph
+from prunewright.graph.checkpoints import read_checkpoints, write_checkpoints
 from prunewright.graph.routing import termination
 from prunewright.graph.stopping import check_stop, iterate_stoppable, stop_on_signals
 from prunewright.graph.tracing import labels
@@ -251,7 +251,7 @@ def _checkpoints(directory: RunDirectory, thread: str, step: int) -> list[Checkp
         )
     chain: list[CheckpointTuple] = []
     most = 0
-    with read_checkpoints(directory) as saver:
+    with read_checkpoints(directory.database) as saver:
         found = saver.get_tuple({"configurable": {"thread_id": thread}})
         while found is not None:
             values = found.checkpoint["channel_values"]
@@ -292,8 +292,7 @@ def _check_open(directory: RunDirectory, state: PruneState, config: PruneConfig)
 
 def _write_checkpoints(directory: RunDirectory, thread: str, chain: list[CheckpointTuple]) -> None:
     """Give a fork its history: the newest checkpoint first, from which it goes on."""
-    with closing(sqlite3.connect(directory.database, check_same_thread=False)) as connection:
-        saver = SqliteSaver(connection)
+    with write_checkpoints(directory.database) as saver:
         at: RunnableConfig = {"configurable": {"thread_id": thread, "checkpoint_ns": ""}}
         for found in reversed(chain):
             # No writes of the nodes after it: they are the other run's.
@@ -345,32 +344,12 @@ def collect_garbage(run_directory: str | Path) -> tuple[int, int]:
         if directory.started:
             _check_kept_here(directory)
         if directory.database.exists():
-            with read_checkpoints(directory) as saver:
+            with read_checkpoints(directory.database) as saver:
                 for found in saver.list(None):
                     values = list(found.checkpoint["channel_values"].items())
                     values += [(name, value) for _, name, value in found.pending_writes or ()]
                     keep |= {value for name, value in values if name in _REVISIONS and value}
         return directory.collect_garbage(keep)
-
-
-@contextmanager
-def read_checkpoints(directory: RunDirectory) -> Iterator[SqliteSaver]:
-    """A run's checkpoints, to read only; another process may be writing them.
-
-    Raises:
-        StoreError: missing or damaged, when it is opened or while it is read.
-    """
-    path = directory.database.resolve()
-    # Without a log nobody writes, and a reader that says so leaves no files of its own behind.
-    still = not path.with_name(f"{path.name}-wal").exists()
-    uri = f"{path.as_uri()}?mode=ro{'&immutable=1' if still else ''}"
-    try:
-        with closing(sqlite3.connect(uri, uri=True, check_same_thread=False)) as database:
-            saver = SqliteSaver(database)
-            saver.is_setup = True  # nothing is written
-            yield saver
-    except (sqlite3.Error, ValueError, TypeError, LookupError) as error:
-        raise StoreError(f"{directory.database} cannot be read: {error}") from error
 
 
 @contextmanager
@@ -458,16 +437,9 @@ def _drive(
         **labels(config.request, config.context),
     }
     try:
-        with (
-            directory.locked(),
-            closing(sqlite3.connect(directory.database, check_same_thread=False)) as connection,
-        ):
-            saver = SqliteSaver(connection)
+        with directory.locked(), write_checkpoints(directory.database) as saver:
             graph = build_graph(saver)
-            try:
-                state = graph.get_state(options)
-            except (ValueError, TypeError, LookupError) as error:
-                raise StoreError(f"{directory.database} is damaged: {error}") from error
+            state = graph.get_state(options)
             started = bool(state.values)
             # Not `state.next`: it is empty, too, when a kill fell between the last node's writes
             # and the checkpoint after it.

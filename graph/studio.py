@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from prunewright.graph.agents import check_agent
 from prunewright.graph.builder import build_graph
+from prunewright.graph.checkpoints import serve_checkpoints
 from prunewright.graph.nodes import Node, run_directory
 from prunewright.graph.stopping import call_cancellable
 from prunewright.graph.tracing import labelled
@@ -121,8 +122,7 @@ async def checkpointer() -> AsyncIterator[AsyncSqliteSaver]:
     `DATABASE_VARIABLE` names.
     """
     path = Path(os.environ.get(DATABASE_VARIABLE) or DATABASE)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    async with AsyncSqliteSaver.from_conn_string(str(path)) as saver:
+    async with serve_checkpoints(path) as saver:
         yield saver
 
 

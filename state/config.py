@@ -187,6 +187,13 @@ class PruneRequest(Options):
     )
     seed: int = Field(0, ge=0, lt=2**63, description="draws the windows and seeds the agent")
 
+    def identity(self) -> dict[str, Any]:
+        """The request as JSON values, without the paths: what lies there has hashes of its own."""
+        return self.model_dump(
+            mode="json",
+            exclude={"model": True, "texts": {"calibration", "guard", "test", "knowledge"}},
+        )
+
     @property
     def criterion_words(self) -> str:
         """Criterion, pattern, and whether weights are reconstructed, for people to read."""

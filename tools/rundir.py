@@ -249,15 +249,9 @@ class RunDirectory:
         """Record what the run stands on, or check that a resumed one stands on the same.
 
         Raises:
-            InputError: the directory holds another thread's run.
             StoreError: the request, the model or a text is not what the run began with.
         """
         if self.manifest_file.exists():
-            other = self.thread()
-            if other != thread:
-                raise InputError(
-                    f"{self.path} holds another run (thread {other}): give another directory"
-                )
             self.check(request, bench)
             return
         if not self.config_file.exists():
@@ -267,6 +261,30 @@ class RunDirectory:
             self.manifest_file,
             {"thread": thread} | _facts(request, bench) | _surroundings(),
         )
+
+    def settle(self, thread: str, request: PruneRequest) -> PruneRequest:
+        """The request to work by, once the run has begun: that of its configuration.
+
+        A checkpoint is nothing that people read: what it says must not choose the model that is
+        loaded, nor whose code runs with it.
+
+        Raises:
+            InputError: the directory holds another thread's run.
+            StoreError: the given request, a checkpoint's, is another.
+        """
+        if self.manifest_file.exists() and (other := self.thread()) != thread:
+            raise InputError(
+                f"{self.path} holds another run (thread {other}): give another directory"
+            )
+        if not self.config_file.exists():
+            return request
+        own = self.config().request
+        if own.identity() != request.identity():
+            raise StoreError(
+                f"the request in the checkpoints of {self.path} is not that of {self.config_file} "
+                f"({_difference(own.identity(), request.identity())})"
+            )
+        return own
 
     def check(self, request: PruneRequest, bench: Workbench) -> None:
         """Refuse to go on with a run on another model, other texts or another request.
