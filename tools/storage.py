@@ -5,10 +5,12 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prunewright.state import StoreError
+from prunewright.state import InputError, StoreError
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -88,3 +90,36 @@ def read_json(path: Path) -> Any:
         raise StoreError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise StoreError(f"{path} is damaged: not valid JSON ({error})") from error
+
+
+@contextmanager
+def appearing(path: Path, *, directory: bool = False) -> Iterator[Path]:
+    """A file or directory that appears under its name once the block has ended well.
+
+    Raises:
+        InputError: something is there; an empty directory may be, where one is made.
+        StoreError: it cannot be written.
+    """
+    if path.exists() and not (directory and path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"{path} exists and is not empty: give another place")
+    scratch = path.with_name(f".writing-{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if directory:
+            scratch.mkdir()
+        yield scratch
+        for written in [scratch, *scratch.rglob("*")]:
+            if written.is_file():
+                with written.open("rb") as file:
+                    os.fsync(file.fileno())
+        if path.exists():
+            path.rmdir()
+        scratch.rename(path)
+    except OSError as error:
+        raise StoreError(
+            f"cannot write {path}: {error.strerror or error}. Nothing was left there: free some "
+            "space or mend the permissions, then try again"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.unlink(missing_ok=True)

@@ -10,7 +10,6 @@ from prunewright.graph import console
 from prunewright.graph.cli.evaluating import model_of
 from prunewright.graph.cli.options import JsonOption, RunArgument
 from prunewright.graph.cli.session import Session
-from prunewright.graph.console import Live
 
 if TYPE_CHECKING:
     from prunewright.tools.packing import Sizes
@@ -26,19 +25,18 @@ def pack_command(
     ],
     archive: Annotated[
         Path,
-        typer.Argument(metavar="ARCHIVE", help="Directory, new or empty.", show_default=False),
+        typer.Argument(metavar="ARCHIVE", help="File to write, new.", show_default=False),
     ],
     _json: JsonOption = False,
 ) -> None:
-    """Pack a pruned model without loss: a bit for each weight, and the weights that are not zero.
+    """Pack a pruned model into one file without loss: masks and values, compressed apart.
 
     Only for storage: `unpack` gives the model's directory back, every file byte for byte.
     """
     session: Session = ctx.obj
     from prunewright.tools.packing import pack_model
 
-    with Live(session.screen) as live:
-        sizes = pack_model(model_of(str(model)), archive, live.progress)
+    sizes = pack_model(model_of(str(model)), archive)
     _print_sizes(session, sizes, archive)
 
 
@@ -57,8 +55,7 @@ def unpack_command(
     session: Session = ctx.obj
     from prunewright.tools.packing import unpack_model
 
-    with Live(session.screen) as live:
-        sizes = unpack_model(archive, model, live.progress)
+    sizes = unpack_model(archive, model)
     _print_sizes(session, sizes, model)
 
 
@@ -78,13 +75,9 @@ def gc_command(
 
 def _print_sizes(session: Session, sizes: "Sizes", written: Path) -> None:
     """What an archive saves."""
-    session.emit({"directory": str(written), **asdict(sizes)})
+    session.emit({"written": str(written), **asdict(sizes)})
     rows = [
         ("model", f"{console.size(sizes.model)} in all"),
         ("archive", f"{console.size(sizes.archive)}, {sizes.archive / sizes.model:.3f} of that"),
     ]
-    if sizes.pruned:
-        before, after = console.size(sizes.pruned), console.size(sizes.packed)
-        words = f"{before} of tensors with zeros became {after}, {sizes.packed / sizes.pruned:.3f}"
-        rows.append(("packed", words))
     session.screen.pairs([*rows, ("written", str(written))])
