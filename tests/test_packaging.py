@@ -21,13 +21,17 @@ NOT_SOURCE = (".*", "__pycache__", "*.egg-info", "build", "dist", "runs")
 PROBE = """
 import json, sys
 from importlib import metadata, resources
-import prunewright.graph, prunewright.state, prunewright.tools
-from prunewright.graph import run
+import prunewright, prunewright.graph, prunewright.state, prunewright.tools
+lean = "torch" not in sys.modules
+from prunewright import baseline, compare, fork, load_trace, resume, run
 
 result = run(json.loads(sys.argv[1]))
 data = resources.files("prunewright.tools") / "data"
 print("RESULT" + json.dumps({
-    "files": [m.__file__ for m in (prunewright.graph, prunewright.state, prunewright.tools)],
+    "files": [prunewright.__file__, prunewright.graph.__file__, prunewright.tools.__file__],
+    "lean": lean,
+    "version": prunewright.__version__,
+    "dir": dir(prunewright),
     "distribution": str(metadata.distribution("prunewright").locate_file("")),
     "status": result.metrics.status,
     "facts": len((data / "facts.jsonl").read_text(encoding="utf-8").splitlines()),
@@ -128,8 +132,7 @@ def test_the_wheel_holds_nothing_else(names: set[str]) -> None:
     (info,) = tops - {"prunewright"}
     assert info.endswith(".dist-info")
     seconds = {PurePosixPath(n).parts[1] for n in names if n.startswith("prunewright/")}
-    # No __init__.py in prunewright: it is a namespace of these three.
-    assert seconds == set(PARTS)
+    assert seconds == {*PARTS, "__init__.py", "py.typed"}
     assert {PurePosixPath(n).suffix for n in names if n.startswith("prunewright/")} == {
         ".py",
         ".md",
@@ -170,6 +173,9 @@ def test_the_wheel_prunes_a_model_in_an_empty_environment(
     assert all(Path(file).resolve().is_relative_to(home) for file in answer["files"])
     assert Path(answer["distribution"]).resolve().is_relative_to(home)
     assert answer["status"] == "target_reached"
+    assert answer["lean"], "importing prunewright brings torch"
+    assert answer["version"] == "0.1.0"
+    assert {"run", "resume", "fork", "baseline", "compare", "load_trace"} <= set(answer["dir"])
     assert answer["facts"] >= 300
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 

@@ -1,0 +1,1 @@
+../../prunewright/__init__.py
