@@ -78,7 +78,7 @@ def ask(name: str, agent: Agent, observation: Observation, *, repairs: int) -> D
         refusals.append(Refusal(text, tuple(problems)))
         _log.info("%s: an answer was refused: %s", name, "; ".join(problems))
     else:
-        decision = Decision(reasoning="No valid answer: nothing is pruned.", layers=[])
+        decision = Decision(reasoning="No valid answer: nothing is pruned.", layers=[], done=False)
     deltas = {item.name: item.delta for item in decision.layers}
     after = spent_by(agent)
     return DecisionReport(

@@ -112,9 +112,10 @@ def profile(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     fresh = "revision" not in state
     step = 0 if fresh else state["step"]
     revision = DENSE if fresh else state["revision"]
-    gradient_revision = revision
-    if step % request.profile.gradient_every:
+    gradient_revision, gradient_step = revision, step
+    if step % request.profile.gradient_every and not _gave_back(state, run):
         gradient_revision = state["gradient_revision"]
+        gradient_step = state.get("gradient_step", 0)
     if fresh and _thread(runtime) == NO_THREAD and run.trace_file.exists():
         raise InputError(f"{run.path} holds another run: give another `out`, or a thread_id")
     with workbench(request, run.path) as bench:
@@ -134,6 +135,7 @@ def profile(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
                 )
             update = _fresh_state(dense, losses, bench.sparsity())
         signals = bench.profile(revision, gradient_revision, _progress(runtime))
+        signals = signals.model_copy(update={"gradient_step": gradient_step})
         tokens = _spent(bench, before)
     broken = [
         p.short_name
@@ -153,6 +155,7 @@ def profile(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
         # Whole and as plain values, however the request came in.
         "request": request.model_dump(mode="json"),
         "gradient_revision": gradient_revision,
+        "gradient_step": gradient_step,
         "profile": {"path": path, "table": signals.table()},
         "tokens": tokens,
     }
@@ -215,7 +218,10 @@ def apply_prune(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdat
             run.check(request, bench)
             before = dict(bench.tokens)
             bench.sync(state["revision"])
-            counts, notes = _changed_counts(bench, state["revision"], deltas)
+            # Where the run may end with this step, it ends on the target.
+            last = outcome.report.decision.done or observation.steps_left == 1
+            fill = TOLERANCE if last else 0.0
+            counts, notes = _changed_counts(bench, state["revision"], deltas, fill)
             applied = {}
             if counts:
                 earlier = bench.sparsities()
@@ -332,6 +338,8 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
             stalls=stalls,
             max_stalls=context.max_stalls,
             nothing_fits=at_end,
+            done=record.decision.done,
+            cut=accepted and _is_cut(record, run, request),
         ),
         # What only this step needed is not carried on into the next one's checkpoints.
         "profile": None,
@@ -454,7 +462,7 @@ def _probes(
 
 
 def _changed_counts(
-    bench: Workbench, revision: str, deltas: dict[str, float]
+    bench: Workbench, revision: str, deltas: dict[str, float], fill: float = 0.0
 ) -> tuple[dict[str, int], list[str]]:
     """As `land` at the live revision, of the layers whose number of zeros changes.
 
@@ -473,7 +481,14 @@ def _changed_counts(
             step=request.step,
         )
     counts, notes = land(
-        deltas, zeros, sizes, request.target, request.max_layer_sparsity, request.step
+        deltas,
+        zeros,
+        sizes,
+        request.target,
+        request.max_layer_sparsity,
+        request.step,
+        request.max_delta,
+        fill,
     )
     return {name: count for name, count in counts.items() if count != zeros[name]}, notes
 
@@ -485,12 +500,15 @@ def land(
     target: float,
     ceiling: float = 1.0,
     step: float = 1.0,
+    max_delta: float = 1.0,
+    fill: float = 0.0,
 ) -> tuple[dict[str, int], list[str]]:
     """Zeros that each layer shall have; what is added is scaled to keep to the target and step.
 
     Counts are whole weights: each delta is rounded towards 0, and what the pruned layers as a
-    whole lose by that goes, one weight each, to those that lost most. So the last step lands on
-    the target however small the layers are.
+    whole lose by that goes, one weight each, to those that lost most. Where that ends less than
+    ``fill`` below the target, what is added is scaled up to land on it to the weight, as far as
+    the layers that are pruned have room.
 
     Args:
         deltas: sparsity to add by layer; negative gives back.
@@ -500,6 +518,8 @@ def land(
         ceiling: sparsity that no layer exceeds, to the next whole weight: agents count in
             fractions, and a fraction that could never be taken would be offered for ever.
         step: sparsity that is added to the model at most.
+        max_delta: sparsity that scaling up adds to a layer at most.
+        fill: sparsity below the target within which the step is scaled up to it.
 
     Returns:
         Counts of the layers named in ``deltas``, and a note where they were scaled.
@@ -530,8 +550,49 @@ def land(
     for name in sorted(open_, key=lambda n: (gains[n] - shares[n], n))[:lost]:
         gains[name] += 1
     gains = {n: min(gain, room[n]) for n, gain in gains.items()}
+    gained = sum(gains.values())
+    missing = max(0, int(bounds["land on the target"]) + sum(back.values())) - gained
+    if 0 < missing <= fill * total and gained:
+        limits = {n: min(room[n], math.floor(max_delta * numel[n] + 1e-6)) for n in shares}
+        gains = _raised(gains, shares, limits, min(missing, max(0, math.floor(left) - gained)))
+        scale = sum(gains.values()) / gained
+        if f"{scale:.4f}" != "1.0000":
+            notes.append(f"deltas scaled by {scale:.4f} to land on the target")
     changes = gains | {name: -count for name, count in back.items()}
     return {name: zeros[name] + change for name, change in changes.items()}, notes
+
+
+def _raised(
+    gains: dict[str, int], shares: dict[str, float], limits: dict[str, int], missing: int
+) -> dict[str, int]:
+    """Gains with so many weights more, in proportion to the shares, none above its limit."""
+    gains = dict(gains)
+    while missing > 0:
+        open_ = sorted((n for n in gains if gains[n] < limits[n]), key=lambda n: (-shares[n], n))
+        if not open_:
+            break
+        scale = missing / max(sum(shares[n] for n in open_), 1e-9)
+        more = {n: min(math.floor(scale * shares[n]), limits[n] - gains[n]) for n in open_}
+        if not any(more.values()):
+            more = dict.fromkeys(open_[:missing], 1)
+        gains |= {n: gains[n] + count for n, count in more.items()}
+        missing -= sum(more.values())
+    return gains
+
+
+def _gave_back(state: PruneState, run: RunDirectory) -> bool:
+    """Whether the step before gave weights back: gradients know nothing of those."""
+    records = run.read_records(state["history"][-1:])
+    return any(r.verdict == "accepted" and min(r.applied.values(), default=0) < 0 for r in records)
+
+
+def _is_cut(record: StepRecord, run: RunDirectory, request: PruneRequest) -> bool:
+    """Whether the bound of a step alone kept it from the target, by a weight or more."""
+    weight = 1 / sum(p.parameters for p in run.read_profile(record.profile).layers)
+    missing = request.target - record.sparsity
+    if request.pattern_sparsity is not None:  # layers are taken whole
+        return False
+    return missing >= weight and request.target - record.sparsity_before > request.step
 
 
 def _checked(state: PruneState, observation: Observation) -> DecisionReport:

@@ -104,7 +104,10 @@ def _settle(
             return None, ["say why it is rejected: the words reach the agent"]
         changes = {
             "decision": Decision(
-                reasoning=f"Rejected in review: {words}", layers=[], lessons=proposed.lessons
+                reasoning=f"Rejected in review: {words}",
+                layers=[],
+                done=False,
+                lessons=proposed.lessons,
             ),
             "predicted_change": None,
             "review": Review(verdict="rejected", words=words, proposed=proposed),

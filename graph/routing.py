@@ -64,16 +64,29 @@ def termination(
     stalls: int,
     max_stalls: int,
     nothing_fits: bool = False,
+    done: bool = True,
+    cut: bool = False,
 ) -> Status:
     """Whether the run goes on after a step, and if not, why.
 
-    ``nothing_fits`` says of a run with an N:M pattern that no whole layer fits under the target.
+    Args:
+        sparsity: the accepted revision's.
+        target: to be reached, within `TOLERANCE`.
+        steps: taken so far.
+        max_steps: that may be taken.
+        stalls: steps just now, in a row, that were rolled back or empty.
+        max_stalls: that may be.
+        nothing_fits: of a run with an N:M pattern, that no whole layer fits under the target.
+        done: what the step's decision says; false goes on at the target while steps are left.
+        cut: that the bound of a step alone kept it from the target, so that another one lands.
     """
-    if sparsity >= target - TOLERANCE or nothing_fits:
+    out_of_steps, stuck = steps >= max_steps, stalls >= max_stalls
+    reached = sparsity >= target - TOLERANCE or nothing_fits
+    if reached and (out_of_steps or stuck or (done and not cut)):
         return "target_reached"
-    if stalls >= max_stalls:
+    if stuck:
         return "stalled"
-    return "max_steps" if steps >= max_steps else "running"
+    return "max_steps" if out_of_steps else "running"
 
 
 def route_guard(state: PruneState) -> Literal["rollback", "reflect"]:

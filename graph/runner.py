@@ -28,6 +28,7 @@ from prunewright.state import (
     PruneConfig,
     PruneInput,
     PruneState,
+    PruneUpdate,
     ReviewAnswer,
     ReviewPendingError,
     ReviewRequest,
@@ -38,6 +39,7 @@ from prunewright.state import (
 from prunewright.state.config import BASELINE
 from prunewright.state.metrics import Metrics
 from prunewright.state.review import HOW
+from prunewright.state.schema import Status
 from prunewright.tools.allocation import resolve_allocation
 from prunewright.tools.baseline import prune_once
 from prunewright.tools.rundir import RunDirectory
@@ -277,10 +279,12 @@ def _check_open(directory: RunDirectory, state: PruneState, config: PruneConfig)
         target=config.target,
         steps=state["step"],
         max_steps=config.max_steps,
-        stalls=state["stalls"],
+        # Whoever goes on with a run that stalled begins anew.
+        stalls=0 if state["status"] == "stalled" else state["stalls"],
         max_stalls=config.max_stalls,
         # A run that has reached its target has, whatever else is changed.
         nothing_fits=state["status"] == "target_reached",
+        done=state["status"] != "running",
     )
     if status != "running":
         raise InputError(
@@ -297,9 +301,16 @@ def _write_checkpoints(directory: RunDirectory, thread: str, chain: list[Checkpo
         for found in reversed(chain):
             # No writes of the nodes after it: they are the other run's.
             at = saver.put(at, found.checkpoint, found.metadata, {})
-        if chain[0].checkpoint["channel_values"]["status"] != "running":
+        status = chain[0].checkpoint["channel_values"]["status"]
+        if status != "running":
             # It was the last step: what follows is decided anew.
-            build_graph(saver).update_state(at, {"status": "running"}, as_node="reflect")
+            build_graph(saver).update_state(at, _reopened(status), as_node="reflect")
+
+
+def _reopened(status: Status) -> PruneUpdate:
+    """What makes a state that has ended go on: one that stalled begins to count anew."""
+    stalled: PruneUpdate = {"stalls": 0} if status == "stalled" else {}
+    return {"status": "running", **stalled}
 
 
 def baseline(

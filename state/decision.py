@@ -70,6 +70,10 @@ class Decision(BaseModel):
     rebalance: bool = Field(
         False, description="true for a step that is meant to gain no sparsity as a whole"
     )
+    done: bool = Field(
+        True,
+        description="false: the run goes on after the target is reached, while steps are left",
+    )
     lessons: list[Lesson] | None = Field(
         None,
         max_length=MAX_LESSONS,

@@ -82,6 +82,8 @@ class ModelProfile(BaseModel):
 
     revision: str
     gradient_revision: str
+    gradient_step: int = 0
+    """Index of the step at which gradients were last taken."""
     layers: list[LayerProfile]
     notes: list[str] = []
 

@@ -58,6 +58,8 @@ class PruneState(TypedDict):
     dense_perplexity: float
     gradient_revision: str
     """The revision at which gradients were last taken."""
+    gradient_step: int
+    """Index of the step at which they were."""
     profile: dict[str, Any] | None
     """``path`` of the full profile in the run directory; a compact ``table`` until the decision."""
     decision: dict[str, Any] | None
@@ -96,6 +98,7 @@ class PruneUpdate(TypedDict, total=False):
     guard_losses: list[float]
     dense_perplexity: float
     gradient_revision: str
+    gradient_step: int
     profile: dict[str, Any] | None
     decision: dict[str, Any] | None
     candidate: str | None

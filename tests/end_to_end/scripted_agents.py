@@ -111,3 +111,21 @@ class Named:
             for name, delta in self.steps[observation.step]
         ]
         return Decision(reasoning="As told.", layers=layers)
+
+
+class Steps:
+    """Answers with given decisions, one a step: name (or ``*`` for every layer) to delta."""
+
+    def __init__(self, steps: list[dict[str, Any]]) -> None:
+        self.steps = steps
+
+    def decide(self, observation: Observation) -> Decision:
+        step = dict(self.steps[min(observation.step, len(self.steps) - 1)])
+        names = [layer.name for layer in observation.profile.layers]
+        layers = [
+            LayerDelta(name=name, delta=delta)
+            for key, delta in step.pop("layers").items()
+            for name in names
+            if key in ("*", name.removeprefix("model.layers."))
+        ]
+        return Decision(reasoning="As told.", layers=layers, **step)

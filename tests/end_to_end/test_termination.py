@@ -1,6 +1,7 @@
 """How runs end, and on which sparsity."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from prunewright.graph import run
+from prunewright.tools.rundir import RunDirectory
 
 REACHED = "target_reached"
 
@@ -31,7 +33,9 @@ def test_the_target_is_met_and_never_passed(
     config |= {"max_delta": 0.9, "criterion": "magnitude"}
     metrics = run(config, out=tmp_path / "run").metrics
     assert metrics.status == REACHED
-    assert target - 0.001 <= metrics.sparsity <= target
+    # To the weight.
+    weights = RunDirectory(tmp_path / "run").manifest()["model"]["prunable_weights"]
+    assert metrics.sparsity * weights == pytest.approx(math.floor(target * weights), abs=1e-6)
     trace = [json.loads(x) for x in (tmp_path / "run" / "trace.jsonl").read_text().splitlines()]
     previous = 0.0
     for record in trace:
@@ -104,3 +108,99 @@ def test_status_in_metrics(
         assert "unknown layer" in empty[0]["reason"]
     if "Speck" in changes.get("agent", ""):
         assert "no weight" in empty[0]["reason"]
+
+
+ALL_BUT_A_BIT = {"layers": {"*": 0.1496}}
+SWAP = {"layers": {"0.mlp.up_proj": -0.1, "1.mlp.up_proj": 0.1}, "rebalance": True}
+SWAP_BACK = {"layers": {"0.mlp.up_proj": 0.05, "1.mlp.up_proj": -0.05}, "rebalance": True}
+
+
+def steps_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "trace.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def scripted(config: dict[str, Any]) -> Callable[..., dict[str, Any]]:
+    """A function that makes the configuration of a run whose decisions are given."""
+
+    def make(*steps: dict[str, Any], **changes: Any) -> dict[str, Any]:
+        agent = {"agent": "import:scripted_agents:Steps", "agent_options": {"steps": list(steps)}}
+        bounds = {"target": 0.15, "step": 0.2, "guard": {"max_increase": 1e6}}
+        return config | agent | bounds | changes
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("changes", "filled"),
+    [
+        ({}, True),
+        ({"max_delta": 0.1497}, False),
+        ({"criterion": "magnitude", "max_delta": 0.16}, True),
+    ],
+)
+def test_a_step_that_would_end_just_below_the_target_is_filled_up_where_there_is_room(
+    changes: dict[str, Any],
+    filled: bool,
+    scripted: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    metrics = run(scripted(ALL_BUT_A_BIT, **changes), out=tmp_path / "run").metrics
+    weights = RunDirectory(tmp_path / "run").manifest()["model"]["prunable_weights"]
+    assert metrics.status == REACHED
+    assert metrics.steps == 1
+    assert (round(metrics.sparsity * weights) == math.floor(0.15 * weights)) == filled
+    assert metrics.sparsity <= 0.15
+    (step,) = steps_of(tmp_path / "run")
+    assert any("to land on the target" in note for note in step["notes"]) == filled
+
+
+def test_a_step_that_does_not_end_the_run_is_applied_as_it_is(
+    scripted: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    goes_on = ALL_BUT_A_BIT | {"done": False}
+    run(scripted(goes_on, goes_on | {"layers": {"*": 0.0008}}, max_steps=2), out=tmp_path / "run")
+    first, last = steps_of(tmp_path / "run")
+    assert 0.149 < first["sparsity"] < 0.1497
+    assert last["sparsity"] == pytest.approx(0.15, abs=6e-5)
+
+
+def test_an_agent_may_go_on_past_the_target_and_ends_the_run_itself(
+    scripted: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    fill = {"layers": {"*": 0.15}}
+    back = {"layers": {"*": -0.05}, "rebalance": True, "done": False}
+    refill = {"layers": {"*": 0.05}, "done": False}
+    steps = [fill | {"done": False}, SWAP | {"done": False}, back, refill, SWAP_BACK]
+    metrics = run(scripted(*steps, max_steps=9), out=tmp_path / "run").metrics
+    trace = steps_of(tmp_path / "run")
+    assert (metrics.status, metrics.steps) == (REACHED, 5)
+    assert [round(step["sparsity"], 2) for step in trace] == [0.15, 0.15, 0.1, 0.15, 0.15]
+    assert all(step["sparsity"] <= 0.15 for step in trace)
+    assert {step["verdict"] for step in trace} == {"accepted"}
+    swapped = next(v for n, v in trace[1]["applied"].items() if "0.mlp.up_proj" in n)
+    assert swapped == pytest.approx(-0.1, abs=1e-3)
+
+
+@pytest.mark.parametrize(("limit", "steps"), [({"max_steps": 3}, 3), ({"max_stalls": 2}, 3)])
+def test_past_the_target_a_run_ends_with_its_steps_or_when_nothing_more_comes(
+    limit: dict[str, Any], steps: int, scripted: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    empty = {"layers": {}, "done": False}
+    answers = [{"layers": {"*": 0.15}, "done": False}, empty]
+    metrics = run(scripted(*answers, **limit), out=tmp_path / "run").metrics
+    assert (metrics.status, metrics.steps) == (REACHED, steps)
+
+
+def test_gradients_are_taken_anew_after_a_step_that_gives_weights_back(
+    scripted: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    more = {"layers": {"*": 0.02}}
+    mixed = {"layers": {"0.mlp.up_proj": -0.01, "1.mlp.up_proj": 0.05}}
+    config = scripted(more, mixed, more, more, more, profile={"gradient_every": 10}, max_steps=5)
+    run(config, out=tmp_path / "run")
+    directory = RunDirectory(tmp_path / "run")
+    profiles = [directory.read_profile(step["profile"]) for step in steps_of(tmp_path / "run")]
+    assert [profile.gradient_step for profile in profiles] == [0, 0, 2, 2, 2]
+    assert profiles[2].gradient_revision == profiles[2].revision
+    assert profiles[4].gradient_revision == profiles[2].revision

@@ -85,7 +85,7 @@ def test_the_schema_that_is_sent() -> None:
     text = json.dumps(schema)
     assert all(word not in text for word in ("maxItems", "maxLength", "$ref", "$defs", "anyOf"))
     assert schema["required"] == [
-        *("reasoning", "layers", "groups", "expected_ppl_change", "rebalance", "lessons")
+        *("reasoning", "layers", "groups", "expected_ppl_change", "rebalance", "done", "lessons")
     ]
     assert schema["additionalProperties"] is False
     entry = schema["properties"]["layers"]["items"]
