@@ -1,1 +1,1 @@
-../../prunewright/__init__.py
+../../package/__init__.py
