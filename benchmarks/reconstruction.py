@@ -17,6 +17,7 @@ from prunewright.tools.allocation import resolve_allocation
 from prunewright.tools.perplexity import perplexity, window_losses
 from prunewright.tools.revisions import DENSE
 from prunewright.tools.texts import load_test_windows
+from prunewright.tools.tokens import embedding_rows
 from prunewright.tools.workbench import workbench
 
 solve = reconstruction.solve
@@ -50,7 +51,13 @@ def main() -> None:
         workbench(config.request, Path(scratch)) as bench,
     ):
         tokenizer, model = bench.loaded.tokenizer, bench.loaded.model
-        other = load_test_windows(options.other, tokenizer, options.held_out, options.length)
+        other = load_test_windows(
+            options.other,
+            tokenizer,
+            options.held_out,
+            options.length,
+            rows=embedding_rows(model),
+        )
         counts = allocate(bench, None).counts
         for damping in [None, *options.dampings]:
             # Without a single iteration the masked dense weights stay as they are.

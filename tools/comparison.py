@@ -35,6 +35,7 @@ from prunewright.tools.models import load_model, model_digest
 from prunewright.tools.perplexity import Head, Progress, perplexity, window_losses
 from prunewright.tools.storage import canonical_json, read_json, sha256_bytes
 from prunewright.tools.texts import Role, load_test_windows, source_digest
+from prunewright.tools.tokens import embedding_rows
 
 SAME_SPARSITY = 0.001
 """How far a measured sparsity may lie from its target and still count as it."""
@@ -207,10 +208,11 @@ def score_model(
     try:
         loaded.check_length(evaluation.length)
         head = Head(loaded.model)
+        rows = embedding_rows(loaded.model)
         texts = {}
         for text in evaluation.texts:
             windows = load_test_windows(
-                text.source, loaded.tokenizer, text.windows, evaluation.length
+                text.source, loaded.tokenizer, text.windows, evaluation.length, rows=rows
             )
             losses = window_losses(loaded.model, head, windows, progress)
             value = perplexity(losses)

@@ -8,7 +8,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from prunewright.tools.perplexity import Head, Progress, hidden_states
 from prunewright.tools.questions import FactQuestion, shown_form
-from prunewright.tools.texts import start_tokens
+from prunewright.tools.tokens import check_ids, start_tokens
 
 AT_ONCE = 16
 """Facts that are scored in one batch."""
@@ -89,9 +89,18 @@ def _shared(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def fact_tokens(
-    facts: Sequence[FactQuestion], tokenizer: PreTrainedTokenizerBase
+    facts: Sequence[FactQuestion], tokenizer: PreTrainedTokenizerBase, *, rows: int
 ) -> list[tuple[list[int], list[int]]]:
-    """Each fact as the tokens of ``Question: ...``, ``Answer:``, and those of its first answer."""
+    """Each fact as the tokens of ``Question: ...``, ``Answer:``, and those of its first answer.
+
+    Args:
+        facts: the questions.
+        tokenizer: the model's.
+        rows: `embedding_rows` of the model.
+
+    Raises:
+        InputError: a question or answer holds a token that the model does not know.
+    """
     start = start_tokens(tokenizer)
     pairs = []
     for fact in facts:
@@ -100,6 +109,7 @@ def fact_tokens(
         whole: list[int] = tokenizer(
             f"{question} {shown_form(fact.answers)}", add_special_tokens=False
         ).input_ids
+        check_ids(whole, tokenizer, rows, f"the question {fact.id}")
         pairs.append((start + context, whole[len(context) :]))
     return pairs
 

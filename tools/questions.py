@@ -1,8 +1,6 @@
 """Questions with known answers: the embedded ones, local files, or data sets of the hub."""
 
-import gzip
 import json
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -12,11 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from prunewright.state import InputError
 from prunewright.state.config import problem_words
+from prunewright.tools.rows import Row, is_file_name, read_file
 from prunewright.tools.storage import canonical_json, sha256_bytes
 
 EMBEDDED = "embedded"
 LETTERS = "ABCDEFGHIJ"
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+# A row of questions has one of these.
+_MARKS = ("question", "RawQuestion", "Parses")
 _SPLITS = ("test", "validation", "train", "dev")
 
 
@@ -80,7 +80,8 @@ def load_choices(source: str) -> list[ChoiceQuestion]:
     """Questions of MMLU's form: fields subject, question, choices, answer (index), perhaps id.
 
     Args:
-        source: ``embedded``, a local .jsonl(.gz), .json(.gz) or .parquet file, or a hub data set
+        source: ``embedded``, a local file of rows (JSON lines, a JSON list, or an object that
+            holds one; Parquet; CSV where no field is a list), or a hub data set
             ``name[:config[:split]]``, such as ``cais/mmlu:all:dev``; without a split the first
             of test, validation, train and dev that it has.
 
@@ -122,8 +123,8 @@ def hash_questions(questions: Sequence[Question]) -> str:
 
 def _load(source: str, embedded: str, read: Callable[[dict[str, Any], str], _Q]) -> list[_Q]:
     found: dict[str, _Q] = {}
-    for number, row in enumerate(_rows(source, embedded), 1):
-        where = f"{source}, question {number}"
+    for number, (place, row) in enumerate(_rows(source, embedded), 1):
+        where = f"{source}, {place}, question {number}"
         if not isinstance(row, dict):
             raise InputError(f"{where}: not an object with fields, but {type(row).__name__}")
         try:
@@ -180,10 +181,11 @@ def _flat(value: Any) -> Iterator[Any]:
         yield value if isinstance(value, str) else None
 
 
-def _rows(source: str, embedded: str) -> Iterator[Any]:
+def _rows(source: str, embedded: str) -> Iterator[Row]:
     if source == EMBEDDED:
         file = resources.files("prunewright.tools") / "data" / embedded
-        yield from map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            yield Row(f"line {number}", json.loads(line))
         return
     try:
         path = Path(source).expanduser()
@@ -193,44 +195,20 @@ def _rows(source: str, embedded: str) -> Iterator[Any]:
     if exists:
         if not path.is_file():
             raise InputError(f"the questions {source} are not a file")
-        yield from _file_rows(path)
-    elif source.startswith((".", "/", "~")) or path.name.endswith(_SUFFIXES):
+        rows = read_file(path, "questions", _MARKS).rows
+        if rows is None:
+            raise InputError(
+                f"the questions {source} are plain text: give rows as JSON, JSON lines, CSV or "
+                "Parquet"
+            )
+        yield from rows
+    elif source.startswith((".", "/", "~")) or is_file_name(path.name):
         raise InputError(f"the file of questions {source} does not exist")
     else:
         yield from _data_set_rows(source)
 
 
-def _file_rows(path: Path) -> Iterator[Any]:
-    try:
-        if path.name.endswith(".parquet"):
-            import pyarrow.parquet as parquet
-
-            yield from parquet.read_table(path).to_pylist()
-            return
-        opener = gzip.open if path.name.endswith(".gz") else open
-        with opener(path, "rt", encoding="utf-8") as file:
-            if path.name.endswith((".jsonl", ".jsonl.gz")):
-                for line in file:
-                    if line.strip():
-                        yield json.loads(line)
-                return
-            content = json.load(file)
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        RecursionError,
-        zlib.error,
-        NotImplementedError,
-    ) as error:
-        raise InputError(f"cannot read the questions {path}: {error}") from error
-    rows = content.get("Questions") if isinstance(content, dict) else content
-    if not isinstance(rows, list):
-        raise InputError(f"{path} holds neither a list of questions nor one under 'Questions'")
-    yield from rows
-
-
-def _data_set_rows(source: str) -> Iterator[Any]:
+def _data_set_rows(source: str) -> Iterator[Row]:
     import datasets
 
     name, config, wanted = (*source.split(":", 2), "", "")[:3]
@@ -243,7 +221,9 @@ def _data_set_rows(source: str) -> Iterator[Any]:
                 f"the data set {source} has none of the splits {', '.join(tried)}, "
                 f"only {', '.join(splits)}"
             )
-        yield from datasets.load_dataset(name, config or None, split=split)
+        rows = datasets.load_dataset(name, config or None, split=split)
+        for number, row in enumerate(rows, 1):
+            yield Row(f"row {number}", row)
     except InputError:
         raise
     except Exception as error:  # foreign input, and datasets raises many kinds

@@ -33,6 +33,7 @@ from prunewright.tools.questions import hash_questions, load_facts
 from prunewright.tools.revisions import Manifest, RevisionStore, StoredLayer, unpack_kept
 from prunewright.tools.solving import PASSES, Wanted, solve_blocks
 from prunewright.tools.texts import EMBEDDED, Windows, load_windows
+from prunewright.tools.tokens import embedding_rows
 
 
 class Workbench:
@@ -52,7 +53,10 @@ class Workbench:
         )
         _own_memory(self.loaded)
         self.loaded.check_length(request.texts.windows.length)
-        self.windows: Windows = load_windows(request.texts, self.loaded.tokenizer, request.seed)
+        self._rows = embedding_rows(self.loaded.model)
+        self.windows: Windows = load_windows(
+            request.texts, self.loaded.tokenizer, request.seed, rows=self._rows
+        )
         self._stamps = _stamps(request, self.loaded.directory)
         self.head = Head(self.loaded.model)
         self.store = RevisionStore(Path())
@@ -274,7 +278,8 @@ class Workbench:
                     f"{source} holds {len(facts)} facts, {count} are asked for: lower texts.facts"
                 )
             drawn = random.Random(f"{self.request.seed}/knowledge").sample(facts, count)
-            self._facts = hash_questions(drawn), fact_tokens(drawn, self.loaded.tokenizer)
+            pairs = fact_tokens(drawn, self.loaded.tokenizer, rows=self._rows)
+            self._facts = hash_questions(drawn), pairs
         return self._facts
 
     def test_losses(

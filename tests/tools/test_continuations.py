@@ -91,7 +91,7 @@ def test_log_likelihoods_and_greedy_answers_are_lm_evals(load: Load) -> None:
 def test_batched_answers_are_those_of_single_passes(load: Load, family: str) -> None:
     loaded = load(family)
     facts = load_facts("embedded")[:20]
-    pairs = fact_tokens(facts, loaded.tokenizer)
+    pairs = fact_tokens(facts, loaded.tokenizer, rows=512)
     text = loaded.tokenizer.decode(pairs[0][0] + pairs[0][1])
     assert text == f"Question: {facts[0].question}\nAnswer: {shown_form(facts[0].answers)}"
     told: list[tuple[str, int, int]] = []

@@ -360,7 +360,7 @@ def test_the_windows_of_the_literature(loaded: LoadedModel, tmp_path: Path) -> N
     path = tmp_path / "text.jsonl"
     path.write_text("\n".join(json.dumps({"text": row}) for row in rows))
     ids = loaded.tokenizer("\n\n".join(rows)).input_ids
-    found = load_test_windows(str(path), loaded.tokenizer, None, 32)
+    found = load_test_windows(str(path), loaded.tokenizer, None, 32, rows=512)
     count = len(ids) // 32
     assert found.tolist() == [ids[32 * i : 32 * (i + 1)] for i in range(count)]
 
@@ -373,8 +373,8 @@ def test_the_text_alone_is_begun_as_the_tokenizer_begins_texts(directory: Path) 
     tokenizer._tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 0)]
     )
-    every = load_test_windows("embedded", tokenizer, 3, 32)
-    once = load_test_windows("embedded", tokenizer, None, 32)
+    every = load_test_windows("embedded", tokenizer, 3, 32, rows=512)
+    once = load_test_windows("embedded", tokenizer, None, 32, rows=512)
     assert every[:, 0].tolist() == [0, 0, 0]
     assert once[0].tolist() == every[0].tolist()
     assert 0 not in once[1:, 0]

@@ -54,12 +54,14 @@ def test_freebaseqa_in_its_own_form_and_in_ours(tmp_path: Path) -> None:
 
 def test_mmlu_from_lines_a_list_and_parquet(tmp_path: Path) -> None:
     rows = [CHOICE | {"answer": 1}, CHOICE | {"answer": 0}]
-    lines, listed, table = (tmp_path / name for name in ("q.jsonl", "q.json", "q.parquet"))
+    lines, listed, table = (tmp_path / name for name in ("q.JSONL", "q.json", "q.parquet"))
     lines.write_text("\n".join(map(json.dumps, rows)))
-    listed.write_text(json.dumps(rows))
+    listed.write_text(json.dumps(rows), encoding="utf-8-sig")
     parquet.write_table(pa.Table.from_pylist(rows), table)
-    found = [load_choices(str(path)) for path in (lines, listed, table)]
-    assert found[0] == found[1] == found[2]
+    shard = tmp_path / "shard.json.gz"
+    shard.write_bytes(gzip.compress(lines.read_bytes()))
+    found = [load_choices(str(path)) for path in (lines, listed, table, shard)]
+    assert found == [found[0]] * 4
     assert [(q.id, q.answer) for q in found[0]] == [("1", 1), ("2", 0)]
     assert hash_questions(found[0]) != hash_questions(found[0][::-1])
 
@@ -99,8 +101,13 @@ def test_what_is_no_question_is_refused(tmp_path: Path, rows: list[Any], words: 
     ("name", "content", "words"),
     [
         ("cut.jsonl.gz", gzip.compress(b'{"question": "x"}' * 999)[:40], "cannot read"),
-        ("no.jsonl", b"{", "cannot read"),
-        ("no.json", b'{"Rows": []}', "neither a list of questions"),
+        ("no.jsonl", b"{", "line 1: no JSON"),
+        ("no.json", b'{"Rows": []}', "holds no questions"),
+        ("no.json", b'{"Rows": 3}', "line 1, question 1: question"),
+        ("no.jsonl", b'\n{"question": "Who?"}', "line 2, question 1: answers"),
+        ("no.csv", b"id,answers\n1,a", "no column 'question' or "),
+        ("no.txt", b"Who?", "are plain text"),
+        ("no.zip", b"PK\x03\x04", "a zip archive"),
         ("no.parquet", b"PAR1", "cannot read"),
         ("fact.json", b'[{"question": "Who?", "answers": []}]', "answers"),
         ("fact.json", b'[{"question": "Who?", "answers": [" "]}]', "an answer is empty"),

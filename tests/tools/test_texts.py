@@ -1,9 +1,15 @@
 """Windows from the embedded corpus, local files and data sets, kept apart by role."""
 
+import bz2
+import codecs
+import csv
 import gzip
+import io
 import json
+import lzma
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +22,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from prunewright.state import InputError
 from prunewright.state.config import TextOptions, WindowOptions
-from prunewright.tools import texts
-from prunewright.tools.texts import Windows, hash_windows, load_test_windows, load_windows, pack
+from prunewright.tools import rows as rows_module
+from prunewright.tools import texts, tokens
+from prunewright.tools.texts import Windows, hash_windows
+from prunewright.tools.tokens import token_ids
+
+load_windows = partial(texts.load_windows, rows=512)
+load_test_windows = partial(texts.load_test_windows, rows=512)
 
 ROLES = ("calibration", "guard", "test")
 COUNTS = {"calibration": 4, "gradient": 2, "guard": 3, "test": 5, "length": 32}
@@ -66,6 +77,12 @@ def options(**sources: Any) -> TextOptions:
     return TextOptions(windows=WindowOptions(**counts), **sources)
 
 
+def pack(rows: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[list[int]]:
+    """The windows of documents."""
+    found: list[list[int]] = texts.pack(["\n\n".join(rows)], tokenizer, length)[0].tolist()
+    return found
+
+
 def rows(windows: Windows, role: str) -> list[tuple[int, ...]]:
     return [tuple(row) for row in getattr(windows, role).tolist()]
 
@@ -93,8 +110,96 @@ def test_embedded_roles_are_disjoint_windows_of_the_asked_shape(
     assert_disjoint(windows)
 
 
+def lines(rows: list[str]) -> bytes:
+    """As C4's shards are: JSON lines, with other fields, and letters as they are."""
+    rows = [json.dumps({"url": "x", "text": row}, ensure_ascii=False) for row in rows]
+    return "\n".join(rows).encode()
+
+
+def listed(rows: list[str]) -> bytes:
+    return json.dumps([{"text": row} for row in rows], indent=2).encode()
+
+
+def table(rows: list[str], delimiter: str = ",") -> bytes:
+    stream = io.StringIO()
+    csv.writer(stream, delimiter=delimiter).writerows([["id", "text"], *enumerate(rows)])
+    return stream.getvalue().encode()
+
+
+def columns(rows: list[str]) -> bytes:
+    stream = io.BytesIO()
+    parquet.write_table(pa.table({"id": range(len(rows)), "text": rows}), stream)
+    return stream.getvalue()
+
+
+def plain(rows: list[str]) -> bytes:
+    return "\n\n".join(rows).encode()
+
+
+def held(rows: list[str]) -> bytes:
+    return json.dumps({"version": 1, "data": [{"text": row} for row in rows]}).encode()
+
+
+def indexed(rows: list[str]) -> bytes:
+    return json.dumps({str(i): {"text": row} for i, row in enumerate(rows)}).encode()
+
+
+def zst(data: bytes) -> bytes:
+    return pa.compress(data, codec="zstd", asbytes=True)  # type: ignore[no-any-return]
+
+
+FORMS: dict[str, Callable[[list[str]], bytes]] = {
+    "t.txt": plain,
+    "t.md": plain,
+    "t": plain,
+    "t.log": plain,
+    "t.txt.gz": lambda rows: gzip.compress(plain(rows)),
+    "t.jsonl": lines,
+    "DATA.JSONL": lines,
+    "t.ndjson": lines,
+    "c4.00000-of-00512.json": lines,
+    "lines.txt": lines,
+    "lines": lines,
+    "t.json": listed,
+    "list.txt": listed,
+    "held.json": held,
+    "indexed.json": indexed,
+    "t.csv": table,
+    "T.CSV": table,
+    "european.csv": partial(table, delimiter=";"),
+    "t.tsv": partial(table, delimiter="\t"),
+    "table.txt": partial(table, delimiter="\t"),
+    "t.parquet": columns,
+    "columns.bin": columns,
+    "t.jsonl.gz": lambda rows: gzip.compress(lines(rows)),
+    "T.JSON.GZ": lambda rows: gzip.compress(lines(rows)),
+    "no-suffix-gzip": lambda rows: gzip.compress(lines(rows)),
+    "t.csv.bz2": lambda rows: bz2.compress(table(rows)),
+    "t.jsonl.xz": lambda rows: lzma.compress(lines(rows)),
+    "t.jsonl.zst": lambda rows: zst(lines(rows)),
+    "t.parquet.gz": lambda rows: gzip.compress(columns(rows)),
+    "bom.txt": lambda rows: codecs.BOM_UTF8 + plain(rows),
+    "bom.jsonl": lambda rows: codecs.BOM_UTF8 + lines(rows),
+    "bom.json": lambda rows: codecs.BOM_UTF8 + listed(rows),
+    "bom.csv": lambda rows: codecs.BOM_UTF8 + table(rows),
+    "bom.txt.gz": lambda rows: gzip.compress(codecs.BOM_UTF8 + plain(rows)),
+    "windows.txt": lambda rows: plain(rows).decode().encode("utf-16"),
+    "windows.csv": lambda rows: codecs.BOM_UTF16_BE + table(rows).decode().encode("utf-16-be"),
+    "crlf.txt": lambda rows: plain(rows).replace(b"\n", b"\r\n"),
+    "mac.jsonl": lambda rows: lines(rows).replace(b"\n", b"\r"),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_of_file_gives_the_same_text(name: str, tmp_path: Path) -> None:
+    rows = [prose(1), 'With "quotes", commas;\ta tab,\n\nand \u2028 \x85 \x0b lines.', prose(2)]
+    path = tmp_path / name
+    path.write_bytes(FORMS[name](rows))
+    assert "".join(texts._open(str(path), "test").characters()) == "\n\n".join(rows)
+
+
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".jsonl.gz", ".parquet"])
-def test_every_form_of_file_gives_the_same_windows(
+def test_a_file_gives_its_roles_different_windows(
     suffix: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     path = write(tmp_path / f"text{suffix}", documents(1))
@@ -125,26 +230,18 @@ def test_a_file_for_all_roles_can_be_used_up_to_its_last_window(
 
 
 def test_a_text_that_repeats_itself_does_not_mix_its_roles(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    # Pieces that are equal once tokenized, several times over, in one source.
-    pool = pack(documents(3, 2), tokenizer, 32)[:8]
-    assert len(pool) == 8
-    repeated = pool * 6
-
-    def packed(*_: Any) -> list[list[int]]:
-        return [list(w) for w in repeated]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(texts, "pack", packed)
-        for seed in range(5):
-            small = options(windows={"calibration": 2, "guard": 2, "test": 2})
-            windows = load_windows(
-                small.model_copy(update={"calibration": __file__, "test": __file__}),
-                tokenizer,
-                seed,
-            )
-            assert_disjoint(windows)
+    path = tmp_path / "t.txt"
+    path.write_text("".join(16 * f"{letter}\n" for letter in "abcdefgh") * 6)
+    pool = pack([path.read_text()], tokenizer, 32)
+    assert len(pool) == 48
+    assert len(set(map(tuple, pool))) == 8
+    few = options(
+        windows={"calibration": 2, "guard": 2, "test": 2}, calibration=str(path), test=str(path)
+    )
+    for seed in range(5):
+        assert_disjoint(load_windows(few, tokenizer, seed))
 
 
 @pytest.mark.parametrize("pair", [("calibration", "test"), ("calibration", "guard")])
@@ -233,7 +330,7 @@ def test_the_tail_is_dropped_and_a_text_of_one_window_is_one(
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
-def test_a_large_source_is_read_up_to_a_bound(
+def test_a_source_is_read_up_to_a_bound_that_is_told(
     suffix: str,
     tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,
@@ -247,6 +344,80 @@ def test_a_large_source_is_read_up_to_a_bound(
         load_test_windows(str(path), tokenizer, 10_000, 32)
     [found] = [int(word) for word in str(error.value).split() if word.isdigit()][:1]
     assert few - 3 <= found <= few
+    assert "in its first 3,000 characters, and no more is read" in str(error.value)
+    # The literature's protocol scores all of it.
+    ids = tokenizer(joined, add_special_tokens=False).input_ids
+    assert len(load_test_windows(str(path), tokenizer, None, 32)) == len(ids) // 32
+
+
+TEXTS = {
+    "prose": lambda: "\n\n".join(documents(60, 40)),
+    "lines of spaces": lambda: "".join(
+        random.Random(1).choices(["\n", " ", "  ", "ab", ".", "é"], k=40_000)
+    ),
+    "no blank": lambda: "".join(random.Random(2).choices("abc", k=60_000)),
+    "one word": lambda: "a" * 50_000,
+    "other scripts": lambda: "".join(random.Random(3).choices("漢字かな 🙂🇩🇪é́\u200d", k=40_000)),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_text_in_pieces_has_the_tokens_of_the_whole(
+    name: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = TEXTS[name]()
+    monkeypatch.setattr(tokens, "_PIECE", 6_000)
+    parts = [text[i : i + 1_234] for i in range(0, len(text), 1_234)]
+    pieces = list(token_ids(parts, tokenizer))
+    assert len(pieces) > 5
+    assert [p.characters for p in pieces] == sorted({p.characters for p in pieces})
+    assert pieces[-1].characters == len(text)
+    found = [int(i) for piece in pieces for i in piece.ids]
+    if name == "one word":  # without a place to part it
+        assert tokenizer.decode(found) == text
+    else:
+        assert found == tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_of_a_long_text_no_more_is_read_than_is_drawn_from(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "t.txt", documents(9, 40))
+    sources = {"calibration": str(path), "test": str(path)}
+    small = {"calibration": 4, "guard": 3, "test": 5}
+    before = load_windows(options(windows=small, **sources), tokenizer, seed=0)
+    with path.open("ab") as file:
+        file.write(b"\xff")  # no text: an error, if it were read
+    monkeypatch.setattr(tokens, "_PIECE", 6_000)
+    monkeypatch.setattr(texts, "_WHOLE_CHARACTERS", 10_000)
+    monkeypatch.setattr(rows_module, "_BLOCK", 1_000)
+    monkeypatch.setattr(rows_module, "_HEAD", 1_000)
+    windows = load_windows(options(windows=small, **sources), tokenizer, seed=0)
+    assert_disjoint(windows)
+    assert windows.hashes["test"] == before.hashes["test"]
+    assert load_test_windows(str(path), tokenizer, 5, 32).tolist() == windows.test.tolist()
+    more = {"calibration": 300, "guard": 300, "test": 300}
+    with pytest.raises(InputError, match="is not UTF-8"):
+        load_windows(options(windows=more, **sources), tokenizer, seed=0)
+    with pytest.raises(InputError, match="is not UTF-8"):
+        load_test_windows(str(path), tokenizer, None, 32)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_token_that_the_model_does_not_know_is_refused(
+    role: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    other: Any = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    other.add_tokens(["<odd>"])
+    path = write(tmp_path / f"{role}.txt", [f"{prose(1, 9)} <odd> " * 40 for _ in range(9)])
+    fits = load_windows(options(), other, seed=0)  # a token that does not occur does not matter
+    assert fits.hashes == load_windows(options(), tokenizer, seed=0).hashes
+    with pytest.raises(InputError) as error:
+        load_windows(options(**{role: str(path)}), other, seed=0)
+    for words in (str(path), f"the {role} text", "'<odd>'", "id 512", "512 rows", "513 tokens"):
+        assert words in str(error.value)
+    with pytest.raises(InputError, match="'<odd>' with the id 512"):
+        load_test_windows(str(path), other, 5, 32)
 
 
 def spoil(path: Path, how: str) -> None:
@@ -275,11 +446,69 @@ def test_a_broken_file_is_named(
 
 
 WRONG: dict[str, tuple[str, bytes, str]] = {
-    "no text": ("a.jsonl", b'{"text": "a"}\n{"content": "b"}\n', "line 2: no field 'text'"),
-    "no string": ("a.jsonl", b'{"text": 3}\n', "line 1: no field 'text' that is a string"),
-    "no object": ("a.jsonl", b'["text"]\n', "line 1: no field 'text'"),
-    "no JSON": ("a.jsonl", b'{"text": "a"}\n{"text": \n', "cannot read the text"),
-    "not UTF-8": ("a.txt", b"caf\xe9 \xff\xfe" * 30, "cannot read the text"),
+    "no text": (
+        "a.jsonl",
+        b'{"text": "a"}\n{"content": "b", "Text": "c"}\n',
+        "line 2: no field 'text', only content, Text",
+    ),
+    "one row, no text": ("a.json", b'{"content": "b"}', "line 1: no field 'text', only content"),
+    "no string": ("a.jsonl", b'{"text": 3}\n', "line 1: the field 'text' holds int, not a string"),
+    "no object": ("a.jsonl", b'["text"]\n', "line 1: no field 'text': the row is str"),
+    "strings": ("a.txt", b'["one text", "and another"]', "line 1: no field 'text'"),
+    "columns": ("a.json", b'{"text": {"0": "a", "1": "b"}}', "the field 'text' holds dict"),
+    "no JSON": ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', "line 3: no JSON.*in line 4"),
+    "one line broken": (
+        "a.json",
+        b'{"text": "a"}\n{"text": "b"\n{"text": "c"}\n',
+        "line 2: no JSON",
+    ),
+    "cut line": ("a.txt", b'{"text": "a"}\n{"text": "b\n{"text": "c"}\n', "line 2: no JSON"),
+    "prose after rows": ("a", b'{"text": "a"}\nThe end.', "line 2: no JSON"),
+    "rows after prose": ("a.txt", b'Rows:\n{"text": "a"}\n{"text": "b"}\n', "line 1: no JSON"),
+    "list and more": ("a.json", b'[{"text": "a"}]\n[{"text": "b"}]', "line 2: no JSON.*something"),
+    "list without commas": (
+        "a.json",
+        b'[{"text": "a"}\n{"text": "b"}]',
+        "line 2: no JSON.*expecting",
+    ),
+    "list cut": ("a.json", b'[{"text": "a"},\n{"text": "b"}', "line 2: no JSON"),
+    "what Python prints": (
+        "a.txt",
+        b"{'text': 'a'}\n{'text': 'b'}",
+        "line 1: no JSON.*double quotes",
+    ),
+    "prose named json": ("a.json", b"Some prose.", "line 1: no JSON"),
+    "depth": ("a.json", b"[" * 100_000, "line 1: no JSON.*recursion"),
+    "surrogate": ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}', "line 2: .*surrogate"),
+    "csv without text": ("a.csv", b"id,Text\n1,a\n", "no column 'text', only id, Text"),
+    "csv without header": ("a.csv", b"1,a\n2,b\n", "no column 'text', only 1, a"),
+    "csv, two texts": ("a.csv", b"text,text\n1,a\n", "two columns 'text'"),
+    "csv, a comma": (
+        "a.csv",
+        b'id,text\n1,"a\nb"\n\n2,a, b\n',
+        "line 5: 3 fields, where .* names 2",
+    ),
+    "csv, a field less": ("a.csv", b"id,text\n1\n", "line 2: 1 fields, where .* names 2"),
+    "csv, open quote": ("a.csv", b'id,text\n1,a\n2,"b\n3,c\n', "line 3: no row of a table"),
+    "not UTF-8": ("a.txt", b"one\ncaf\xe9 \xff\xfe" * 30, "line 2 is not UTF-8"),
+    "not UTF-8 rows": ("a.jsonl", b'{"text": "a"}\r\n{"text": "\xe9"}', "line 2 is not UTF-8"),
+    "NUL": ("a.txt", b"one\ntwo\0", "line 2 holds a NUL"),
+    "UTF-16, no mark": ("a.txt", "some text".encode("utf-16-le"), "line 1 holds a NUL"),
+    "zip": ("a.txt", b"PK\x03\x04rest", "zip archive"),
+    "pdf": ("a", b"%PDF-1.7 rest", "a PDF document"),
+    "arrow": ("a.arrow", b"ARROW1\0\0rest", "an Arrow file: save it as Parquet"),
+    "sqlite": ("a.db", b"SQLite format 3\0rest", "an SQLite database"),
+    "html": ("a.html", b"\n<!DOCTYPE html><p>a</p>", "an HTML page"),
+    "tar": ("a.tar", b"name".ljust(257, b"\0") + b"ustar\0", "a tar archive"),
+    "gzip twice": ("a.gz", gzip.compress(gzip.compress(b"a")), "compressed twice"),
+    "empty gzip": ("a.gz", b"", "not compressed as its name says"),
+    "no zst": ("a.txt.zst", b"neither", "not compressed as its name says"),
+    "cut zst": ("a.txt.zst", zst(b"a text" * 99)[:-9], "cannot read the text"),
+    "cut bz2": ("a.txt.bz2", bz2.compress(b"a text" * 99)[:-9], "cannot read the text"),
+    "damaged xz": ("a.txt.xz", lzma.compress(b"a text")[:20] + b"12345", "cannot read the text"),
+    "empty list": ("a.json", b"[]", "too short for one window"),
+    "null": ("a.json", b'[{"text": null}]', "too short for one window"),
+    "null in csv": ("a.csv", b"id,text\n1,\n", "too short for one window"),
     "empty": ("a.txt", b"", "too short for one window of 32 tokens"),
     "short": ("a.txt", b"Too short.", "too short for one window of 32 tokens"),
     "empty rows": ("a.jsonl", b'{"text": ""}\n\n{"text": ""}\n', "too short for one window"),
@@ -302,7 +531,8 @@ def test_a_file_that_cannot_be_used_is_explained(
     ("table", "message"),
     [
         ({"content": ["a"], "id": [1]}, "has no column 'text', only content, id"),
-        ({"text": [1, 2]}, "holds int, not strings"),
+        ({"text": [1, 2]}, "row 1: the field 'text' holds int, not a string"),
+        ({"text": [b"a"]}, "row 1: the field 'text' holds bytes"),
         ({"text": [None, None]}, "too short for one window"),
     ],
 )
@@ -403,7 +633,7 @@ def set_of(folder: Path, files: dict[str, str]) -> str:
         ({}, "data files"),
         ({"train.jsonl": '{"content": "a"}\n'}, "no field 'text', only content"),
         ({"train.jsonl": '{"text": "a"}\n{"text": oh\n'}, "JSON parse error"),
-        ({"train.jsonl": '{"text": [1]}\n'}, "holds list, not strings"),
+        ({"train.jsonl": '{"text": [1]}\n'}, "row 1: the field 'text' holds list"),
         ({"set.py": "import datasets\n"}, "scripts are no longer supported"),
         ({"train.parquet": "PAR1"}, "could be loaded as a data set"),
     ],

@@ -299,7 +299,8 @@ def test_statistics_are_those_of_the_revision_that_is_asked_for(bench_of: Bench)
 def test_losses_are_those_of_the_roles_windows(bench_of: Bench) -> None:
     bench = bench_of()
     first = bench.prune(DENSE, DENSE, counts_at(bench, 0.5))
-    windows = load_windows(bench.request.texts, bench.loaded.tokenizer, bench.request.seed)
+    options, tokenizer = bench.request.texts, bench.loaded.tokenizer
+    windows = load_windows(options, tokenizer, bench.request.seed, rows=512)
     told: list[tuple[str, int, int]] = []
     guard = bench.guard_losses(first, lambda *p: told.append(p))
     test = bench.test_losses(DENSE)

@@ -15,6 +15,7 @@ from prunewright.tools.models import LoadedModel, load_model
 from prunewright.tools.perplexity import Head, Progress, perplexity
 from prunewright.tools.storage import write_json
 from prunewright.tools.texts import load_test_windows
+from prunewright.tools.tokens import embedding_rows
 
 Protocol = Literal["windows", "literature"]
 
@@ -120,7 +121,10 @@ def evaluate(
             if texts:
                 loaded.check_length(length)
             count = windows if protocol == "windows" else None
-            drawn = {s: load_test_windows(s, loaded.tokenizer, count, length) for s in texts}
+            rows = embedding_rows(loaded.model)
+            drawn = {
+                s: load_test_windows(s, loaded.tokenizer, count, length, rows=rows) for s in texts
+            }
             head = Head(loaded.model)
             scores = [
                 _score(source, kept_losses(loaded, head, ids, store, progress), length)

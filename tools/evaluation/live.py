@@ -10,7 +10,7 @@ from prunewright.state import InputError
 from prunewright.tools.continuations import Continuations
 from prunewright.tools.models import LoadedModel
 from prunewright.tools.perplexity import Head
-from prunewright.tools.texts import start_tokens
+from prunewright.tools.tokens import check_ids, embedding_rows, start_tokens
 
 
 class LiveModel(TemplateLM):  # type: ignore[misc]
@@ -33,6 +33,7 @@ class LiveModel(TemplateLM):  # type: ignore[misc]
         super().__init__()
         self._loaded = loaded
         self._start = start_tokens(loaded.tokenizer)
+        self._rows = embedding_rows(loaded.model)
         self._scorer = Continuations(loaded.model, Head(loaded.model))
         self._tick = tick
 
@@ -51,6 +52,7 @@ class LiveModel(TemplateLM):  # type: ignore[misc]
         ids: list[int] = self._loaded.tokenizer(
             string, add_special_tokens=False, verbose=False
         ).input_ids
+        check_ids(ids, self._loaded.tokenizer, self._rows, "a question or its examples")
         return ids if add_special_tokens is False else self._start + ids
 
     def loglikelihood(
