@@ -162,11 +162,17 @@ def write_checkpoints(database: Path) -> Iterator[SqliteSaver]:
     """A run's checkpoints, to go on with; the file is made if there is none.
 
     Raises:
-        StoreError: damaged, or it holds more than checkpoints.
+        StoreError: damaged, or it holds more than checkpoints; or it cannot be written.
     """
-    with closing(sqlite3.connect(database, check_same_thread=False)) as connection:
-        _check_schema(connection, database)
-        yield _RunSaver(connection, database)
+    try:
+        with closing(sqlite3.connect(database, check_same_thread=False)) as connection:
+            _check_schema(connection, database)
+            yield _RunSaver(connection, database)
+    except sqlite3.Error as error:
+        raise StoreError(
+            f"cannot write {database}: {error}. Nothing recorded so far is lost: free some space "
+            "if the disk is full, then resume the run"
+        ) from error
 
 
 @contextmanager

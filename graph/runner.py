@@ -4,8 +4,8 @@ import logging
 import shutil
 import sqlite3
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import closing, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -104,8 +104,7 @@ def run(
     check_agent(settled.context)
     thread = _new_thread()
     directory = RunDirectory(out or settled.out or Path("runs") / thread)
-    directory.create(settled)
-    with _abandoned_if_refused(directory):
+    with directory.begun(settled):
         return _drive(directory, settled, thread, on_event, reviewer)
 
 
@@ -129,15 +128,16 @@ def resume(
         ReviewPendingError: as for `run`.
     """
     directory = RunDirectory(run_directory)
-    config = _changed(directory, changes)
-    thread = directory.thread() or _new_thread()
-    if config.agent == BASELINE:
-        if directory.metrics_file.exists():
-            return RunResult(directory.path, load_metrics(directory))
-        return _prune_once(directory, config, thread, on_event)
-    if directory.started:
-        _check_database(directory, thread)
-    return _drive(directory, config, thread, on_event, reviewer)
+    if directory.config().agent == BASELINE and directory.metrics_file.exists():
+        return RunResult(directory.path, load_metrics(directory))
+    with directory.locked():
+        config = _changed(directory, changes)
+        thread = directory.thread() or _new_thread()
+        if config.agent == BASELINE:
+            return _prune_once(directory, config, thread, on_event)
+        if directory.started:
+            _check_database(directory, thread)
+        return _drive(directory, config, thread, on_event, reviewer)
 
 
 def fork(
@@ -191,29 +191,24 @@ def fork(
     }
     _remove_half_forks(directory.path.parent)
     scratch = RunDirectory(directory.path.with_name(f"{_FORKING}{thread}"))
+    half = scratch.path
     try:
-        # The lock goes along with the directory.
         with scratch.locked():
             history = state["history"] if state is not None else []
             parent.branch(scratch, config, thread, history, revisions)
             if chain:
                 _write_checkpoints(scratch, thread, chain)
-            try:
-                if directory.path.exists():
-                    directory.path.rmdir()
-                scratch.path.rename(directory.path)
-            except OSError as error:
-                raise StoreError(f"cannot write {directory.path}: {error.strerror}") from error
+            scratch.move(directory.path)  # the lock goes along
+            return _drive(scratch, config, thread, on_event, reviewer)
     finally:
-        shutil.rmtree(scratch.path, ignore_errors=True)
-    return _drive(directory, config, thread, on_event, reviewer)
+        shutil.rmtree(half, ignore_errors=True)
 
 
 def _remove_half_forks(folder: Path) -> None:
     """Remove what processes left in a folder that were killed while they made a fork there."""
     for path in folder.glob(f"{_FORKING}*"):
         # Whoever is still at work there holds its lock.
-        with suppress(InputError), RunDirectory(path).locked():
+        with suppress(InputError, StoreError), RunDirectory(path).locked():
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -333,8 +328,7 @@ def baseline(
     resolve_allocation(settled.allocation, settled.allocation_options, settled.pattern)
     thread = _new_thread()
     directory = RunDirectory(out or settled.out or Path("runs") / thread)
-    directory.create(settled)
-    with _abandoned_if_refused(directory):
+    with directory.begun(settled):
         return _prune_once(directory, settled, thread, on_event)
 
 
@@ -363,16 +357,6 @@ def collect_garbage(run_directory: str | Path) -> tuple[int, int]:
         return directory.collect_garbage(keep)
 
 
-@contextmanager
-def _abandoned_if_refused(directory: RunDirectory) -> Iterator[None]:
-    """A run that is refused before anything was computed leaves no directory behind."""
-    try:
-        yield
-    except InputError:
-        directory.abandon()
-        raise
-
-
 def _prune_once(
     directory: RunDirectory, config: PruneConfig, thread: str, on_event: OnEvent | None
 ) -> RunResult:
@@ -381,7 +365,7 @@ def _prune_once(
         if on_event is not None:
             on_event("custom", {"progress": {"label": label, "done": done, "total": total}})
 
-    with stop_on_signals(), directory.locked():
+    with stop_on_signals():
         _log_begin(directory, config, "begins")
         return _finished(directory, prune_once(directory, config, thread, progress))
 
@@ -447,44 +431,38 @@ def _drive(
         "run_name": "prunewright",
         **labels(config.request, config.context),
     }
-    try:
-        with directory.locked(), write_checkpoints(directory.database) as saver:
-            graph = build_graph(saver)
-            state = graph.get_state(options)
-            started = bool(state.values)
-            # Not `state.next`: it is empty, too, when a kill fell between the last node's writes
-            # and the checkpoint after it.
-            if state.values.get("status", "running") != "running":
-                return RunResult(directory.path, load_metrics(directory))
-            check_agent(config.context)
-            if directory.config() != config:
-                write_atomic(directory.config_file, config.to_yaml().encode())
-            # JSON, as Studio sends it: the state holds plain values only.
-            request: Any = config.request.model_dump(mode="json")
-            _log_begin(directory, config, "goes on" if started else "begins")
-            given: PruneInput | Command[Any] | None = None if started else {"request": request}
-            while True:
-                stream = partial(
-                    graph.stream,
-                    given,
-                    options,
-                    context=context,
-                    stream_mode=["updates", "custom"],
-                    durability="sync",
-                )
-                with stop_on_signals(), closing(iterate_stoppable(stream)) as events:
-                    for mode, event in events:
-                        if on_event is not None:
-                            on_event(str(mode), cast(dict[str, Any], event))
-                waiting = graph.get_state(options).interrupts
-                if not waiting:
-                    break
-                given = Command(resume=_ask_person(directory, reviewer, waiting[0].value))
-    except sqlite3.Error as error:
-        raise StoreError(
-            f"{directory.database}: {error}. Nothing recorded so far is lost: free some space "
-            f"if the disk is full, then: prunewright resume {directory.path}"
-        ) from error
+    with write_checkpoints(directory.database) as saver:
+        graph = build_graph(saver)
+        state = graph.get_state(options)
+        started = bool(state.values)
+        # Not `state.next`: it is empty, too, when a kill fell between the last node's writes
+        # and the checkpoint after it.
+        if state.values.get("status", "running") != "running":
+            return RunResult(directory.path, load_metrics(directory))
+        check_agent(config.context)
+        if directory.config() != config:
+            write_atomic(directory.config_file, config.to_yaml().encode())
+        # JSON, as Studio sends it: the state holds plain values only.
+        request: Any = config.request.model_dump(mode="json")
+        _log_begin(directory, config, "goes on" if started else "begins")
+        given: PruneInput | Command[Any] | None = None if started else {"request": request}
+        while True:
+            stream = partial(
+                graph.stream,
+                given,
+                options,
+                context=context,
+                stream_mode=["updates", "custom"],
+                durability="sync",
+            )
+            with stop_on_signals(), closing(iterate_stoppable(stream)) as events:
+                for mode, event in events:
+                    if on_event is not None:
+                        on_event(str(mode), cast(dict[str, Any], event))
+            waiting = graph.get_state(options).interrupts
+            if not waiting:
+                break
+            given = Command(resume=_ask_person(directory, reviewer, waiting[0].value))
     return _finished(directory, load_metrics(directory))
 
 

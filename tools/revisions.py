@@ -20,7 +20,14 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from prunewright.state import StoreError
-from prunewright.tools.storage import canonical_json, read_json, sha256_bytes, share, write_atomic
+from prunewright.tools.storage import (
+    canonical_json,
+    put_into_words,
+    read_json,
+    sha256_bytes,
+    share,
+    write_atomic,
+)
 
 _log = logging.getLogger("prunewright")
 
@@ -155,10 +162,16 @@ class RevisionStore:
         needed = {self._manifest(revision) for revision in keep if revision != DENSE}
         for revision in keep:
             needed |= {self._mask(digest) for digest in self.manifest(revision).values()}
-        unused = [p for p in self.directory.glob("*/*") if p not in needed]
-        size = sum(path.stat().st_size for path in unused)
+        unused = [
+            path
+            for folder in ("masks", "manifests")
+            for path in (self.directory / folder).glob("*")
+            if path not in needed and (path.is_symlink() or path.is_file())
+        ]
+        size = sum(path.lstat().st_size for path in unused)
         for path in unused:
-            path.unlink()
+            with put_into_words(path):
+                path.unlink()
         return len(unused), size
 
     def share(self, other: "RevisionStore", revisions: set[str]) -> None:

@@ -1,5 +1,6 @@
 """A run's directory: what it was given, each step, the trace, the results."""
 
+import errno
 import importlib.metadata
 import os
 import platform
@@ -32,7 +33,10 @@ from prunewright.state import (
 from prunewright.tools.revisions import RevisionStore
 from prunewright.tools.storage import (
     canonical_json,
+    is_unfinished,
+    put_into_words,
     read_json,
+    remove_unfinished,
     sha256_bytes,
     share,
     write_atomic,
@@ -75,17 +79,43 @@ class RunDirectory:
         self.lock_file = self.path / ".lock"
         self.holder_file = self.path / ".lock-holder"
 
+    @contextmanager
+    def begun(self, config: PruneConfig) -> Iterator[None]:
+        """Begin a run in an empty or absent directory, locked until the block ends.
+
+        Of several processes that begin one there, exactly one goes on; the others are refused and
+        touch nothing. A run that is refused in the block, before anything was computed, leaves
+        no directory behind.
+
+        Raises:
+            InputError: the directory holds something else, or another process works there.
+            StoreError: it cannot be written.
+        """
+        self.check_free()
+        with put_into_words(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        with self.locked():
+            self.create(config)  # which looks again: another may have had the lock meanwhile
+            try:
+                yield
+            except InputError:
+                self.abandon()
+                raise
+
     def create(self, config: PruneConfig) -> None:
-        """Begin a run in an empty or absent directory.
+        """Store the configuration in an empty directory.
 
         Raises:
             InputError: the directory holds something else.
+            StoreError: it cannot be written.
         """
         self.check_free()
         write_atomic(self.config_file, config.to_yaml().encode())
 
     def check_free(self) -> None:
         """Refuse a directory that is neither empty nor absent.
+
+        What a process left that was killed before it began is nothing.
 
         Raises:
             InputError: it holds something.
@@ -95,8 +125,30 @@ class RunDirectory:
                 f"{self.path} holds another run: resume it (prunewright resume {self.path}) "
                 "or give another --out"
             )
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        ours = (self.lock_file, self.holder_file)
+        if self.path.exists() and (
+            not self.path.is_dir()
+            or any(p not in ours and not is_unfinished(p) for p in self.path.iterdir())
+        ):
             raise InputError(f"{self.path} exists and is not empty: give another --out")
+
+    def move(self, path: Path) -> None:
+        """Give the directory, which may be locked, another name: that of an empty one, or a new.
+
+        Raises:
+            InputError: there is something else.
+            StoreError: it cannot be written.
+        """
+        other = RunDirectory(path)
+        other.check_free()
+        with put_into_words(path):
+            try:
+                self.path.rename(path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                raise InputError(f"{path} exists and is not empty: give another --out") from error
+        self.__dict__.update(other.__dict__)
 
     def branch(
         self,
@@ -173,17 +225,17 @@ class RunDirectory:
             )
 
     def abandon(self) -> None:
-        """Take back `create` if nothing was computed since, so that a second try finds it free."""
+        """Take back what was begun if nothing was computed since; only for who holds the lock."""
         if self.manifest_file.exists() or self.started:
             return
         for path in (
             self.config_file,
-            self.lock_file,
             self.holder_file,
             *self.path.glob(f"{self.database.name}*"),
+            self.lock_file,
         ):
             path.unlink(missing_ok=True)
-        if self.path.is_dir() and not any(self.path.iterdir()):
+        with suppress(OSError):  # not ours alone, or another process begins just now
             self.path.rmdir()
 
     @contextmanager
@@ -192,24 +244,52 @@ class RunDirectory:
 
         Raises:
             InputError: another process works here.
-            StoreError: the directory cannot be written.
+            StoreError: the directory cannot be written, or parts of it lie elsewhere.
         """
+        self._check_inside()
         lock = FileLock(self.lock_file, timeout=0)
         try:
             lock.acquire()
         except Timeout:
-            holder = self.holder_file.read_text() if self.holder_file.exists() else "unknown"
             raise InputError(
-                f"another process (id {holder}) is working in {self.path}: wait for it or stop it"
+                f"another process (id {self._holder_words()}) is working in {self.path}: wait for "
+                "it or stop it"
             ) from None
         except OSError as error:
-            raise StoreError(f"cannot lock {self.path}: {error.strerror}") from error
+            raise StoreError(f"cannot lock {self.path}: {error.strerror or error}") from error
         try:
+            for folder in (self.path, self.path / "steps"):
+                remove_unfinished(folder)
             write_atomic(self.holder_file, str(os.getpid()).encode())
             yield
         finally:
             self.holder_file.unlink(missing_ok=True)
             lock.release()
+
+    def _holder_words(self) -> str:
+        try:
+            return self.holder_file.read_text()
+        except OSError:
+            return "unknown"
+
+    def _check_inside(self) -> None:
+        """Refuse links out of the directory: who made it would choose what is written or deleted.
+
+        Raises:
+            StoreError: there is one.
+        """
+        revisions = self.path / "revisions"
+        for path in (
+            *(self.lock_file, self.holder_file, self.config_file, self.manifest_file),
+            *(self.trace_file, self.metrics_file, self.path / "steps"),
+            *(revisions, revisions / "masks", revisions / "manifests"),
+            *self.path.glob(f"{self.database.name}*"),
+        ):
+            if path.is_symlink():
+                raise StoreError(
+                    f"{path} is a link: a run is only worked on where its files are its own. Put "
+                    "there what it points to"
+                )
 
     def holder(self) -> int | None:
         """The process of this machine that works here; None for nobody.

@@ -3,14 +3,20 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from prunewright.state import InputError, StoreError
+
+_UNFINISHED = re.compile(r"\.writing-(?:(\d{1,9})-)?[0-9a-f]{32}")
+"""The name of what is being written, with the number of the process; at first it had none."""
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -31,14 +37,33 @@ def canonical_json(value: Any) -> bytes:
     ).encode()
 
 
+@contextmanager
+def put_into_words(path: Path) -> Iterator[None]:
+    """Say what a refused write means, and what to do about it.
+
+    Args:
+        path: what is written, or where.
+
+    Raises:
+        StoreError: the block met a full disk, a missing permission, or another refusal.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"cannot write {path}: {error.strerror or error}. Nothing recorded so far is lost: "
+            "free some space (or mend the permissions), then resume the run"
+        ) from error
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new, never a part.
 
     Raises:
         StoreError: the disk is full or the directory cannot be written.
     """
-    temporary = path.with_name(f".writing-{uuid.uuid4().hex}")
-    try:
+    temporary = path.with_name(unfinished_name())
+    with put_into_words(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("xb") as file:
@@ -47,13 +72,35 @@ def write_atomic(path: Path, data: bytes) -> None:
                 os.fsync(file.fileno())
             temporary.replace(path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise
-    except OSError as error:
-        raise StoreError(
-            f"cannot write {path}: {error.strerror}. Nothing recorded so far is lost: "
-            "free some space (or mend the permissions), then resume the run"
-        ) from error
+
+
+def unfinished_name() -> str:
+    """A name for what is being written, to be renamed once it is whole."""
+    return f".writing-{os.getpid()}-{uuid.uuid4().hex}"
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a path has a name of `unfinished_name`."""
+    return _UNFINISHED.fullmatch(path.name) is not None
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Remove from a directory what processes were killed over while they wrote it there.
+
+    What a process that is still there is writing is left, and so is what has another name.
+    """
+    for path in directory.glob(".writing-*"):
+        found = _UNFINISHED.fullmatch(path.name)
+        if found is None or (found[1] and psutil.pid_exists(int(found[1]))):
+            continue
+        with suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def share(source: Path, target: Path) -> None:
@@ -69,7 +116,10 @@ def share(source: Path, target: Path) -> None:
         except OSError:
             shutil.copyfile(source, target)
     except OSError as error:
-        raise StoreError(f"cannot copy {source} to {target}: {error.strerror}") from error
+        raise StoreError(
+            f"cannot copy {source} to {target}: {error.strerror or error}. Free some space there "
+            "(or mend the permissions), then try again"
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -102,7 +152,8 @@ def appearing(path: Path, *, directory: bool = False) -> Iterator[Path]:
     """
     if path.exists() and not (directory and path.is_dir() and not any(path.iterdir())):
         raise InputError(f"{path} exists and is not empty: give another place")
-    scratch = path.with_name(f".writing-{uuid.uuid4().hex}")
+    remove_unfinished(path.parent)
+    scratch = path.with_name(unfinished_name())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if directory:

@@ -21,7 +21,7 @@ from prunewright.tools.models import cache_directory
 from prunewright.tools.report.charts import VERDICTS, heat_maps, prediction_chart, step_charts
 from prunewright.tools.rundir import RunDirectory
 from prunewright.tools.signatures import failure_signatures
-from prunewright.tools.storage import write_atomic
+from prunewright.tools.storage import remove_unfinished, write_atomic
 from prunewright.tools.trace import Story, read_story
 
 FILE = "report.html"
@@ -97,6 +97,7 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None) 
         StoreError: a file is damaged, or the page cannot be written.
     """
     path = Path(out) if out is not None else Path(run_dirs[0]) / FILE
+    remove_unfinished(path.parent)
     write_atomic(path, build_report(run_dirs).encode("utf-8", "backslashreplace"))
     return path
 
