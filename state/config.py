@@ -109,7 +109,7 @@ class GuardOptions(Options):
 class AskingOptions(Options):
     """How an LLM is asked."""
 
-    timeout: float = Field(120, gt=0, description="seconds that one answer may take")
+    timeout: float = Field(120, gt=0, description="seconds that one whole answer may take")
     attempts: int = Field(5, ge=1, le=20, description="tries on transient errors, in all")
     wait: float = Field(
         2.0, ge=0, description="seconds before the second try; doubled, with jitter, after each"

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_REASONING = 4_000
 MAX_LAYERS = 65_536  # models with experts as layers of their own have thousands
@@ -79,6 +79,15 @@ class Decision(BaseModel):
         max_length=MAX_LESSONS,
         description="what to remember in later steps; replaces the lessons so far",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        """A key that is null says nothing, and who chooses groups need not choose layers."""
+        if not isinstance(data, dict):
+            return data
+        said = {k: v for k, v in data.items() if v is not None or k not in cls.model_fields}
+        return {"layers": [], **said} if said.get("groups") else said
 
 
 def check_decision(

@@ -35,6 +35,9 @@ class ExchangeAgent:
 
     The names carry a hash of the run's thread and the prompt: an answer to another prompt, or of
     another run, is never taken, and a resumed run finds the answer to what it asked before.
+
+    Attributes:
+        notes: what stood around the last answer's JSON object.
     """
 
     def __init__(self, directory: str | Path, options: dict[str, Any]) -> None:
@@ -55,6 +58,7 @@ class ExchangeAgent:
         except ValidationError as error:
             words = describe_validation_error(error, ExchangeOptions)
             raise InputError(f"agent_options of exchange: {words}") from None
+        self.notes: list[str] = []
 
     def decide(self, observation: Observation) -> Decision:
         """Ask once and wait.
@@ -65,10 +69,10 @@ class ExchangeAgent:
             StoreError: the prompt cannot be written.
             StoppedError: the run was asked to stop meanwhile.
         """
+        self.notes = []
         answer = self._ask(observation)
         data = self._await(answer)
-        # A byte order mark is what some editors put first.
-        return read_answer(data.decode("utf-8-sig", "replace"))
+        return read_answer(data.decode("utf-8", "replace"), self.notes)
 
     def _ask(self, observation: Observation) -> Path:
         """Write the prompt and its schema; return where the answer is awaited."""

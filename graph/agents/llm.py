@@ -33,6 +33,7 @@ from prunewright.graph.agents.base import InvalidAnswerError, Observation, Probe
 from prunewright.graph.agents.probing import probe_tool, take_probes, with_results
 from prunewright.graph.agents.prompt import prompt
 from prunewright.graph.agents.reading import MAX_ANSWER, answer_schema, read_answer
+from prunewright.graph.agents.transport import ReplyError, address, guard, watched
 from prunewright.state import AgentError, Decision, InputError, Spent
 from prunewright.state.config import AskingOptions, problem_words
 
@@ -44,8 +45,24 @@ MAX_WAIT = 120.0
 PLACEHOLDER = "none"
 """Stands for the key where a server of the user's own is asked and no key is set."""
 
-# A stop sequence is not among them: who sets one has the answer cut there.
-_FINISHED = {"STOP", "END_TURN", "COMPLETE", "COMPLETED", "TOOL_CALLS", "TOOL_USE"}
+# Finish reasons, in all providers' words; whatever is of none of the three is told in the trace.
+_FINISHED = re.compile(r"stop|end_turn|completed?|tool_(calls|use)|eos(_token)?", re.IGNORECASE)
+_CUT = re.compile(r"length|tokens|context|truncat|incomplete|limit", re.IGNORECASE)
+_WITHHELD = re.compile(
+    r"safety|filter|refus|recitation|block|prohibit|spii|guard|moderat|malformed|error|fail|cancel",
+    re.IGNORECASE,
+)
+# Of a quota that no waiting fills.
+_USED_UP = re.compile(
+    r"insufficient[_ ](user[_ ])?(quota|balance|credits?|funds)|billing_(hard_limit|not_active)"
+    r"|credit balance|PerDay",
+    re.IGNORECASE,
+)
+# Gemini says so in an error's details and Retry-After is not sent.
+_RETRY_DELAY = re.compile(r"retryDelay['\"]?: ?['\"]?([\d.]+)s")
+_THOUGHTS = re.compile(
+    r"\"(reasoning_content|reasoning|thinking)\"\s*:\s*\"[^\"]|\"thought\"\s*:\s*true"
+)
 
 
 @dataclass(frozen=True)
@@ -181,7 +198,16 @@ class LLMAgent:
             words = redact(str(error)) or type(error).__name__
             raise InputError(f"cannot use the agent {name}: {words}") from None
         _check_options(name, model, options)
-        self._setup(name, model, asking, spent or Spent(), run, [unusual] if unusual else [])
+        remarks = [unusual] if unusual else []
+        if not guard(model):
+            if provider in _PROVIDERS:
+                raise InputError(
+                    f"cannot use the agent {name}: this version of {_PROVIDERS[provider].package} "
+                    "keeps its HTTP client where redirects of it cannot be forbidden"
+                )
+            remarks.append(f"the client of {provider} may follow redirects and read without bound")
+        self._setup(name, model, asking, spent or Spent(), run, remarks)
+        self._base_url = str(options.get("base_url") or "")
 
     @classmethod
     def from_model(
@@ -205,6 +231,7 @@ class LLMAgent:
         self.calls = 0
         self.tokens = 0
         self.notes: list[str] = []
+        self._base_url = ""
         self._asking = asking
         self._spent = spent
         self._run = run
@@ -214,7 +241,8 @@ class LLMAgent:
         )
         known = _PROVIDERS.get(name.partition(":")[0])
         # Every one of these says how an answer ended.
-        self._strict = known is not None
+        self._known = known is not None
+        self._body = ""
         self._chat = model
         self._model = _without_parser(
             model.with_structured_output(
@@ -241,13 +269,37 @@ class LLMAgent:
             messages = with_results(messages, probes.reports, observation.profile)
         message = self._ask(messages)
         text = str(message.text)
-        withheld = _withheld(message, strict=self._strict)
-        if withheld:
+        if withheld := _withheld(message):
             raise InvalidAnswerError(
                 f"the answer was cut off or withheld ({withheld}): answer again, more briefly",
                 text[:MAX_ANSWER],
             )
-        return read_answer(text)
+        odd = _odd_ending(message) if self._known else ""
+        try:
+            decision = read_answer(text, self.notes)
+        except InvalidAnswerError as error:
+            words = str(error) if text.strip() else self._where_it_went(message)
+            raise InvalidAnswerError(f"{words}; {odd}" if odd else words, error.answer) from None
+        self.notes += [odd] if odd else []
+        return decision
+
+    def _where_it_went(self, message: AIMessage) -> str:
+        """What to say of an answer without text."""
+        if calls := [*message.tool_calls, *message.invalid_tool_calls]:
+            name = str(calls[0]["name"])[:80]
+            return (
+                f"the answer is a call of the tool {name!r} and its content is empty: answer with "
+                "the JSON object as content"
+            )
+        said = json.dumps([message.content, message.additional_kwargs], default=str)
+        if _THOUGHTS.search(said) or _THOUGHTS.search(self._body):
+            return (
+                "the answer stands in the reasoning, not in the content, which is empty: answer "
+                "with the JSON object as content"
+            )
+        kinds = {str(b.get("type"))[:40] for b in message.content if isinstance(b, dict)}
+        held = f": it holds {', '.join(sorted(kinds))} and no text" if kinds else ""
+        return f"the answer is empty{held}"
 
     def _probe(self, messages: list[BaseMessage], probes: Probes) -> None:
         """Let the model call the tool, with the same tries, counts and bounds as a decision."""
@@ -259,7 +311,7 @@ class LLMAgent:
             messages,
             probes,
             ask=lambda talk: self._ask(talk, chat),
-            withheld=lambda answer: _withheld(answer, strict=self._strict),
+            withheld=_withheld,
         )
 
     def _ask(self, messages: list[BaseMessage], model: Any = None) -> AIMessage:
@@ -279,8 +331,23 @@ class LLMAgent:
             tries = self.calls - tries
             times = f" in {tries} tries" if tries > 1 else ""
             raise AgentError(
-                f"the agent {self.name} gave no answer{times}: {_words(error)}"
+                f"the agent {self.name} gave no answer{times}: {_words(error)}{self._hint(error)}"
             ) from None
+
+    def _hint(self, error: BaseException) -> str:
+        """What to look at after an error that no waiting mends."""
+        provider, _, model = self.name.partition(":")
+        keys = _PROVIDERS[provider].keys if provider in _PROVIDERS else ()
+        where = f" at {address(self._base_url)}" if self._base_url else ""
+        code = _status(error)
+        if _USED_UP.search(_said(error)):
+            return "; what is paid for is used up: see the provider's billing, then resume"
+        if code in (401, 403):
+            named = f" in {' or '.join(keys)}" if keys else ""
+            return f"; is the key{named} right{f' for the server{where}' if where else ''}?"
+        if code == 404:
+            return f"; is there a model {model!r}{where}?"
+        return f"; the address is {address(self._base_url)}" if where and code is None else ""
 
     def _call(self, messages: list[BaseMessage], model: Any) -> AIMessage:
         """One request, within the budget and counted."""
@@ -288,12 +355,16 @@ class LLMAgent:
         check_budget(self._asking, spent, self._run)
         self.calls += 1
         began = time.perf_counter()
-        try:
-            result = model.invoke(messages)
-        except Exception as error:
-            result = _cut_answer(error)
-            if result is None:
-                raise
+        with watched() as wire:
+            try:
+                result = model.invoke(messages)
+            except Exception as error:
+                if wire.problem is not None:
+                    raise wire.problem from None
+                result = _cut_answer(error)
+                if result is None:
+                    raise
+        self._body = wire.body.decode("utf-8", "replace")
         raw = result["raw"] if isinstance(result, dict) else result
         if not isinstance(raw, AIMessage):
             raise AgentError(f"the agent {self.name} returned no chat message")
@@ -377,7 +448,10 @@ def _check_options(name: str, model: BaseChatModel, options: dict[str, Any]) -> 
 
 
 def _words(error: BaseException | None) -> str:
-    text = f"{type(error).__name__}: {' '.join(redact(str(error)).split())[:500]}"
+    text = " ".join(redact(str(error)).split())[:500]
+    if isinstance(error, ReplyError):
+        return text
+    text = f"{type(error).__name__}: {text}"
     if error is not None and _is_malformed(error):
         return f"the server's reply is not of the provider's form; is it another's? ({text})"
     return text
@@ -385,12 +459,15 @@ def _words(error: BaseException | None) -> str:
 
 def _transient(error: BaseException) -> bool:
     """Whether another try may succeed: rate limits, server errors, timeouts, broken transport."""
+    if _USED_UP.search(_said(error)):
+        return False
+    if isinstance(error, ReplyError):
+        return error.transient
+    # The status comes first: LangChain takes a 429 about a "token limit" for a long prompt.
+    if (code := _status(error)) is not None:
+        # Ollama's client gives -1 to an error in the middle of an answer.
+        return code in (-1, 408, 429) or code >= 500
     for cause in _causes(error):
-        # The status comes first: LangChain takes a 429 about a "token limit" for a long prompt.
-        code = getattr(cause, "code", None) or getattr(cause, "status_code", None)
-        if isinstance(code, int):
-            # Ollama's client gives -1 to an error in the middle of an answer.
-            return code in (-1, 408, 429) or code >= 500
         if isinstance(cause, ModelError) and cause.is_retryable:
             return True
         if isinstance(cause, ConnectionError | TimeoutError):
@@ -401,6 +478,20 @@ def _transient(error: BaseException) -> bool:
             return not kinds & {"LocalProtocolError", "UnsupportedProtocol"}
     # A proxy's page may be gone the next time.
     return _is_malformed(error)
+
+
+def _said(error: BaseException) -> str:
+    """All that a server said with an error; some clients leave most of it out of their words."""
+    return " ".join(f"{cause} {getattr(cause, 'body', '')}" for cause in _causes(error))
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an error stands for, if it stands for one."""
+    for cause in _causes(error):
+        code = getattr(cause, "code", None) or getattr(cause, "status_code", None)
+        if isinstance(code, int):
+            return code
+    return None
 
 
 def _is_malformed(error: BaseException) -> bool:
@@ -415,6 +506,8 @@ def _is_malformed(error: BaseException) -> bool:
 def _retry_after(error: BaseException | None) -> float | None:
     """Seconds that a server asks to wait (RFC 9110, Retry-After: seconds or a date)."""
     for cause in _causes(error):
+        if delay := _RETRY_DELAY.search(str(cause)):
+            return float(delay[1])
         headers = getattr(getattr(cause, "response", None), "headers", None)
         asked = headers.get("retry-after") if isinstance(headers, Mapping) else None
         if asked is None:
@@ -463,23 +556,32 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         cause = cause.__cause__
 
 
-def _withheld(message: AIMessage, *, strict: bool) -> str:
-    """Why a message is not a whole answer; "" if it is.
-
-    Args:
-        message: the provider's.
-        strict: whether a message without a finish reason is refused too.
-    """
+def _withheld(message: AIMessage) -> str:
+    """Why a message is not a whole answer; "" if nothing says so."""
     metadata = message.response_metadata
-    refusal = message.additional_kwargs.get("refusal")
-    if refusal:
+    if refusal := message.additional_kwargs.get("refusal"):
         return f"the model refused: {str(refusal)[:200]}"
-    # The last is of OpenAI's responses API.
-    for key in ("finish_reason", "stop_reason", "done_reason", "status"):
-        if metadata.get(key):
-            reason = str(metadata[key])
-            return "" if reason.upper() in _FINISHED else f"finish reason {reason[:40]}"
+    reason = _finish_reason(message)
+    if not _FINISHED.fullmatch(reason) and (_CUT.search(reason) or _WITHHELD.search(reason)):
+        return f"finish reason {reason}"
     blocked = (metadata.get("prompt_feedback") or {}).get("block_reason")
     if blocked:
         return f"prompt blocked: {getattr(blocked, 'name', str(blocked))[:40]}"
-    return "no finish reason" if strict else ""
+    return ""
+
+
+def _odd_ending(message: AIMessage) -> str:
+    """What is unusual about how a message says that it ended; "" if nothing is."""
+    reason = _finish_reason(message)
+    if _FINISHED.fullmatch(reason):
+        return ""
+    return f"finish reason {reason}" if reason else "no finish reason"
+
+
+def _finish_reason(message: AIMessage) -> str:
+    """As the provider says it; "" where it does not."""
+    # The last is of OpenAI's responses API.
+    for key in ("finish_reason", "stop_reason", "done_reason", "status"):
+        if found := message.response_metadata.get(key):
+            return str(found)[:40]
+    return ""

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from prunewright.graph.agents.base import InvalidAnswerError
+from prunewright.graph.agents.finding import find_object
 from prunewright.state import Decision
 from prunewright.state.config import problem_words
 
@@ -51,13 +52,17 @@ def answer_schema() -> dict[str, Any]:
     return plain_schema(Decision)
 
 
-def read_answer(text: str) -> Decision:
-    """A decision from an answer's text; no repair of any kind.
+def read_answer(text: str, notes: list[str] | None = None) -> Decision:
+    """The decision that an answer's text holds as its one JSON object; no repair of any kind.
+
+    Args:
+        text: the answer.
+        notes: takes what the trace must tell: what stood around the object.
 
     Raises:
         InvalidAnswerError: with what is wrong.
     """
-    decision = read_strictly(Decision, text)
+    decision = read_strictly(Decision, text, notes)
     if len(decision.layers) > MAX_ENTRIES:
         raise InvalidAnswerError(
             f"the answer names {len(decision.layers)} layers one by one, more than {MAX_ENTRIES}: "
@@ -67,25 +72,34 @@ def read_answer(text: str) -> Decision:
     return decision
 
 
-def read_strictly(model: type[_Model], text: str) -> _Model:
-    """A model from JSON; no repair of any kind.
+def read_strictly(model: type[_Model], text: str, notes: list[str] | None = None) -> _Model:
+    """A model from the one JSON object of a text; no repair of any kind.
+
+    Args:
+        model: what the object must be.
+        text: an answer, or a tool call's arguments.
+        notes: takes what the trace must tell: what stood around the object.
 
     Raises:
         InvalidAnswerError: with what is wrong.
     """
-    if not text.strip():
-        raise InvalidAnswerError("the answer is empty")
     if len(text) > MAX_ANSWER:
         raise InvalidAnswerError(
             f"the answer has {len(text)} characters, more than {MAX_ANSWER}", text[:2000]
         )
+    # Lone surrogates are legal JSON escapes that no file can hold.
+    plain = text.encode("utf-8", "replace").decode()
     try:
-        # Lone surrogates are legal JSON escapes that no file can hold.
-        found = model.model_validate_json(text.encode("utf-8", "replace"), strict=True)
-        found.model_dump_json()
-        return found
+        found = find_object(plain)
+        read = model.model_validate_json(found.text, strict=True)
+        read.model_dump_json()
     except ValidationError as error:
         problems = problem_words(error, "answer", most=8)
+        if found.around:
+            problems += f" (of the JSON object in the answer; {found.around})"
         raise InvalidAnswerError(problems[:2000], text) from None
     except (ValueError, RecursionError) as error:
-        raise InvalidAnswerError(f"not valid JSON: {str(error)[:200]}", text) from None
+        raise InvalidAnswerError(str(error)[:2000], text) from None
+    if found.around and notes is not None:
+        notes.append(f"the answer's one JSON object was read; {found.around}")
+    return read

@@ -79,7 +79,7 @@ def judge(text: str, observation: Observation) -> str:
         assert 0 < len(problem.encode("utf-8")) < 20_000
         assert report.decision.layers == []
         return "refused"
-    said = json.loads(text)
+    said = only_object(text)
     expected = expanded(said)
     taken = [(item.name, item.delta) for item in report.decision.layers]
     assert sorted(taken) == sorted((f"model.layers.{n}", d) for n, d in expected)
@@ -102,10 +102,24 @@ def judge(text: str, observation: Observation) -> str:
     return "accepted" if expected else "empty"
 
 
+def only_object(text: str) -> dict[str, Any]:
+    """The object of an accepted answer, found by trying every pair of braces."""
+    opened = (i for i, c in enumerate(text) if c == "{")
+    for start in opened:
+        for end in (i for i in range(len(text), start, -1) if text[i - 1] == "}"):
+            try:
+                found: dict[str, Any] = json.loads(text[start:end])
+            except ValueError:
+                continue
+            return found
+    raise AssertionError(f"no object in {text[:200]!r}")
+
+
 def expanded(said: dict[str, Any]) -> list[tuple[str, float]]:
     """Short names and deltas that an answer stands for, by the rules as the README tells them."""
-    pairs = [(i["name"].removeprefix("model.layers."), i["delta"]) for i in said["layers"]]
-    for group in said.get("groups", []):
+    layers = said.get("layers") or []
+    pairs = [(i["name"].removeprefix("model.layers."), i["delta"]) for i in layers]
+    for group in said.get("groups") or []:
         for block in range(group["from"], group["to"] + 1):
             name = f"{block}.{group['projection']}"
             if name in LAYERS:
@@ -129,6 +143,9 @@ def fuzz(answers: st.SearchStrategy[str], examples: int, observation: Observatio
 
 EDGES = [0.0, -0.0, 5e-324, 1e-12, 0.05, 0.15, 0.1500005, 0.1501, -0.15, -0.1501, -0.02, 1, -1]
 ODD_NAMES = ["3.mlp.up_proj", "6.mlp.up_proj", "mlp.up_proj", "lm_head", "", "*"]
+
+
+AROUND = ["@"] * 9 + ["```json\n@\n```", "<think>Hm, {a} or {b}?</think>\n@", "So: [@]."]
 
 
 def near_valid(seed: int) -> str:
@@ -161,7 +178,9 @@ def near_valid(seed: int) -> str:
         said["rebalance"] = r.random() < 0.5
     if r.random() < 0.4:
         said["lessons"] = [r.choice("ab") * r.choice([1, 300, 301])] * r.choice([0, 1, 8, 9])
-    return json.dumps(said)
+    if r.random() < 0.1:
+        said[r.choice([*said, "groups", "rebalance"])] = None
+    return r.choice(AROUND).replace("@", json.dumps(said))
 
 
 def test_near_valid_decisions(observation: Observation) -> None:

@@ -140,7 +140,7 @@ def test_the_second_variable_for_the_key(
 
 BROKEN: dict[str, tuple[str, str]] = {
     "not json": ("I would prune 0.mlp.down_proj.", "JSON"),
-    "fenced": ('```json\n{"reasoning": "", "layers": []}\n```', "JSON"),
+    "two decisions": ('{"reasoning": "", "layers": []} or {"reasoning": "no"}', "2 different JSON"),
     "an unclosed object": ('{"reasoning": "a", "layers": [', "JSON"),
     "a list": ("[]", "object"),
     "a missing key": ('{"reasoning": "a"}', "layers: Field required"),
@@ -260,11 +260,11 @@ def test_an_answer_that_was_cut_after_its_end_is_refused_too(
         (lambda g: g.text("", "SAFETY"), "SAFETY"),
         (lambda g: g.text("", "RECITATION"), "RECITATION"),
         (lambda g: g.text("", "STOP"), "the answer is empty"),
-        (lambda g: g.text(g.answer(*GOOD), None), "no finish reason"),
-        (lambda g: g.text(g.answer(*GOOD), "A_REASON_OF_2031"), "A_REASON_OF_2031"),
+        (lambda g: g.text("I would", "A_REASON_OF_2031"), "A_REASON_OF_2031"),
+        (lambda g: g.text("I would", None), "no finish reason"),
         (lambda g: g.blocked(), "prompt blocked: PROHIBITED_CONTENT"),
     ],
-    ids=["safety", "recitation", "empty", "no reason", "a new reason", "blocked prompt"],
+    ids=["safety", "recitation", "empty", "a new reason", "no reason", "blocked prompt"],
 )
 @pytest.mark.filterwarnings("ignore:A_REASON_OF_2031:UserWarning")
 def test_an_answer_withheld_is_asked_for_again(

@@ -105,7 +105,7 @@ INVALID: dict[str, tuple[Callable[[FakeLLM], Reply], str]] = {
         lambda llm: llm.text(llm.answer(*GOOD), llm.cut),
         "cut off or withheld (finish reason",
     ),
-    "no finish reason": (lambda llm: llm.text(llm.answer(*GOOD), None), "no finish reason"),
+    "no finish reason": (lambda llm: llm.text(mended(llm), None), "no finish reason"),
     "out of bounds": (
         lambda llm: llm.decision(("0.mlp.down_proj", 0.5)),
         "delta 0.5 is not within 0.15 of 0",

@@ -37,13 +37,23 @@ HOSTILE: dict[str, str] = {
     "a string": '"prune it all"',
     "a list": "[]",
     "no keys": "{}",
-    "two objects": answer() + answer(),
-    "trailing words": answer() + " I hope that helps.",
+    "two objects": answer() + answer(reasoning="s"),
+    "a draft and an answer": f"Draft: {answer(layers=[])}\nFinal: {answer()}",
+    "an object in its thoughts alone": f"<think>{answer()}</think>",
+    "a whole object and a cut one": answer() + '{"reasoning": "s", "layers": [',
+    "a key twice": answer().replace("{", '{"reasoning": "s", ', 1),
+    "a key twice in an entry": answer().replace('"delta"', '"delta": 0.05, "delta"'),
+    "typographic quotes": answer().replace('"', "\u201d"),
+    "a comment at the end": answer().replace("}]", "}] // the cheapest"),
     "single quotes": "{'reasoning': 'r', 'layers': []}",
     "a comment": "{/* */}",
     "a trailing comma": '{"reasoning": "r", "layers": [],}',
     "NUL bytes": "\0" * 100,
-    "a byte order mark": "\ufeff" + answer(),
+    "many braces": "{" * 100_000,
+    "many thoughts": "<think>" * 20_000 + "</think>" * 5_000,
+    "many objects": "{}" * 20_000,
+    "many cut objects in thoughts": '{"a":"</think>","b":' * 9_000,
+    "many keys": "{" + ",".join(f'"{i}":1' for i in [*range(15_000), 14_999]) + "}",
     "10,000 entries": answer(layers=[{"name": f"{i}.x", "delta": 0.1} for i in range(10_000)]),
     "one entry too many": answer(layers=[{"name": "x", "delta": 0.1}] * (MAX_ENTRIES + 1)),
     "too long to be read": answer(reasoning="x" * MAX_ANSWER),
@@ -106,6 +116,98 @@ def test_what_may_be_left_out() -> None:
     decision = read_answer('{"layers": [{"delta": 1, "name": "a"}], "reasoning": ""}')
     assert decision == Decision(reasoning="", layers=[LayerDelta(name="a", delta=1.0)])
     assert decision.expected_ppl_change is None
+
+
+AROUND: dict[str, str] = {
+    "a fence": "```json\n{}\n```",
+    "a fence without a language": "```\n{}```",
+    "two fences": "```json\n{}\n```\nOnce more:\n```json\n{}\n```",
+    "words": "Here is the decision:\n\n{}\n\nI hope that helps.",
+    "words with braces": "Of the set {{a, b}} and {{layers}} I choose {} (see {{above}}).",
+    "thoughts": '<think>\nMaybe {{\'a\': 1}} or {{"reasoning": "r"}}?\n</think>\n{}',
+    "thoughts that begin before": 'Maybe {{"a": 1}} {{"b":\n</think>\n\n{}',
+    "thoughts that do not end": "<think>\nI shall answer:\n{}",
+    "Mistral's thoughts": '[THINK]Maybe {{"a": 1}}[/THINK]{}',
+    "a list": "[{}]",
+    "the object twice": "{}\n{}",
+    "LaTeX": "\\boxed{{ {} }}",
+}
+
+
+@pytest.mark.parametrize("case", AROUND)
+def test_one_object_is_read_whatever_stands_around_it(case: str) -> None:
+    notes: list[str] = []
+    said = answer(reasoning="{braces} in it")
+    decision = read_answer(AROUND[case].format(said, said), notes)
+    assert decision == Decision.model_validate_json(said)
+    (note,) = notes
+    assert note.startswith("the answer's one JSON object was read; there was '")
+    assert note.isascii()
+
+
+def test_tags_inside_an_answer_are_text_like_any_other() -> None:
+    notes: list[str] = []
+    said = answer(reasoning="<think> {} </think> ```json {")
+    assert read_answer(said, notes) == Decision.model_validate_json(said)
+    assert notes == []
+
+
+def test_an_object_in_a_string_is_read() -> None:
+    notes: list[str] = []
+    assert read_answer(json.dumps(answer()), notes) == read_answer(answer())
+    assert notes == ["the answer's one JSON object was read; it was written as a JSON string"]
+
+
+@pytest.mark.parametrize("blank", ["\ufeff", "\xa0\n", "\u200b", "\u3000"])
+def test_what_nobody_sees_around_an_object_is_not_worth_a_note(blank: str) -> None:
+    notes: list[str] = []
+    assert read_answer(blank + answer() + blank, notes) == read_answer(answer())
+    assert notes == []
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("I would prune up_proj.", "no JSON object in the answer, which is 'I would prune up_p"),
+        ("x" * 70, f"which is '{'x' * 60}...' (70 characters)"),
+        (f"<think>{answer()}</think>", "no JSON object after the thoughts"),
+        ('{"reasoning": "a", "layers": [', "not complete, it was cut off or left open"),
+        ("{'reasoning': 'a'}", "keys and strings stand in double quotes"),
+        ('{"reasoning": "a", // why\n"layers": []}', "JSON has no comments"),
+        ('{"reasoning": "a", "layers": [],}', "no comma before a closing bracket"),
+        (raw_delta("NaN"), "NaN is no number in JSON"),
+        (answer().replace("{", '{"layers": [], ', 1), "the key 'layers' stands twice"),
+        (answer() + answer(layers=[]), "2 different JSON objects, at characters 0, "),
+        ("[" * 30_000 + '{"a":' * 30_000, "nested too deeply"),
+        ('Sure! {"layers": []} Done.', "answer; there was 'Sure!' before it and 'Done.' after"),
+        ('Sure! {"layers": []}', "reasoning: Field required"),
+    ],
+)
+def test_a_refusal_says_what_is_wrong(text: str, words: str) -> None:
+    with pytest.raises(InvalidAnswerError) as caught:
+        read_answer(text)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["groups", "rebalance", "expected_ppl_change", "lessons"])
+def test_a_key_that_is_null_is_as_good_as_absent(key: str) -> None:
+    said = json.loads(answer())
+    said.pop(key, None)
+    assert read_answer(json.dumps(said | {key: None})) == read_answer(json.dumps(said))
+
+
+@pytest.mark.parametrize("layers", [{}, {"layers": None}, {"layers": []}])
+def test_who_chooses_groups_need_not_choose_layers(layers: dict[str, Any]) -> None:
+    group = {"projection": "mlp.down_proj", "from": 0, "to": 2, "delta": 0.1}
+    decision = read_answer(json.dumps({"reasoning": "r", "groups": [group]} | layers))
+    assert decision.layers == []
+    assert decision.groups[0].last == 2
+
+
+@pytest.mark.parametrize("key", ["reasoning", "more"])
+def test_null_stands_for_no_key_that_is_needed_or_unknown(key: str) -> None:
+    with pytest.raises(InvalidAnswerError, match=f"{key}: (Field required|Extra inputs)"):
+        read_answer(answer(**{key: None}))
 
 
 JSON = st.recursive(

@@ -9,7 +9,7 @@ import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
@@ -76,6 +76,10 @@ class Reply:
     """Close the connection without an answer, or in the middle of it if there is a body."""
     hang: bool = False
     """Answer only when the test is over."""
+    then: bytes = b""
+    """What follows the body, again and again, without an end."""
+    pause: float = 0
+    """Seconds between two of these."""
 
 
 Script = Callable[[Received], Reply]
@@ -103,6 +107,8 @@ class FakeLLM(ABC):
     script: list[Reply | Script] = field(default_factory=list)
     otherwise: Reply | Script | None = None
     received: list[Received] = field(default_factory=list)
+    fetched: list[str] = field(default_factory=list)
+    """Paths that were asked for with GET, as after a redirect."""
     over: threading.Event = field(default_factory=threading.Event)
     key: str = CANARY
 
@@ -388,11 +394,23 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", reply.content_type)
         for name, value in reply.headers.items():
             self.send_header(name, value)
+        if reply.then:
+            self.close_connection = True
+            self.end_headers()
+            self.wfile.write(reply.body)
+            with suppress(OSError):  # until the client has enough
+                while not self.fake.over.wait(reply.pause):
+                    self.wfile.write(reply.then)
+            return
         # A torn answer promises more than it brings.
         self.send_header("Content-Length", str(len(reply.body) + reply.drop))
         self.end_headers()
         self.wfile.write(reply.body)
         self.close_connection = reply.drop
+
+    def do_GET(self) -> None:
+        self.fake.fetched.append(self.path)
+        self.send_error(404)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing on stderr."""
