@@ -107,7 +107,7 @@ def test_a_prompt_an_answer_a_repair(tmp_path: Path, make_observation: MakeObser
         assert str(message.text) in first
     assert "refused" not in first.split("## Request")[1]
     assert '## Answer that was refused\n\n{"reasoning": "I was\n' in second
-    assert "EOF while parsing" in second
+    assert "cut off or left open" in second
     assert "unknown layer 'lm_head'" in third
     assert first.split("## Where")[0] in third
 
@@ -180,9 +180,9 @@ def test_a_file_that_still_grows_is_waited_for(
     ("data", "words"),
     [
         (b" \n", "the answer is empty"),
-        (b"\xff\xfe{", "Invalid JSON"),
-        (b"{}{}", "Invalid JSON"),
-        (b'{"reasoning": "r", "layers": [{"name": "x", "delta": NaN}]}', "delta"),
+        (b"\xff\xfe{", "not valid JSON"),
+        (b'{}{"a": 1}', "2 different JSON objects"),
+        (b'{"reasoning": "r", "layers": [{"name": "x", "delta": NaN}]}', "NaN is no number"),
         (b" " * (MAX_ANSWER + 1) + b"{}", "more than 200000"),
         ("ü".encode() * (4 * MAX_ANSWER), "more than 200000"),
     ],
