@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from prunewright.state import InputError
@@ -49,21 +50,64 @@ class Layer:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder blocks: the ModuleList that holds the most weights.
+    """Name and list of the decoder blocks, those that make logits of tokens.
+
+    That is the ModuleList with the most weights beside the input embeddings: in the smallest
+    module that holds both. The towers of other modalities, models of their own, are not looked
+    at, however large.
 
     Raises:
         InputError: the model has no list of blocks.
     """
-    best: tuple[int, str, nn.ModuleList] | None = None
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
-            size = sum(p.numel() for p in module.parameters())
-            # An outer list comes first and holds all of an inner one: strictly more is needed.
-            if size and (best is None or size > best[0]):
-                best = (size, name, module)
-    if best is None:
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and any(True for _ in module.parameters())
+    }
+    if not lists:
         raise InputError("the model has no list of decoder blocks, so nothing in it can be pruned")
-    return best[1], best[2]
+    embeddings = _embeddings_name(model)
+    towers = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and not _inside(embeddings, name)
+    }
+    lists = {n: m for n, m in lists.items() if not any(_inside(n, t) for t in towers)} or lists
+    place = embeddings
+    while place and not any(_inside(name, place) for name in lists):
+        place = place.rpartition(".")[0]
+    # An outer list comes first and holds all of an inner one: the first of the largest is taken.
+    name = max(
+        (name for name in lists if _inside(name, place)),
+        key=lambda name: sum(p.numel() for p in lists[name].parameters()),
+    )
+    return name, lists[name]
+
+
+def find_body(model: nn.Module) -> str:
+    """Name of the smallest model of its own, or else of the outermost part, that holds the blocks.
+
+    Raises:
+        InputError: the model has no list of blocks.
+    """
+    blocks = find_blocks(model)[0]
+    bodies = (n for n, m in model.named_modules() if isinstance(m, PreTrainedModel))
+    body = max((name for name in bodies if _inside(blocks, name)), key=len, default="")
+    return body or blocks.partition(".")[0]
+
+
+def _embeddings_name(model: nn.Module) -> str:
+    """Name of the module that turns token ids into vectors; empty where a model does not say."""
+    try:
+        embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    except NotImplementedError:
+        return ""
+    return next((name for name, module in model.named_modules() if module is embeddings), "")
+
+
+def _inside(name: str, place: str) -> bool:
+    """Whether a module's name is that of a place or of something in it."""
+    return not place or name == place or name.startswith(f"{place}.")
 
 
 def find_layers(model: nn.Module) -> dict[str, Layer]:

@@ -21,7 +21,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
@@ -30,6 +29,16 @@ from transformers import (
 )
 
 from prunewright.state import InputError, StoreError
+from prunewright.tools.checkpoint import (
+    Stored,
+    auto_class,
+    check_fit,
+    error_words,
+    load_words,
+    read_configuration,
+    read_tensors,
+    weight_files,
+)
 from prunewright.tools.layers import Layer, find_layers
 from prunewright.tools.masks import INTEGERS
 from prunewright.tools.storage import canonical_json, sha256_bytes, sha256_file
@@ -55,6 +64,8 @@ class LoadedModel:
     directory: Path
     device: torch.device
     dtype: torch.dtype
+    extra_tensors: dict[str, Path] = field(default_factory=dict)
+    """The file of each stored tensor that the live model has no place for, by its stored name."""
     _files: dict[str, Path] = field(default_factory=dict)
 
     @cached_property
@@ -64,7 +75,7 @@ class LoadedModel:
         At once for a model that is to be pruned, whose dense weights are read again.
         """
         digest = hashlib.sha256()
-        for file in _weight_files(self.directory):
+        for file in weight_files(self.directory):
             digest.update(sha256_file(file).encode())
         return digest.hexdigest()
 
@@ -159,35 +170,19 @@ def load_model(
             stored weights have other names than the live ones is copied to the cache for that.
 
     Raises:
-        InputError: no such model, no safetensors weights, weights that do not fit the
-            configuration, or nothing in it can be pruned.
+        InputError: no such model, no safetensors weights, weights that are quantised, belong to
+            an adapter or do not fit the configuration, no causal LM, or nothing in it that can be
+            pruned.
         StoreError: the cache cannot be written.
     """
+    read_configuration(resolve_directory(name, weights=False))  # before weights are fetched
     directory = resolve_directory(name)
-    files = _weight_files(directory)
     place = resolve_device(device)
     chosen = resolve_dtype(dtype, directory, place)
-    try:
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=chosen,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-        model: PreTrainedModel = found[0]
-        missing = sorted(found[1]["missing_keys"])
-        tokenizer = AutoTokenizer.from_pretrained(
-            directory, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except Exception as error:  # a configuration is foreign input; each family fails its own way
-        raise InputError(f"cannot load the model {name}: {error}") from error
-    if missing:
-        raise InputError(
-            f"the weights in {directory} do not fit its configuration: {len(missing)} tensors are "
-            f"missing, {missing[0]} among them, and would be random"
-        )
+    model, stored, extras = _from_files(
+        directory, trust_remote_code=trust_remote_code, dtype=chosen
+    )
+    tokenizer = _tokenizer(directory, trust_remote_code=trust_remote_code)
     nn.Module.to(model, place)
     model.eval()
     model.requires_grad_(False)
@@ -202,33 +197,154 @@ def load_model(
         directory=directory,
         device=place,
         dtype=chosen,
+        extra_tensors=extras,
     )
+    _check_values(loaded)
+    _check_causal(loaded)
     if keep_dense:
-        loaded._files = _locate_dense(loaded, files)
+        loaded._files = _locate_dense(loaded, {key: t.path for key, t in stored.items()})
         _ = loaded.fingerprint
     return loaded
+
+
+def _from_files(
+    directory: Path, *, trust_remote_code: bool, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Stored], dict[str, Path]]:
+    """The model that a directory's files hold, what they store, and what of that it leaves out.
+
+    Args:
+        directory: where.
+        trust_remote_code: run Python code that the model brings.
+        options: passed on: ``device_map="meta"`` for the structure, compared with the stored
+            tensors as for the whole model, but without their values.
+
+    Raises:
+        InputError: as `load_model`.
+    """
+    content = read_configuration(directory)
+    auto, config = auto_class(directory, content, trust_remote_code=trust_remote_code)
+    stored = read_tensors(directory)
+    try:
+        found: Any = auto.from_pretrained(
+            directory,
+            config=config,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `check_fit` names them
+            **options,
+        )
+    except Exception as error:  # each family fails its own way
+        raise InputError(load_words(directory, error)) from error
+    model: PreTrainedModel = found[0]
+    return model, stored, check_fit(directory, content, stored, model, found[1])
+
+
+def _tokenizer(directory: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        InputError: there is none, or it makes nothing of plain words.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        ids = tokenizer("The text of a model.", add_special_tokens=False)["input_ids"]
+    except Exception as error:  # likewise
+        raise InputError(
+            f"cannot load the tokenizer of the model {directory}: {error_words(error)}. "
+            "Its files (tokenizer.json, tokenizer_config.json, or what the model came with) must "
+            "lie in the same directory"
+        ) from error
+    if not set(ids) - {tokenizer.unk_token_id}:
+        raise InputError(
+            f"the tokenizer in {directory} has no tokens for plain words: its vocabulary "
+            "(tokenizer.json, tokenizer.model or vocab.json) is missing or empty"
+        )
+    return tokenizer
+
+
+def _check_values(loaded: LoadedModel) -> None:
+    """Refuse weights that are not finite.
+
+    Raises:
+        InputError: names the first of them.
+    """
+    for name, parameter in loaded.model.named_parameters():
+        if not _is_finite(parameter.data):
+            raise InputError(
+                f"the weights in {loaded.directory} are not finite in {loaded.dtype}: {name} "
+                "holds NaN or infinite values. If the stored ones are finite, choose another dtype"
+            )
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether all values are finite.
+
+    On a processor by numpy's largest integers, some twenty times as fast as torch on bfloat16.
+    """
+    if not values.numel():
+        return True
+    if values.device.type != "cpu":
+        return all(map(torch.isfinite, torch.aminmax(values)))
+    integers = INTEGERS[values.dtype.itemsize]
+    infinity = int(torch.tensor(torch.inf, dtype=values.dtype).view(integers))
+    bits = values.contiguous().view(integers).numpy()
+    # With the sign bit set a number is as large unsigned as it is small signed.
+    unsigned = bits.view(f"u{bits.dtype.itemsize}")
+    sign = -torch.iinfo(integers).min
+    return int(bits.max()) < infinity and int(unsigned.max()) < infinity + sign
+
+
+@torch.no_grad()
+def _check_causal(loaded: LoadedModel) -> None:
+    """Refuse a model that is no causal LM of text alone, by what it does.
+
+    Raises:
+        InputError: it cannot be run on token ids alone, or tokens see those that come after them.
+    """
+    config = loaded.model.config.get_text_config()
+    ids = torch.arange(1, 5, device=loaded.device).repeat(2, 1) % config.vocab_size
+    ids[1, -1] = 0
+    try:
+        one, other = loaded.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    except Exception as error:  # likewise
+        raise InputError(
+            f"the model {loaded.name} cannot be run on text alone in {loaded.dtype}: "
+            f"{error_words(error)}"
+        ) from error
+    difference, largest = float((one - other).abs().max()), float(one.abs().max())
+    # Experts round otherwise when they are given other numbers of tokens.
+    if difference > (1e-3 if loaded.dtype == torch.float32 else 0.05) * largest:
+        raise InputError(
+            f"the model {loaded.name} is not a causal LM: its predictions change with tokens that "
+            "come after them"
+        )
 
 
 def model_skeleton(name: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Path]:
     """The model's structure without weights (on the meta device), and its directory.
 
-    From the hub only the configuration and the tokenizer are fetched.
+    From the hub only the configuration and the tokenizer are fetched; the files of a local model
+    are looked at as `load_model` does.
 
     Raises:
-        InputError: no such model or no readable configuration.
+        InputError: as `load_model`.
     """
     directory = resolve_directory(name, weights=False)
     if name == EMBEDDED or Path(name).expanduser().is_dir():
-        _weight_files(directory)
+        return _from_files(directory, trust_remote_code=trust_remote_code, device_map="meta")[
+            0
+        ], directory
+    content = read_configuration(directory)
+    auto, config = auto_class(directory, content, trust_remote_code=trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(
-            directory, trust_remote_code=trust_remote_code, local_files_only=True
-        )
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # as in load_model
-        raise InputError(f"cannot read the model {name}: {error}") from error
-    return model, directory
+            return auto.from_config(config, trust_remote_code=trust_remote_code), directory
+    except Exception as error:  # likewise
+        raise InputError(load_words(directory, error)) from error
 
 
 def resolve_directory(name: str, *, weights: bool = True) -> Path:
@@ -311,21 +427,6 @@ def resolve_dtype(dtype: str, directory: Path, device: torch.device) -> torch.dt
     return stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    files = sorted(directory.glob("*.safetensors"))
-    if files:
-        return files
-    pickles = sorted(
-        p.name for suffix in ("*.bin", "*.pt", "*.pth") for p in directory.glob(suffix)
-    )
-    if pickles:
-        raise InputError(
-            f"{directory} holds only pickled weights ({pickles[0]}), which can run code when "
-            "loaded: convert them to safetensors first"
-        )
-    raise InputError(f"{directory} holds no *.safetensors weights: is it a model directory?")
-
-
 def model_digest(name: str) -> str:
     """sha256 over all files that a model is loaded from, tokenizer and code included.
 
@@ -338,7 +439,7 @@ def model_digest(name: str) -> str:
     return sha256_bytes(canonical_json([[p.name, sha256_file(p)] for p in files]))
 
 
-def _locate_dense(loaded: LoadedModel, files: list[Path]) -> dict[str, Path]:
+def _locate_dense(loaded: LoadedModel, stored: dict[str, Path]) -> dict[str, Path]:
     """Which file holds each prunable parameter as it is live: same name, shape and values.
 
     Where transformers renames, fuses or rearranges weights while loading, the live layers are
@@ -347,10 +448,6 @@ def _locate_dense(loaded: LoadedModel, files: list[Path]) -> dict[str, Path]:
     Raises:
         StoreError: the cache cannot be written.
     """
-    stored: dict[str, Path] = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            stored.update(dict.fromkeys(file.keys(), path))
     if _holds(stored, loaded):
         return {layer.parameter: stored[layer.parameter] for layer in loaded.layers.values()}
     live = {ly.parameter: loaded.weight(ly) for ly in loaded.layers.values()}

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from prunewright.tools.layers import find_blocks
+from prunewright.tools.layers import find_body
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the parts done and the parts in all."""
@@ -26,8 +26,8 @@ def hidden_states(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor
         options: what else the body of the model is told, such as ``attention_mask``.
     """
     base = model.base_model
-    if base is model:  # a family that does not name its body: it is what holds the blocks
-        base = model.get_submodule(find_blocks(model)[0].partition(".")[0])
+    if base is model:  # a family that does not name its body: the smallest model with the blocks
+        base = model.get_submodule(find_body(model))
     states: Tensor = base(input_ids=ids, **{"use_cache": False, **options}).last_hidden_state
     return states
 
@@ -42,7 +42,7 @@ class Head:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        config = model.config
+        config = model.config.get_text_config()
         self._cap = getattr(config, "final_logit_softcapping", None)
         self._scale = getattr(config, "logit_scale", None) or 1.0
         self._divide = getattr(config, "logits_scaling", None) or 1.0
@@ -59,7 +59,7 @@ class Head:
     @torch.no_grad()
     def _agrees(self) -> bool:
         ids = torch.arange(1, 9, device=self._model.device).unsqueeze(0)
-        ids = ids % self._model.config.vocab_size
+        ids = ids % self._model.config.get_text_config().vocab_size
         whole = self._model(input_ids=ids, use_cache=False).logits.float()
         parts = self(hidden_states(self._model, ids))
         # Half precision differs by shape.
