@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
-from itertools import permutations
+from itertools import chain, permutations
 from pathlib import Path
 from typing import Literal
 
@@ -242,8 +242,8 @@ class _Text:
             yield between + part
             between = "" if self.whole else "\n\n"
 
-    def documents(self, most: int) -> Iterator[str]:
-        """The documents up to a number of characters."""
+    def documents(self, most: int | None) -> Iterator[str]:
+        """The documents up to a number of characters; None takes all."""
         parts = _limited(self.parts, most)
         return iter(["".join(parts)]) if self.whole else parts
 
@@ -368,6 +368,11 @@ def _file(path: Path) -> _Text:
     return _Text(label, (_row_text(row, str(path)) for row in content.rows or ()))
 
 
+def _documents(path: Path) -> Iterator[str]:
+    """The documents of one of several files; plain text is one."""
+    yield from _file(path).documents(None)
+
+
 def _data_set(name: str, config: str | None, role: Role) -> _Text:
     """A data set of the hub, or a directory laid out as one (train.jsonl, test.parquet ...)."""
     import datasets
@@ -375,13 +380,21 @@ def _data_set(name: str, config: str | None, role: Role) -> _Text:
     source = f"{name}:{config}" if config else name
     wanted = _SPLITS[role]
     try:
-        splits = datasets.get_dataset_split_names(name, config)
+        files = datasets.load_dataset_builder(name, config).config.data_files or {}
+        local = {split: [Path(file) for file in found] for split, found in files.items()}
+        ours = all(
+            p.is_file() and is_file_name(p.name) for p in chain.from_iterable(local.values())
+        )
+        splits = list(local) if local and ours else datasets.get_dataset_split_names(name, config)
         split = next((s for s in wanted if s in splits), None)
         if split is None:
             raise InputError(
                 f"the data set {source} has none of the splits {', '.join(wanted)}, "
                 f"only {', '.join(splits)}"
             )
+        if local and ours:
+            # `datasets` says which file belongs to which split; what they hold we read ourselves.
+            return _Text(f"{source}[{split}]", chain.from_iterable(map(_documents, local[split])))
         data = datasets.load_dataset(name, config, split=split, streaming=True)
     except InputError:
         raise

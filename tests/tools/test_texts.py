@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import random
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -586,6 +587,28 @@ def test_each_role_reads_its_own_split(
     assert windows.test.tolist() == pack(documents(22), tokenizer, 32)[:5]
 
 
+def test_the_files_of_a_directory_are_read_as_files_are(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    write(folder / "train-1.txt", ["One.", "Two\nlines."])
+    (folder / "train-2.txt").write_text('{"text": "Three."}\n{"text": null}\n')
+    text = texts._open(str(folder), "calibration")
+    assert "".join(text.characters()) == "One.\n\nTwo\nlines.\n\nThree.\n\n"
+
+
+def test_a_data_set_in_an_archive_is_read_by_datasets(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for split, rows in {
+        "train": '{"text": "One."}\n{"text": null}\n',
+        "test": '{"text": [2]}',
+    }.items():
+        with zipfile.ZipFile(tmp_path / "set" / f"{split}.zip", "w") as archive:
+            archive.writestr(f"{split}.jsonl", rows)
+    text = texts._open(str(tmp_path / "set"), "calibration")
+    assert "".join(text.characters()) == "One.\n\n"
+    with pytest.raises(InputError, match="cannot read the data set"):
+        list(texts._open(str(tmp_path / "set"), "test").characters())
+
+
 def test_roles_without_a_split_of_their_own_share_one_and_stay_apart(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
@@ -631,11 +654,11 @@ def set_of(folder: Path, files: dict[str, str]) -> str:
     ("files", "message"),
     [
         ({}, "data files"),
-        ({"train.jsonl": '{"content": "a"}\n'}, "no field 'text', only content"),
-        ({"train.jsonl": '{"text": "a"}\n{"text": oh\n'}, "JSON parse error"),
-        ({"train.jsonl": '{"text": [1]}\n'}, "row 1: the field 'text' holds list"),
+        ({"train.jsonl": '{"content": "a"}\n'}, "line 1: no field 'text', only content"),
+        ({"train.jsonl": '{"text": "a"}\n{"text": oh\n'}, "line 2: no JSON"),
+        ({"train.jsonl": '{"text": [1]}\n'}, "line 1: the field 'text' holds list"),
         ({"set.py": "import datasets\n"}, "scripts are no longer supported"),
-        ({"train.parquet": "PAR1"}, "could be loaded as a data set"),
+        ({"train.parquet": "PAR1"}, "cannot read the text"),
     ],
     ids=["nothing", "no text", "broken", "no strings", "script", "broken parquet"],
 )
