@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
-from prunewright.graph.console import LABELS, Live, Screen, clean, duration, one_line
+from prunewright.graph.console import LABELS, Live, Screen, duration, one_line
 from prunewright.state.comparison import CellResult, Scores
+from prunewright.state.shown import clean
 from prunewright.tools.report.tables import Table
 
 _CELL_STYLES = {"done": "green", "cached": "green", "failed": "red"}

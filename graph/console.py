@@ -5,7 +5,6 @@ markup, and with control characters written out.
 """
 
 import math
-import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,6 +21,7 @@ from prunewright.state import STATUS_WORDS, PruneConfig, StepRecord
 from prunewright.state.config import BASELINE, pattern_sparsity
 from prunewright.state.metrics import Metrics, Pair
 from prunewright.state.profile import short_name
+from prunewright.state.shown import clean
 from prunewright.tools.signatures import STAGNANT_STEPS, find_signatures
 
 if TYPE_CHECKING:
@@ -51,16 +51,6 @@ _NEXT = {
     "rollback": "recording",
     "reflect": "profiling",
 }
-
-
-def clean(text: str) -> str:
-    """Text whose control and invisible characters are written out, line ends and tabs apart."""
-    return "".join(
-        c if c in "\n\t" or c.isprintable() or unicodedata.category(c) == "Zs"
-        # A lone surrogate cannot even be encoded.
-        else c.encode("unicode_escape", "backslashreplace").decode()
-        for c in text
-    )  # fmt: skip
 
 
 class Screen:

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
-from prunewright.graph.console import clean
+from prunewright.state.shown import clean
 
 Level = Literal["debug", "info", "warning", "error"]
 LOGGER = "prunewright"
@@ -48,6 +48,10 @@ class _TextFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         record.message = clean(record.message).replace("\n", "\\n")
         return super().formatMessage(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's line, and the lines of its error."""
+        return clean(super().format(record))
 
 
 class JsonFormatter(logging.Formatter):

@@ -6,7 +6,6 @@ from prunewright.graph.console import (
     Screen,
     calls_words,
     change_words,
-    clean,
     knowledge_words,
     layers_words,
     one_line,
@@ -15,6 +14,7 @@ from prunewright.graph.console import (
 )
 from prunewright.state import ProbeReport, Review, StepRecord
 from prunewright.state.profile import short_name
+from prunewright.state.shown import clean
 from prunewright.tools.signatures import failure_signatures
 from prunewright.tools.trace import Story, layer_sparsities
 

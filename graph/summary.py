@@ -1,7 +1,8 @@
 """What a node did, in words for whoever watches the state, in Studio or elsewhere."""
 
-from prunewright.graph.console import clean, layers_words, step_line
+from prunewright.graph.console import layers_words, step_line
 from prunewright.state import DecisionReport, ModelProfile, StepRecord
+from prunewright.state.shown import clean
 
 _NAMED = 3
 

@@ -8,8 +8,9 @@ import yaml
 from rich.prompt import Prompt
 from rich.text import Text
 
-from prunewright.graph.console import Live, Screen, clean
+from prunewright.graph.console import Live, Screen
 from prunewright.state import InputError, ReviewRequest
+from prunewright.state.shown import clean
 
 SHOWN = 30
 """Layers of a decision that are listed: those that change most."""

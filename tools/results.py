@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from prunewright.state import PruneRequest, PrunewrightError, StoreError
 from prunewright.state.config import BASELINE
 from prunewright.state.metrics import Metrics, Pair, Perplexities
+from prunewright.state.shown import clean
 from prunewright.tools.masks import count_zeros
 from prunewright.tools.models import EMBEDDED, load_model
 from prunewright.tools.perplexity import Head, Progress, perplexity, window_losses
@@ -144,7 +145,7 @@ def save_model(run: RunDirectory, bench: Workbench, outcome: Outcome, metrics: M
                 f"space, then: prunewright resume {run.path}"
             ) from error
         card = scratch / "README.md"
-        write_atomic(card, model_card(bench.request, metrics).encode())
+        write_atomic(card, clean(model_card(bench.request, metrics)).encode())
         for file in scratch.glob("*.safetensors"):
             file.chmod(card.stat().st_mode)  # safetensors writes for the owner alone
         _verify(scratch, bench, outcome)

@@ -16,6 +16,7 @@ from prunewright.state import (
 )
 from prunewright.state.metrics import Metrics
 from prunewright.state.profile import short_name
+from prunewright.state.shown import clean
 from prunewright.tools.rundir import RunDirectory
 from prunewright.tools.storage import read_json
 
@@ -143,7 +144,8 @@ def accepted_perplexity(record: StepRecord) -> float:
 def load_trace(run_dir: str | Path) -> Trace:
     """Read a run's steps, decisions and profiles, finished or not, as pandas frames.
 
-    A baseline has one step and no profiles.
+    Control and invisible characters in words are written out, since notebooks show the frames. A
+    baseline has one step and no profiles.
 
     Raises:
         InputError: pandas is not installed, there is no run here, or a newer version made it.
@@ -158,7 +160,8 @@ def load_trace(run_dir: str | Path) -> Trace:
     records = read_story(directory).records
 
     def frame(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> "pd.DataFrame":
-        return pd.DataFrame(rows, columns=list(columns))
+        words = [{k: clean(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows]
+        return pd.DataFrame(words, columns=list(columns))
 
     curves = tuple(f"{name}_{delta:.2f}" for name in _CURVES for delta in COST_DELTAS)
     return Trace(

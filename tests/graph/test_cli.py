@@ -17,7 +17,6 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from prunewright.graph.cli import app
-from prunewright.graph.console import clean
 from prunewright.tools import workbench
 
 AGENTS = '''
@@ -587,13 +586,6 @@ def test_plan_warns_of_what_does_not_fit(config_file: Path) -> None:
     assert "lower texts.windows.length" in plan["warnings"][0]
     assert "warning    the run needs about" in invoke("plan", "-c", config_file, *options).stdout
     assert json.loads(invoke("plan", "-c", config_file, "--json").stdout)["warnings"] == []
-
-
-def test_control_characters_are_written_out() -> None:
-    assert (
-        clean("a\x1b[31mb\x07\u202e\ud800\n\t\u00a0é")
-        == "a\\x1b[31mb\\x07\\u202e\\ud800\n\t\u00a0é"
-    )
 
 
 def test_ctrl_c_does_not_wait_for_an_agents_answer(

@@ -122,6 +122,18 @@ def test_errors_are_json_lines_too(config_file: Path, tmp_path: Path) -> None:
     assert json.loads(early.stdout)["status"] == "max_steps"
 
 
+def test_the_words_of_an_error_are_written_out(capsys: pytest.CaptureFixture[str]) -> None:
+    with logging_to_stderr("info", as_json=False, libraries=logging.ERROR):
+        try:
+            raise ValueError("of a model\x1b[2J\u202e")
+        except ValueError:
+            logging.getLogger("prunewright").exception("it failed")
+    told = capsys.readouterr().err
+    assert r"ValueError: of a model\x1b[2J\u202e" in told
+    assert "Traceback" in told
+    assert "\x1b" not in told
+
+
 def test_a_library_says_nothing_unasked_and_is_heard_by_the_applications_handler(
     pico_config: dict[str, Any],
     gemini: FakeGemini,

@@ -11,9 +11,8 @@ from prunewright.tools.rundir import RunDirectory
 
 HOSTILE = (
     "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'> "
-    "</script><!-- {{ 7 * 7 }} \u2028\u2029 \u202eright to left \u05e9\u05dc\u05d5\u05dd "
-    + "w"
-    * 3000
+    "</script><!-- {{ 7 * 7 }} \u2028\u2029 \x1b[2J\x07\x9b1m "
+    "\u200b\u202eright to left \u05e9\u05dc\u05d5\u05dd " + "w" * 3000
 )
 
 

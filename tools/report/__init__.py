@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
 
 from prunewright.state import STATUS_WORDS, InputError, PruneConfig, StoreError
 from prunewright.state.config import BASELINE
+from prunewright.state.shown import clean
 from prunewright.tools.models import cache_directory
 from prunewright.tools.report.charts import VERDICTS, heat_maps, prediction_chart, step_charts
 from prunewright.tools.rundir import RunDirectory
@@ -143,6 +145,8 @@ def build_report(run_dirs: Sequence[str | Path]) -> str:
 def render_page(template: str, **values: Any) -> str:
     """A page of one of the templates here, in their common frame.
 
+    What a name or an LLM brings of control and invisible characters is written out.
+
     Raises:
         InputError: the extra ``report`` is missing.
         ValueError: a chart holds a number that is not finite.
@@ -152,16 +156,32 @@ def render_page(template: str, **values: Any) -> str:
         loader=FunctionLoader(_page_file),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
+    values["charts"] = _all_shown(values["charts"])
     return environment.get_template(template).render(
         **values,
         style=_page_file("page.css"),
         scripts=scripts,
         hashes=" ".join(_hash(script) for script in scripts),
     )
+
+
+def _shown(value: Any) -> Any:
+    """A value as the page shows it; what a macro has made is done already."""
+    return clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _all_shown(value: Any) -> Any:
+    """A chart with all its words as the page shows them."""
+    if isinstance(value, dict):
+        return {_shown(key): _all_shown(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_all_shown(inner) for inner in value]
+    return _shown(value)
 
 
 def plotting_script() -> str:

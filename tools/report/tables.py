@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 
 from prunewright.state.comparison import DENSE_NAME, Comparison, Spread
+from prunewright.state.shown import clean
 from prunewright.tools.comparison import SAME_SPARSITY
 
 OFF_TARGET = "†"
@@ -180,7 +181,7 @@ def escape(text: str) -> str:
 
 
 def _line(text: str) -> str:
-    return "".join(c if c.isprintable() else " " for c in text)
+    return re.sub(r"\s", " ", clean(text))
 
 
 def _spread(found: Spread | None, form: str) -> str:

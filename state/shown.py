@@ -1,0 +1,28 @@
+"""Words of others, as they may be shown: what is not seen, or moves what is seen, written out."""
+
+import re
+import unicodedata
+
+# Letters and marks that show nothing, beside the control and format characters. The variation
+# selectors 15 and 16 are not among them: they stand behind every other emoji.
+_BLANK = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0d\uffa0"
+    "\U000e0100-\U000e01ef]"
+)
+
+
+def clean(text: str) -> str:
+    """Text whose control and invisible characters are written out, line ends and tabs apart.
+
+    So are those that turn the direction of what follows: ``\\x1b`` and ``\\u202e`` stand there.
+    """
+    return "".join(
+        c if c in "\n\t" or _is_seen(c)
+        # A lone surrogate cannot even be encoded.
+        else c.encode("unicode_escape", "backslashreplace").decode()
+        for c in text
+    )  # fmt: skip
+
+
+def _is_seen(c: str) -> bool:
+    return (c.isprintable() or unicodedata.category(c) == "Zs") and not _BLANK.match(c)
