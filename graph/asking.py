@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from prunewright.graph.agents import InvalidAnswerError, Observation, Refusal
 from prunewright.graph.agents.base import Agent, quote_name
+from prunewright.graph.agents.llm import redact
 from prunewright.state import (
     AgentError,
     Decision,
@@ -19,6 +20,7 @@ from prunewright.state import (
     StepRecord,
     check_decision,
 )
+from prunewright.state.history import MAX_REFUSED
 from prunewright.tools.rundir import RunDirectory
 
 _log = logging.getLogger("prunewright")
@@ -86,12 +88,18 @@ def ask(name: str, agent: Agent, observation: Observation, *, repairs: int) -> D
         decision=decision,
         predicted_change=observation.profile.predicted_change(deltas) if deltas else None,
         invalid_answers=["; ".join(refusal.problems) for refusal in refusals],
+        refused_answers=[_kept(refusal.answer) for refusal in refusals],
         repairs=min(len(refusals), repairs),
         notes=notes,
         calls=after.calls - before.calls,
         tokens=after.tokens - before.tokens,
         probes=observation.probes.reports if observation.probes else [],
     )
+
+
+def _kept(answer: str) -> str:
+    """A refused answer as it may be stored: bounded, without keys and lone surrogates."""
+    return redact(answer[:MAX_REFUSED]).encode("utf-8", "replace").decode()
 
 
 def check(answer: Decision, observation: Observation) -> tuple[Decision, list[str]]:

@@ -73,16 +73,18 @@ def work(job: Job, on_event: runner.OnEvent) -> None:
 
     config = job.config
     model, dtype = config.model, str(config.dtype)
-    metrics = None
+    metrics = pruned = None
     if job.kind != "dense":
         result = _prune(job, on_event)
         metrics = result.metrics
-        if not result.model_directory.is_dir():
-            raise StoreError(
-                f"{result.model_directory} is gone, and was not scored yet: delete {job.directory} "
-                "and compare again"
-            )
-        model, dtype = str(result.model_directory), RunDirectory(job.directory).manifest()["dtype"]
+        pruned = result.model_directory
+        if pruned is not None:  # else what the run came to is the dense model
+            if not pruned.is_dir():
+                raise StoreError(
+                    f"{pruned} is gone, and was not scored yet: delete {job.directory} and "
+                    "compare again"
+                )
+            model, dtype = str(pruned), RunDirectory(job.directory).manifest()["dtype"]
     on_event("custom", {"progress": {"label": "scoring", "done": 0, "total": 1}})
     scores = score_model(
         model,
@@ -94,8 +96,8 @@ def work(job: Job, on_event: runner.OnEvent) -> None:
     )
     found = scores if metrics is None else cell_result(metrics, scores)
     write_json(job.directory / RESULT, found.model_dump(mode="json"))
-    if metrics is not None and not job.keep_model:
-        shutil.rmtree(model)
+    if pruned is not None and not job.keep_model:
+        shutil.rmtree(pruned)
 
 
 def _prune(job: Job, on_event: runner.OnEvent) -> runner.RunResult:

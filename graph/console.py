@@ -17,11 +17,12 @@ from rich.progress import TimeElapsedColumn as Elapsed
 from rich.table import Table
 from rich.text import Text
 
-from prunewright.state import STATUS_WORDS, PruneConfig, StepRecord
+from prunewright.state import PruneConfig, StepRecord
 from prunewright.state.config import BASELINE, pattern_sparsity
 from prunewright.state.metrics import Metrics, Pair
 from prunewright.state.profile import short_name
 from prunewright.state.shown import clean
+from prunewright.tools.ending import ended_words
 from prunewright.tools.signatures import STAGNANT_STEPS, find_signatures
 
 if TYPE_CHECKING:
@@ -272,8 +273,8 @@ def target_words(config: PruneConfig) -> str:
     return f"{config.target:.1%} of the prunable weights, by whole layers of {config.pattern}"
 
 
-def print_metrics(screen: Screen, metrics: Metrics, directory: str, model: str) -> None:
-    """The summary of a finished run."""
+def print_metrics(screen: Screen, metrics: Metrics, directory: str, model: str | None) -> None:
+    """The summary of a finished run; without a model where none was saved."""
     rows = [
         _pair_row("test (reported)", metrics.perplexity.test),
         _pair_row("guard (chosen on)", metrics.perplexity.guard),
@@ -285,14 +286,14 @@ def print_metrics(screen: Screen, metrics: Metrics, directory: str, model: str) 
         [
             ("sparsity", f"{metrics.sparsity:.2%} of the prunable weights are exactly zero"),
             *_knowledge_rows(metrics.knowledge),
-            ("ended", status_words(metrics.status)),
+            ("ended", ended_words(metrics)),
             ("steps", f"{metrics.steps}, {metrics.rollbacks} rolled back"),
             ("agent", _agent_words(metrics)),
             ("scored", _scored_words(metrics.tokens)),
             ("time", _time_words(metrics.seconds)),
             ("memory", f"{size(metrics.peak_memory_bytes)} at most"),
             ("masks", metrics.revision),
-            ("model", model),
+            ("model", model or "none: no step was accepted"),
             ("run", directory),
         ]
     )
@@ -397,11 +398,6 @@ def _pair_row(name: str, pair: Pair) -> list[str]:
         f"{pair.final:.3f}",
         f"{(pair.final - pair.dense) / pair.dense:+.2%}",
     ]
-
-
-def status_words(status: str) -> str:
-    """Why a run ended, for people."""
-    return next((w for s, w in STATUS_WORDS.items() if s == status), "pruned in one shot")
 
 
 def duration(seconds: float) -> str:

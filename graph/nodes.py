@@ -21,7 +21,7 @@ from prunewright.graph.asking import ask, check, observe, spent_by
 from prunewright.graph.correction import predicted_costs
 from prunewright.graph.logs import log_fields
 from prunewright.graph.review import review
-from prunewright.graph.routing import TOLERANCE, guard_reason, termination
+from prunewright.graph.routing import guard_reason, termination
 from prunewright.graph.stopping import call_alone, call_stoppable, check_stop
 from prunewright.graph.summary import (
     applied_words,
@@ -57,7 +57,8 @@ from prunewright.state import (
 )
 from prunewright.state.config import describe_validation_error
 from prunewright.state.metrics import Pair
-from prunewright.state.schema import Knowledge, add_up
+from prunewright.state.schema import TOLERANCE, Knowledge, add_up
+from prunewright.tools.ending import describe_ending
 from prunewright.tools.perplexity import Progress, change_with_error, perplexity
 from prunewright.tools.results import Outcome, finish
 from prunewright.tools.revisions import DENSE
@@ -304,7 +305,8 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     When it ends, the results are written before the end is recorded.
     """
     request, context, run = _request(state, runtime), _context(runtime), run_directory(runtime)
-    record = _record(state, run.read_applied(state["applied"]))
+    asked = min(request.step, max(0.0, request.target - state["sparsity"]))
+    record = _record(state, run.read_applied(state["applied"]), asked)
     record, at_end = _whole_layers(record, run, request)
     summary: StepSummary = {
         "step": record.step,
@@ -360,6 +362,7 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     if update["status"] != "running":
         outcome = Outcome(
             status=update["status"],
+            reason=describe_ending(update["status"], records, context, request.target).reason,
             method={"agent": record.agent, "criterion": request.criterion},
             revision=record.revision,
             steps=len(records),
@@ -615,13 +618,14 @@ def _checked(state: PruneState, observation: Observation) -> DecisionReport:
     return report.model_copy(update={"decision": decision, "predicted_change": predicted})
 
 
-def _record(state: PruneState, outcome: AppliedDecision) -> StepRecord:
+def _record(state: PruneState, outcome: AppliedDecision, asked: float) -> StepRecord:
     report = outcome.report
     candidate, reason = state["candidate"], state["rollback_reason"]
     accepted = candidate is not None and not reason
     if candidate is None:
         chosen = "the deltas come to no weight" if report.decision.layers else ""
-        reason = chosen or "; ".join(report.invalid_answers[-1:]) or "the agent chose no layer"
+        idle = report.invalid_answers[-1] if report.refused else "the agent chose no layer"
+        reason = chosen or idle
         if _rejected(report.review):
             reason = report.decision.reasoning
     change = stderr = None
@@ -640,12 +644,14 @@ def _record(state: PruneState, outcome: AppliedDecision) -> StepRecord:
         applied=outcome.applied,
         predicted_costs=outcome.predicted_costs,
         invalid_answers=report.invalid_answers,
+        refused_answers=report.refused_answers,
         notes=[*report.notes, *outcome.notes],
         profile=state["profile"]["path"],
         revision=candidate if accepted and candidate else state["revision"],
         candidate=candidate,
         sparsity_before=state["sparsity"],
         sparsity=(state["candidate_sparsity"] or 0.0) if accepted else state["sparsity"],
+        asked=asked,
         perplexity_before=state["perplexity"],
         candidate_perplexity=state["candidate_perplexity"],
         change=change,

@@ -9,9 +9,11 @@ from prunewright.graph.agents.prompt import prompt
 from prunewright.graph.agents.reading import answer_schema
 from prunewright.graph.asking import observe
 from prunewright.graph.checkpoints import read_checkpoints
-from prunewright.state import STATUS_WORDS, InputError, PruneState, StoreError
+from prunewright.state import InputError, PruneState, StoreError
 from prunewright.state.config import BASELINE
+from prunewright.tools.ending import ended_words
 from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.trace import load_metrics
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ def preview(directory: RunDirectory, step: int | None = None) -> Preview:
     if step is not None:
         about = f"step {step + 1} of the run"
     elif status != "running":
-        about = f"the last step: the run has ended, {STATUS_WORDS[status]}"
+        metrics = load_metrics(directory)
+        about = f"the last step: the run has ended, {ended_words(metrics)}"
     elif state["step"] == newest["step"]:
         about = "the step that the run is at"
     else:

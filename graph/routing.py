@@ -5,10 +5,7 @@ from typing import Literal
 
 from prunewright.state import PruneState
 from prunewright.state.config import GuardOptions
-from prunewright.state.schema import Status
-
-TOLERANCE = 0.001
-"""Distance from the target sparsity that counts as reached."""
+from prunewright.state.schema import TOLERANCE, Status
 
 
 def guard_reason(
@@ -81,7 +78,7 @@ def termination(
         cut: that the bound of a step alone kept it from the target, so that another one lands.
     """
     out_of_steps, stuck = steps >= max_steps, stalls >= max_stalls
-    reached = sparsity >= target - TOLERANCE or nothing_fits
+    reached = sparsity >= target - min(TOLERANCE, target / 2) or nothing_fits
     if reached and (out_of_steps or stuck or (done and not cut)):
         return "target_reached"
     if stuck:

@@ -74,9 +74,9 @@ class RunResult:
         self.metrics = metrics
 
     @property
-    def model_directory(self) -> Path:
-        """The pruned model, a plain Hugging Face directory."""
-        return RunDirectory(self.directory).model
+    def model_directory(self) -> Path | None:
+        """The pruned model, a plain Hugging Face directory; None where no step was accepted."""
+        return RunDirectory(self.directory).model if self.metrics.saved else None
 
 
 def run(
@@ -114,7 +114,9 @@ def resume(
     reviewer: Reviewer | None = None,
     **changes: Any,
 ) -> RunResult:
-    """Go on with a run from its last checkpoint; a finished one is only reported.
+    """Go on with a run from its last checkpoint; one that reached its target is only reported.
+
+    So is one that ended before it, unless a change is given.
 
     Args:
         run_directory: the run's directory.
@@ -137,7 +139,8 @@ def resume(
             return _prune_once(directory, config, thread, on_event)
         if directory.started:
             _check_database(directory, thread)
-        return _drive(directory, config, thread, on_event, reviewer)
+        reopen = config != directory.config()
+        return _drive(directory, config, thread, on_event, reviewer, reopen=reopen)
 
 
 def fork(
@@ -423,7 +426,19 @@ def _drive(
     thread: str,
     on_event: OnEvent | None,
     reviewer: Reviewer | None,
+    *,
+    reopen: bool = False,
 ) -> RunResult:
+    """Run the graph until it ends.
+
+    Args:
+        directory: the run's.
+        config: its configuration, changed or not.
+        thread: its name.
+        on_event: as for `run`.
+        reviewer: as for `run`.
+        reopen: go on with a run that has ended before its target.
+    """
     context = config.context.model_copy(update={"out": str(directory.path)})
     options: RunnableConfig = {
         "configurable": {"thread_id": thread},
@@ -437,9 +452,14 @@ def _drive(
         started = bool(state.values)
         # Not `state.next`: it is empty, too, when a kill fell between the last node's writes
         # and the checkpoint after it.
-        if state.values.get("status", "running") != "running":
+        status = state.values.get("status", "running")
+        if status == "target_reached" or (status != "running" and not reopen):
             return RunResult(directory.path, load_metrics(directory))
         check_agent(config.context)
+        if status != "running":
+            _check_open(directory, cast(PruneState, state.values), config)
+            graph.update_state(options, _reopened(status), as_node="reflect")
+            directory.metrics_file.unlink(missing_ok=True)
         if directory.config() != config:
             write_atomic(directory.config_file, config.to_yaml().encode())
         # JSON, as Studio sends it: the state holds plain values only.

@@ -67,7 +67,8 @@ def print_story(screen: Screen, story: Story) -> None:
             f"prunewright resume {story.directory.path}"
         )
     else:
-        print_metrics(screen, story.metrics, str(story.directory.path), str(story.directory.model))
+        model = str(story.directory.model) if story.metrics.saved else None
+        print_metrics(screen, story.metrics, str(story.directory.path), model)
 
 
 def _row(record: StepRecord) -> list[str]:

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Collection, Mapping
 
-from prunewright.graph.routing import TOLERANCE
 from prunewright.state import InputError, ModelProfile, PruneRequest
+from prunewright.state.schema import TOLERANCE
 from prunewright.tools.models import LoadedModel
 
 MISSING = "is missing to the target, too little for any dense layer"

@@ -8,6 +8,9 @@ from typing_extensions import TypedDict
 from prunewright.state.decision import Decision
 from prunewright.state.review import Review
 
+MAX_REFUSED = 4_000
+"""Characters that are kept of an answer that was refused."""
+
 Verdict = Literal["accepted", "rolled_back", "empty"]
 
 
@@ -53,6 +56,8 @@ class DecisionReport(BaseModel):
     """Relative perplexity change that the profile's loss_cost predicts for the decision."""
     invalid_answers: list[str] = []
     """What was wrong with each answer that was refused before this one."""
+    refused_answers: list[str] = []
+    """Their texts in the same order, cut at `MAX_REFUSED` characters, without keys."""
     repairs: int = 0
     """How many of them were sent back."""
     notes: list[str] = []
@@ -64,6 +69,11 @@ class DecisionReport(BaseModel):
     """Trials measured before it."""
     review: Review | None = None
     """What a person said to it; None: nobody was asked."""
+
+    @property
+    def refused(self) -> bool:
+        """Whether every answer was refused, the last repair's, too."""
+        return len(self.invalid_answers) > self.repairs
 
 
 class AppliedDecision(BaseModel):
@@ -95,6 +105,8 @@ class StepRecord(BaseModel):
     predicted_costs: dict[str, float] = {}
     """Predicted rise of the mean token loss for it, nats, by ``projection@depth``."""
     invalid_answers: list[str]
+    refused_answers: list[str] = []
+    """Texts of the answers that were refused, as in `DecisionReport`."""
     notes: list[str]
     profile: str
     """Path of the step's profile in the run directory."""
@@ -103,6 +115,8 @@ class StepRecord(BaseModel):
     candidate: str | None
     sparsity_before: float
     sparsity: float
+    asked: float | None = None
+    """Sparsity that the step might add, within its bound and up to the target; None: a baseline."""
     perplexity_before: float
     candidate_perplexity: float | None
     """None: not evaluated, or not finite (the reason says which)."""
@@ -125,6 +139,11 @@ class StepRecord(BaseModel):
     """Trials that the agent had measured before it decided."""
     review: Review | None = None
     """What a person said to the decision; None: nobody was asked."""
+
+    @property
+    def refused(self) -> bool:
+        """Whether every answer of the step was refused."""
+        return len(self.invalid_answers) > self.repairs
 
 
 class StepSummary(TypedDict):

@@ -26,6 +26,8 @@ class Metrics(BaseModel):
 
     Attributes:
         status: why it ended; ``target_reached``, ``max_steps``, ``stalled`` or ``baseline``.
+        reason: how it ended and what to do about it, in words; "" of a baseline.
+        saved: whether a model was saved; false where no step was accepted.
         method: agent or ``baseline`` with its allocation, and the criterion.
         revision: hash of the final masks.
         sparsity: fraction of exact zeros over all prunable weights.
@@ -48,6 +50,8 @@ class Metrics(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     status: str
+    reason: str = ""
+    saved: bool = True
     method: dict[str, str]
     revision: str
     sparsity: float

@@ -12,10 +12,13 @@ Status = Literal["running", "target_reached", "max_steps", "stalled"]
 STATUS_WORDS: dict[Status, str] = {
     "running": "still running",
     "target_reached": "the target sparsity is reached",
-    "max_steps": "max_steps is used up before the target: raise max_steps or step",
-    "stalled": "too many rollbacks or empty decisions in a row: "
-    "loosen the guard (guard.max_increase), lower step, or accept this sparsity",
+    "max_steps": "max_steps is used up before the target",
+    "stalled": "too many steps in a row came to nothing",
 }
+"""Each status in short; what a run's steps add to it, `prunewright.tools.ending` says."""
+
+TOLERANCE = 0.001
+"""Distance from the target sparsity that counts as reached."""
 
 
 def add_up(left: dict[str, float], right: dict[str, float]) -> dict[str, float]:

@@ -38,6 +38,7 @@ class Outcome:
     status: str
     method: dict[str, str]
     revision: str
+    reason: str = ""
     steps: int = 0
     rollbacks: int = 0
     decisions: int = 0
@@ -60,7 +61,8 @@ def finish(
 ) -> Metrics:
     """Measure the test text, save and verify the model, write card, metrics and report.
 
-    May run again after a crash: the model directory appears whole or not at all.
+    No model is saved where no step was accepted: it would be the dense one. May run again after a
+    crash: the model directory appears whole or not at all.
 
     Raises:
         PrunewrightError: the saved model does not reload to the same sparsity and losses.
@@ -80,6 +82,8 @@ def finish(
     seconds = dict(outcome.seconds)
     metrics = Metrics(
         status=outcome.status,
+        reason=outcome.reason,
+        saved=outcome.revision != DENSE,
         method=outcome.method,
         revision=outcome.revision,
         sparsity=bench.sparsity(),
@@ -99,7 +103,8 @@ def finish(
         tokens=tokens,
         peak_memory_bytes=peak_memory(),
     )
-    save_model(run, bench, outcome, metrics)
+    if metrics.saved:
+        save_model(run, bench, outcome, metrics)
     seconds["finish"] = time.perf_counter() - began
     seconds["total"] = sum(v for k, v in seconds.items() if k != "total")
     metrics = metrics.model_copy(update={"seconds": seconds, "peak_memory_bytes": peak_memory()})

@@ -5,8 +5,9 @@ from prunewright.state import StepRecord
 ROLLBACK_RATE = 0.25
 """Share of rolled-back steps above which the agent is not adapting."""
 STAGNANT_STEPS = 4
-"""Steps in a row that together must gain `STAGNANT_GAIN`."""
+"""Steps in a row that together must gain `STAGNANT_GAIN`, or that share of what they might."""
 STAGNANT_GAIN = 0.005
+STAGNANT_SHARE = 1 / 40
 
 
 def failure_signatures(records: list[StepRecord]) -> list[str]:
@@ -49,6 +50,12 @@ def _stagnant(records: list[StepRecord]) -> tuple[int, int] | None:
     """Indices of the first and last step of the first stretch without progress."""
     for first in range(len(records) - STAGNANT_STEPS + 1):
         last = first + STAGNANT_STEPS - 1
-        if records[last].sparsity - records[first].sparsity_before < STAGNANT_GAIN:
+        steps = records[first : last + 1]
+        if any(step.decision.rebalance for step in steps):  # it was not meant to gain
+            continue
+        # A small step or target asks for little, and at the target nothing is asked for.
+        asked = sum(1.0 if step.asked is None else step.asked for step in steps)
+        least = min(STAGNANT_GAIN, asked * STAGNANT_SHARE)
+        if records[last].sparsity - records[first].sparsity_before < least - 1e-9:
             return first, last
     return None

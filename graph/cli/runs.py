@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
@@ -27,6 +27,7 @@ from prunewright.graph.cli.session import DONE, ENDED_EARLY, Session, quiet_tran
 from prunewright.graph.console import Live, Screen
 from prunewright.state import PruneConfig, StepRecord, load_config
 from prunewright.state.config import BASELINE
+from prunewright.state.schema import Status
 
 if TYPE_CHECKING:
     from prunewright.graph.runner import RunResult
@@ -84,8 +85,8 @@ def resume_command(
 ) -> None:
     """Go on with a run that was stopped or failed; a finished one is only reported.
 
-    --set may change who decides and how (agent, guard.max_increase, max_steps ...), not what
-    defines the run (model, target, texts ...).
+    One that ended before its target goes on with what --set changes: who decides and how (agent,
+    guard.max_increase, max_steps ...), not what defines the run (model, target, texts ...).
     """
     session: Session = ctx.obj
     from prunewright.graph import runner
@@ -97,7 +98,7 @@ def resume_command(
     session.run = run_directory
     settled, changes = _changes(directory, overrides)
     screen = session.screen
-    if not directory.metrics_file.exists():
+    if changes or not directory.metrics_file.exists():
         _check_person(settled)
         who = settled.agent
         if who != BASELINE:
@@ -345,6 +346,7 @@ def _live(
 def _report(session: Session, screen: Screen, result: "RunResult") -> NoReturn:
     """Print how a run ended, and leave with the exit code that says it."""
     from prunewright.graph.whole_layers import MISSING
+    from prunewright.tools.ending import describe_ending, ended_words
     from prunewright.tools.report import FILE
     from prunewright.tools.rundir import RunDirectory
     from prunewright.tools.signatures import failure_signatures
@@ -352,7 +354,8 @@ def _report(session: Session, screen: Screen, result: "RunResult") -> NoReturn:
     metrics = result.metrics
     records = RunDirectory(result.directory).read_trace()
     signatures = failure_signatures(records)
-    console.print_metrics(screen, metrics, str(result.directory), str(result.model_directory))
+    model = str(result.model_directory) if result.model_directory else None
+    console.print_metrics(screen, metrics, str(result.directory), model)
     for note in records[-1].notes if records else []:
         if note.endswith(MISSING):
             screen.pairs([("target", note)])
@@ -363,18 +366,25 @@ def _report(session: Session, screen: Screen, result: "RunResult") -> NoReturn:
         screen.line(("warning    ", "yellow"), words)
     reached = metrics.status in _GOOD_ENDS
     code = DONE if reached else ENDED_EARLY
-    reason = console.status_words(metrics.status)
+    reason = ended_words(metrics)
     session.emit(
         {
             "directory": str(result.directory),
-            "model_directory": str(result.model_directory),
+            "model_directory": model,
+            **metrics.model_dump(mode="json"),
             "reason": reason,
             "exit_code": code,
             "signatures": signatures,
-            **metrics.model_dump(mode="json"),
         }
     )
     if not reached:
         head = ("Ended before the target: ", "yellow")
-        session.complain(logging.WARNING, head, f"{reason}. Sparsity {metrics.sparsity:.4f}.")
+        words = f"{reason}. Sparsity {metrics.sparsity:.4f}."
+        config = RunDirectory(result.directory).config()
+        found = describe_ending(cast(Status, metrics.status), records, config, config.target)
+        settings = " ".join(f"--set {setting}" for setting in found.settings)
+        if settings:
+            run = shlex.quote(str(result.directory))
+            words += f" To go on with it, for example: prunewright resume {run} {settings}"
+        session.complain(logging.WARNING, head, words)
     raise typer.Exit(code)

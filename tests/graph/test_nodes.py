@@ -185,6 +185,13 @@ def test_after_the_last_refusal_the_decision_is_empty(repairs: int) -> None:
     assert report.invalid_answers == ["not valid JSON"] * (repairs + 1)
 
 
+def test_the_text_of_a_refused_answer_is_kept_in_part() -> None:
+    script = Script(InvalidAnswerError("not valid JSON", "{\ud800" + "x" * 9_000), decision())
+    report = ask("script", script, observation(), repairs=2)
+    assert report.refused_answers == ["{?" + "x" * 3_998]
+    assert not report.refused
+
+
 def test_full_names_leave_unknown_ones_alone() -> None:
     both = Decision(
         reasoning="",

@@ -56,6 +56,22 @@ def test_stagnant_sparsity() -> None:
     assert failure_signatures(crawl) == ["sparsity stood still over steps 1 to 4: it gained 0.0040"]
 
 
+def test_steps_that_ask_for_little_do_not_stand_still() -> None:
+    small = [r.model_copy(update={"asked": 0.001}) for r in run(*["accepted"] * 6, gain=0.001)]
+    assert failure_signatures(small) == []
+    at_target = [r.model_copy(update={"asked": 0.0}) for r in run(*["accepted"] * 6, gain=0)]
+    assert failure_signatures(at_target) == []
+    idle = [r.model_copy(update={"asked": 0.001}) for r in run(*["empty"] * 4)]
+    assert failure_signatures(idle) == ["sparsity stood still over steps 1 to 4: it gained 0.0000"]
+
+
+def test_a_step_that_is_meant_to_rebalance_is_no_standstill() -> None:
+    records = run(*["accepted"] * 7, gain=0.001)
+    meant = Decision(reasoning="", layers=[], rebalance=True)
+    records[3] = records[3].model_copy(update={"decision": meant})
+    assert failure_signatures(records) == []
+
+
 def test_invalid_answers() -> None:
     records = run("accepted", "accepted")
     records[1] = records[1].model_copy(update={"invalid_answers": ["no layer", "cut off"]})

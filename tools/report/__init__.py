@@ -16,9 +16,10 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from prunewright.state import STATUS_WORDS, InputError, PruneConfig, StoreError
+from prunewright.state import InputError, PruneConfig, StoreError
 from prunewright.state.config import BASELINE
 from prunewright.state.shown import clean
+from prunewright.tools.ending import ended_words
 from prunewright.tools.models import cache_directory
 from prunewright.tools.report.charts import VERDICTS, heat_maps, prediction_chart, step_charts
 from prunewright.tools.rundir import RunDirectory
@@ -131,7 +132,7 @@ def build_report(run_dirs: Sequence[str | Path]) -> str:
             charts=charts | {f"heat-{k}": spec for k, spec in heat_maps(first).items()},
             signatures=failure_signatures(first.records),
             verdicts=VERDICTS,
-            statuses=STATUS_WORDS | {BASELINE: "pruned in one shot"},
+            ended=ended_words(first.metrics) if first.metrics else "",
             options=_flat(first.config),
             named=NAMED,
         )

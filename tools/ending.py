@@ -1,0 +1,130 @@
+"""How a run ended, what to do about it, and how to go on, from what its steps came to."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Literal
+
+from prunewright.state import STATUS_WORDS, PruneContext, StepRecord
+from prunewright.state.metrics import Metrics
+from prunewright.state.schema import TOLERANCE, Status
+
+Kind = Literal["accepted", "rolled_back", "refused", "rejected", "weightless", "idle"]
+"""What a step came to; the last four are empty ones."""
+
+_MOST = 300
+_WORDS: dict[Kind, Callable[[int], str]] = {
+    "rolled_back": lambda n: f"{n} rolled back by the guard",
+    "refused": lambda n: f"{n} without a valid answer",
+    "rejected": lambda n: f"{n} rejected in review",
+    "weightless": lambda n: f"{n} whose deltas came to no weight",
+    "idle": lambda n: f"{n} in which the agent chose no layer",
+}
+_ADVICE: dict[Kind, str] = {
+    "refused": "ask another model, or set other agent_options",
+    "rejected": "ask another agent",
+    "weightless": "ask another agent",
+    "idle": "ask another agent, or accept this sparsity",
+}
+NO_MODEL = "no step was accepted, so no model is saved: it would be the dense one"
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended.
+
+    Attributes:
+        reason: why, and what to do about it, in words.
+        settings: changes of the context with which ``prunewright resume`` may go on with it.
+    """
+
+    reason: str
+    settings: tuple[str, ...] = ()
+
+
+def describe_ending(
+    status: Status, records: Sequence[StepRecord], context: PruneContext, target: float
+) -> Ending:
+    """How a run ended.
+
+    Args:
+        status: of the run, no longer running.
+        records: its steps.
+        context: who decided, and how.
+        target: sparsity that was to be reached.
+    """
+    words = STATUS_WORDS[status]
+    if status == "target_reached":
+        missing = target - records[-1].sparsity if records else 0.0
+        if missing > TOLERANCE:
+            words = (
+                f"no dense layer fits under the target any more: {missing:.4f} is missing to it, "
+                "as layers are taken whole"
+            )
+        return Ending(words)
+    lost = [r for r in records if kind_of(r) != "accepted"]
+    settings: dict[str, str] = {}
+    if status == "stalled":
+        lost = list(takewhile(lambda r: kind_of(r) != "accepted", reversed(records)))[::-1]
+    else:
+        settings["max_steps"] = f"{2 * context.max_steps}"
+    counts = Counter(kind_of(r) for r in lost)
+    parts, advice = [], ["raise max_steps"] if status == "max_steps" else []
+    for kind, count in counts.most_common():
+        last = next(r for r in reversed(lost) if kind_of(r) == kind)
+        why = f" (the last: {_one_line(last.reason)})" if kind in ("rolled_back", "refused") else ""
+        parts.append(f"{_WORDS[kind](count)}{why}")
+        if kind == "rolled_back":
+            words_, setting = _loosened(last.reason, context)
+            settings |= setting
+        else:
+            words_ = _ADVICE[kind]
+            settings.setdefault("agent", "greedy")
+        if words_ not in advice:
+            advice.append(words_)
+    if parts:
+        words += f"; of {'its' if status == 'max_steps' else 'the last'} "
+        words += f"{len(records) if status == 'max_steps' else len(lost)} steps {', '.join(parts)}"
+    words += f": {'; '.join(advice)}"
+    if not any(r.verdict == "accepted" for r in records):
+        words += f". As {NO_MODEL}"
+    return Ending(words, tuple(f"{key}={value}" for key, value in settings.items()))
+
+
+def ended_words(metrics: Metrics) -> str:
+    """How a run or a baseline ended, in words."""
+    short = next((w for s, w in STATUS_WORDS.items() if s == metrics.status), "pruned in one shot")
+    return metrics.reason or short
+
+
+def kind_of(record: StepRecord) -> Kind:
+    """What a step came to."""
+    if record.verdict != "empty":
+        return record.verdict
+    if record.review is not None and record.review.verdict == "rejected":
+        return "rejected"
+    if record.refused:
+        return "refused"
+    return "weightless" if record.decision.layers else "idle"
+
+
+def _loosened(reason: str, context: PruneContext) -> tuple[str, dict[str, str]]:
+    """What to do about a rollback, by the bound that its reason names."""
+    guard = context.guard
+    smaller = "or take smaller steps (another agent, or a new run with less step or max_delta)"
+    if "not finite" in reason:
+        return "take smaller steps, or begin anew in another dtype", {}
+    if "max_knowledge_drop" in reason:
+        key, value = "guard.max_knowledge_drop", guard.max_knowledge_drop
+    elif "over the dense model" in reason:
+        key, value = "guard.max_total_increase", guard.max_total_increase
+    else:
+        key, value = "guard.max_increase", guard.max_increase
+    setting = {key: f"{2 * value:g}"} if value is not None else {}
+    return f"loosen the guard ({key}), {smaller}", setting
+
+
+def _one_line(text: str) -> str:
+    joined = " ".join(text.split())
+    return joined if len(joined) <= _MOST else f"{joined[:_MOST]}..."
