@@ -70,6 +70,8 @@ _log = logging.getLogger("prunewright")
 
 PROBE_WINDOWS = 2
 """Guard windows that a probe is measured on: the first ones."""
+KEPT = 8
+"""Steps of the history that the state holds: the latest."""
 INTERVAL = 0.1
 """Seconds between two reports of progress, unless a part of the work is done."""
 NO_THREAD = "default"
@@ -308,6 +310,8 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     asked = min(request.step, max(0.0, request.target - state["sparsity"]))
     record = _record(state, run.read_applied(state["applied"]), asked)
     record, at_end = _whole_layers(record, run, request)
+    if state["history"]:
+        record = record.model_copy(update={"previous": state["history"][-1]["record"]})
     summary: StepSummary = {
         "step": record.step,
         "record": run.write_step_file(record.step, "record", record.model_dump(mode="json")),
@@ -317,7 +321,7 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
         "change": record.change,
         "layers": len(record.applied),
     }
-    history = [*state["history"], summary]
+    history = _latest([*state["history"], summary], run)
     records = run.read_records(history)
     run.write_trace(records)
     accepted = record.verdict == "accepted"
@@ -583,10 +587,21 @@ def _raised(
     return gains
 
 
+def _latest(history: list[StepSummary], run: RunDirectory) -> list[StepSummary]:
+    """What the state keeps of a history: each superstep stores it, and records name those before.
+
+    Those of the first version do not, and are kept.
+    """
+    first = max(0, len(history) - KEPT)
+    while first and not run.read_record(history[first]).previous:
+        first -= 1
+    return history[first:]
+
+
 def _gave_back(state: PruneState, run: RunDirectory) -> bool:
     """Whether the step before gave weights back: gradients know nothing of those."""
-    records = run.read_records(state["history"][-1:])
-    return any(r.verdict == "accepted" and min(r.applied.values(), default=0) < 0 for r in records)
+    last = [run.read_record(summary) for summary in state["history"][-1:]]
+    return any(r.verdict == "accepted" and min(r.applied.values(), default=0) < 0 for r in last)
 
 
 def _is_cut(record: StepRecord, run: RunDirectory, request: PruneRequest) -> bool:

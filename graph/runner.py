@@ -346,10 +346,10 @@ def collect_garbage(run_directory: str | Path) -> tuple[int, int]:
         StoreError: a file of the run is missing or damaged; nothing is deleted.
     """
     directory = RunDirectory(run_directory)
-    directory.config()
+    config = directory.config()
     keep: set[str] = set()
     with directory.locked():
-        if directory.started:
+        if directory.started and config.agent != BASELINE:
             _check_kept_here(directory)
         if directory.database.exists():
             with read_checkpoints(directory.database) as saver:

@@ -139,6 +139,8 @@ class StepRecord(BaseModel):
     """Trials that the agent had measured before it decided."""
     review: Review | None = None
     """What a person said to the decision; None: nobody was asked."""
+    previous: str = ""
+    """Path of the record of the step before in the run directory; "" for the first step's."""
 
     @property
     def refused(self) -> bool:

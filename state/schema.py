@@ -82,6 +82,7 @@ class PruneState(TypedDict):
     stalls: int
     """Rollbacks and empty decisions in a row."""
     history: list[StepSummary]
+    """The latest steps; the record of each names that of the step before."""
     seconds: Annotated[dict[str, float], add_up]
     """Wall time by node."""
     tokens: Annotated[dict[str, float], add_up]

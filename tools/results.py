@@ -108,6 +108,7 @@ def finish(
     seconds["finish"] = time.perf_counter() - began
     seconds["total"] = sum(v for k, v in seconds.items() if k != "total")
     metrics = metrics.model_copy(update={"seconds": seconds, "peak_memory_bytes": peak_memory()})
+    run.write_step_file(metrics.steps, "metrics", metrics.model_dump())
     write_json(run.metrics_file, metrics.model_dump())
     _write_report(run)
     return metrics

@@ -1,9 +1,12 @@
 """A run's directory: what it was given, each step, the trace, the results."""
 
 import errno
+import functools
 import importlib.metadata
+import json
 import os
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -63,6 +66,10 @@ _PACKAGES = (
 
 
 _Stored = TypeVar("_Stored", ModelProfile, StepRecord, AppliedDecision, Spent)
+
+_STEP_FILE = re.compile(r"steps/\d{4,}-[a-z]+-([0-9a-f]{12})\.json")
+_traces: dict[Path, tuple[int, str]] = {}
+"""Size of each trace.jsonl that this process wrote, and the name of its last step's record."""
 
 
 class RunDirectory:
@@ -174,7 +181,7 @@ class RunDirectory:
         records = self.read_records(history)
         for path in sorted((self.path / "steps").glob("*.json")):
             number = path.name.partition("-")[0]
-            if number.isdigit() and int(number) < len(history):
+            if number.isdigit() and int(number) < len(records):
                 share(path, other.path / "steps" / path.name)
         for record in records:
             revisions = revisions | {record.revision}
@@ -184,7 +191,7 @@ class RunDirectory:
         )
         if records:
             other.write_trace(records)
-        parent = {"directory": str(self.path), "thread": facts.get("thread"), "step": len(history)}
+        parent = {"directory": str(self.path), "thread": facts.get("thread"), "step": len(records)}
         write_json(
             other.manifest_file, facts | {"thread": thread, "parent": parent} | _surroundings()
         )
@@ -417,14 +424,24 @@ class RunDirectory:
     def write_step_file(self, step: int, kind: str, value: dict[str, Any]) -> str:
         """Store a step's JSON under a name that its content makes unique; return the path."""
         data = canonical_json(value)
-        name = f"steps/{step:04d}-{kind}-{sha256_bytes(data)[:12]}.json"
+        name = _step_name(step, kind, data)
         if not (self.path / name).exists():
             write_atomic(self.path / name, data)
         return name
 
+    def holds(self, step: int, kind: str, value: Any) -> bool:
+        """Whether `write_step_file` stored this; true, too, where it stored nothing of the kind."""
+        name = _step_name(step, kind, canonical_json(value))
+        return (self.path / name).is_file() or not any(self.path.glob(f"steps/*-{kind}-*.json"))
+
     def write_spent(self, step: int, spent: Spent) -> None:
         """Keep what a step spent on an LLM that gave no decision in the end."""
-        write_json(self._spent_file(step), spent.model_dump())
+        earlier = self._spent_files(step)
+        name = self.write_step_file(step, "spent", spent.model_dump())
+        for path in earlier:
+            if path != self.path / name:
+                with put_into_words(path):
+                    path.unlink(missing_ok=True)
 
     def read_spent(self, step: int) -> Spent:
         """What `write_spent` kept of a step; nothing if it did not fail.
@@ -432,11 +449,12 @@ class RunDirectory:
         Raises:
             StoreError: damaged.
         """
-        name = self._spent_file(step).relative_to(self.path)
-        return self._read(str(name), Spent) if self._spent_file(step).exists() else Spent()
+        # A crash between writing one and removing the one before leaves both, which only grow.
+        found = [self._read(f"steps/{path.name}", Spent) for path in self._spent_files(step)]
+        return max(found, key=lambda spent: (spent.calls, spent.tokens), default=Spent())
 
-    def _spent_file(self, step: int) -> Path:
-        return self.path / "steps" / f"{step:04d}-spent.json"
+    def _spent_files(self, step: int) -> list[Path]:
+        return list(self.path.glob(f"steps/{step:04d}-spent-*.json"))
 
     def read_profile(self, name: str) -> ModelProfile:
         """A profile that `write_step_file` stored.
@@ -454,40 +472,115 @@ class RunDirectory:
         """
         return self._read(name, AppliedDecision)
 
+    def read_record(self, summary: StepSummary) -> StepRecord:
+        """The full record of a step.
+
+        Raises:
+            StoreError: missing or damaged.
+        """
+        return _read_record(self.path.absolute(), summary["record"])
+
     def read_records(self, history: list[StepSummary]) -> list[StepRecord]:
-        """The full records of a history.
+        """The full records of all steps up to those of a history, which holds the latest.
 
         Raises:
             StoreError: one is missing or damaged.
         """
-        return [self._read(summary["record"], StepRecord) for summary in history]
+        records = [self.read_record(summary) for summary in reversed(history)]
+        while records and records[-1].previous:
+            records.append(_read_record(self.path.absolute(), records[-1].previous))
+        records.reverse()
+        if [record.step for record in records] != list(range(len(records))):
+            raise StoreError(f"{self.path / 'steps'} is damaged: its records are not of all steps")
+        return records
 
     def write_trace(self, records: list[StepRecord]) -> None:
-        """Write trace.jsonl, a line a step, as the history stands."""
-        lines = "".join(record.model_dump_json() + "\n" for record in records)
-        write_atomic(self.trace_file, lines.encode())
+        """Let trace.jsonl hold some steps, a line each, and store the records that are not yet.
+
+        Where this process wrote those before the last, only its line is appended.
+        """
+        path, last = self.trace_file.absolute(), records[-1]
+        known = _traces.pop(path, None)
+        appends = known is not None and known == (_size(path), last.previous)
+        for record in records[-1:] if appends else records:
+            value = record.model_dump(mode="json")
+            name = _step_name(record.step, "record", canonical_json(value))
+            if not (self.path / name).exists():
+                self.write_step_file(record.step, "record", value)
+        if appends:
+            with put_into_words(path), path.open("ab") as file:
+                file.write(_line(last))
+                file.flush()
+                os.fsync(file.fileno())
+        else:
+            write_atomic(path, b"".join(map(_line, records)))
+        _traces[path] = (_size(path), name)
 
     def read_trace(self) -> list[StepRecord]:
         """The steps of trace.jsonl; empty before the first.
 
         Raises:
-            StoreError: damaged.
+            StoreError: damaged, or a step is not as its record holds it.
         """
         if not self.trace_file.exists():
             return []
         try:
             # Not splitlines: a reasoning may hold other line ends, such as U+2028.
-            lines = self.trace_file.read_text(encoding="utf-8").split("\n")
-            return [StepRecord.model_validate_json(line) for line in lines if line]
-        except (ValidationError, ValueError) as error:
+            *lines, rest = self.trace_file.read_text(encoding="utf-8").split("\n")
+            if rest and self.metrics_file.exists():  # else a kill while it was appended
+                raise ValueError("its last line is cut off")
+            records = [StepRecord.model_validate_json(line) for line in lines]
+            for number, (line, record) in enumerate(zip(lines, records, strict=True)):
+                if record.step != number or not self.holds(number, "record", json.loads(line)):
+                    raise ValueError(f"line {number + 1} is not what the step's record holds")
+            return records
+        except OSError as error:
+            raise StoreError(f"cannot read {self.trace_file}: {error.strerror}") from error
+        except ValueError as error:  # a ValidationError is one
             raise StoreError(f"{self.trace_file} is damaged: {error}") from error
 
     def _read(self, name: str, model: type[_Stored]) -> _Stored:
-        path = self.path / name
-        try:
-            return model.model_validate(read_json(path))
-        except ValidationError as error:
-            raise StoreError(f"{path} is damaged: {error}") from error
+        return _read_step_file(self.path, name, model)
+
+
+def _read_step_file(directory: Path, name: str, model: type[_Stored]) -> _Stored:
+    """What a name of `RunDirectory.write_step_file` stands for.
+
+    Raises:
+        StoreError: missing or damaged, or no such name: a checkpoint's may be anything.
+    """
+    path = directory / name
+    named = _STEP_FILE.fullmatch(name)
+    if named is None:
+        raise StoreError(f"{name[:200]!r} is not the name of a file of a step")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error.strerror}") from error
+    if not sha256_bytes(data).startswith(named[1]):
+        raise StoreError(f"{path} is damaged: its content does not match its name")
+    try:
+        return model.model_validate_json(data)
+    except ValidationError as error:
+        raise StoreError(f"{path} is damaged: {error}") from error
+
+
+@functools.lru_cache(maxsize=4096)
+def _read_record(directory: Path, name: str) -> StepRecord:
+    """A record; each is read once a process, since what a name stands for never changes."""
+    return _read_step_file(directory, name, StepRecord)
+
+
+def _step_name(step: int, kind: str, data: bytes) -> str:
+    return f"steps/{step:04d}-{kind}-{sha256_bytes(data)[:12]}.json"
+
+
+def _line(record: StepRecord) -> bytes:
+    return f"{record.model_dump_json()}\n".encode()
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else -1
 
 
 def _facts(request: PruneRequest, bench: Workbench) -> dict[str, Any]:

@@ -109,10 +109,14 @@ def load_metrics(directory: RunDirectory) -> Metrics:
     Raises:
         StoreError: missing or damaged.
     """
+    content = read_json(directory.metrics_file)
     try:
-        return Metrics.model_validate(read_json(directory.metrics_file))
+        metrics = Metrics.model_validate(content)
     except ValidationError as error:
         raise StoreError(f"{directory.metrics_file} is damaged: {error}") from error
+    if not directory.holds(metrics.steps, "metrics", content):
+        raise StoreError(f"{directory.metrics_file} is damaged: it is not what the run wrote")
+    return metrics
 
 
 def layer_sparsities(story: Story) -> dict[str, float]:

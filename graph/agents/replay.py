@@ -1,5 +1,6 @@
 """The decisions of an earlier trace, so that a run repeats without its LLM."""
 
+import json
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -7,6 +8,7 @@ from pydantic import ValidationError
 from prunewright.graph.agents.base import Observation
 from prunewright.state import AgentError, Decision, InputError, StepRecord
 from prunewright.state.config import problem_words
+from prunewright.tools.rundir import RunDirectory
 
 MAX_LINE = 8 * 2**20
 """Bytes of one line of a trace; a step of 4,096 layers takes less than three million."""
@@ -101,6 +103,10 @@ def _read(path: Path) -> list[StepRecord]:
                 if len(line) > MAX_LINE:
                     raise InputError(f"{where}: it is longer than {MAX_LINE:,} bytes")
                 records.append(_record(line, where))
+                if not RunDirectory(path.parent).holds(
+                    len(records) - 1, "record", json.loads(line)
+                ):
+                    raise InputError(f"{where}: it is damaged: the step's record holds another")
                 if records[-1].step != len(records) - 1:
                     raise InputError(
                         f"{where}: it holds step {records[-1].step}, not {len(records) - 1}"

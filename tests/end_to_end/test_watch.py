@@ -1,12 +1,16 @@
 """Watching a run from its files; run directories of other versions."""
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,7 @@ from prunewright.state import (
     StepRecord,
 )
 from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.storage import canonical_json
 
 Submit = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -117,6 +122,7 @@ def test_a_step_that_was_taken_again_is_told_again(reference: Path, tmp_path: Pa
     assert steps(2) == [json.loads(line) for line in lines[:2]]
     # Somebody went back in time: the second step is another one.
     other = json.loads(lines[1]) | {"reason": "another"}
+    RunDirectory(out).write_step_file(1, "record", other)
     new = tmp_path / "new"
     new.write_text("".join([lines[0], json.dumps(other) + "\n", lines[2]]))
     new.rename(out / "trace.jsonl")
@@ -130,10 +136,33 @@ def test_only_a_run_can_be_watched(tmp_path: Path) -> None:
         next(events(tmp_path))
 
 
-def trim(path: Path, model: type[BaseModel]) -> None:
-    """Leave only the keys without which the first version would not have read a file."""
+def trim(path: Path, model: type[BaseModel]) -> tuple[str, str]:
+    """Leave only the keys without which the first version would not have read a file.
+
+    Its name follows from its content: the old one and the new.
+    """
     value = model.model_validate_json(path.read_text())
-    path.write_text(value.model_dump_json(exclude_defaults=True))
+    if isinstance(value, StepRecord):
+        value = value.model_copy(update={"previous": ""})  # all were named by the checkpoints
+    data = canonical_json(value.model_dump(mode="json", exclude_defaults=True))
+    stem = path.stem.rpartition("-")[0]
+    new = path.with_name(f"{stem}-{hashlib.sha256(data).hexdigest()[:12]}.json")
+    path.unlink()
+    new.write_bytes(data)
+    return path.name, new.name
+
+
+def rename_in_checkpoints(out: Path, names: dict[str, str]) -> None:
+    """Names of files are as long as before, so the checkpoints keep their form."""
+    with closing(sqlite3.connect(out / "state.sqlite")) as connection, connection:
+        for table, column in (("checkpoints", "checkpoint"), ("writes", "value")):
+            rows = connection.execute(f"SELECT rowid, {column} FROM {table}").fetchall()
+            for row, content in rows:
+                for old, new in names.items():
+                    content = content and content.replace(old.encode(), new.encode())
+                connection.execute(
+                    f"UPDATE {table} SET {column} = ? WHERE rowid = ?", (content, row)
+                )
 
 
 def test_a_run_of_an_older_version_is_read_and_goes_on(
@@ -150,14 +179,23 @@ def test_a_run_of_an_older_version_is_read_and_goes_on(
     assert "review" not in values
     (stopped / "config.yaml").write_text(yaml.safe_dump(values))
     kinds = {"record": StepRecord, "applied": AppliedDecision, "profile": ModelProfile}
-    for path in (stopped / "steps").iterdir():
-        trim(path, kinds[path.name.split("-")[1]])
+    renamed: dict[str, str] = {}
+    for kind in ("profile", "applied", "record"):
+        for path in sorted((stopped / "steps").glob(f"*-{kind}-*")):
+            for old, new in renamed.items():  # a record names the profile
+                path.write_text(path.read_text().replace(old, new))
+            old, new = trim(path, kinds[kind])
+            renamed[old] = new
+    rename_in_checkpoints(stopped, renamed)
     assert "review" not in next((stopped / "steps").glob("0000-record-*")).read_text()
-    records = [StepRecord.model_validate(step) for step in trace(stopped)]
-    lines = [record.model_dump_json(exclude_defaults=True) for record in records]
+    lines = [path.read_text() for path in sorted((stopped / "steps").glob("*-record-*"))]
     (stopped / "trace.jsonl").write_text("".join(line + "\n" for line in lines))
     fork(stopped, 2, out=tmp_path / "fork")
     resume(stopped)
+    names = re.compile(r'"(profile|previous)":"[^"]*"')
+    reference = Path(shutil.copytree(reference, tmp_path / "reference"))
+    for out in (reference, stopped, tmp_path / "fork"):
+        (out / "trace.jsonl").write_text(names.sub("", (out / "trace.jsonl").read_text()))
     for out in (stopped, tmp_path / "fork"):
         # The configuration keeps its old form where nothing of it changes.
         (out / "config.yaml").write_text((reference / "config.yaml").read_text())

@@ -1,0 +1,141 @@
+"""The files of a run's steps: a flip is noticed, and a late step costs what an early one does."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prunewright.graph import fork, resume, run
+from prunewright.state import InputError, StoreError
+from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.trace import load_metrics, read_story
+
+
+@pytest.fixture(scope="module")
+def config(pico_models: Callable[..., Path]) -> dict[str, Any]:
+    windows = {"calibration": 1, "gradient": 1, "guard": 2, "test": 1, "length": 16}
+    return {
+        "model": str(pico_models()),
+        "dtype": "float32",
+        "device": "cpu",
+        "agent": "uniform",
+        "target": 0.24,
+        "step": 0.0205,
+        "guard": {"max_increase": 1e9},
+        "texts": {"windows": windows},
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve steps, more than the state holds of a history."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    places: set[int] = set()
+
+    def on_event(mode: str, event: dict[str, Any]) -> None:
+        if mode == "updates" and "reflect" in event:
+            places.add((out / "trace.jsonl").stat().st_ino)
+            assert len(event["reflect"]["history"]) <= 8
+
+    assert run(config, out=out, on_event=on_event).metrics.steps == 12
+    assert len(places) == 1  # each line was appended to the one file
+    return out
+
+
+@pytest.fixture(scope="module")
+def stopped(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that is to evaluate its tenth step."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    seen = 0
+
+    def stop(mode: str, event: dict[str, Any]) -> None:
+        nonlocal seen
+        seen += mode == "updates" and "apply_prune" in event
+        if seen == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, out=out, on_event=stop)
+    return out
+
+
+def flip(path: Path, seed: int = 0) -> None:
+    """Change one digit of a JSON file, so that it is JSON still."""
+    data = bytearray(path.read_bytes())
+    places = [i for i, byte in enumerate(data) if byte in b"12345678"]
+    data[random.Random(seed).choice(places)] += 1
+    path.unlink()  # a fork's files are the run's own
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "kind", ["0000-record", "0005-record", "0008-record", "0009-profile", "0009-applied"]
+)
+def test_a_flip_in_what_a_run_goes_on_from_is_named(
+    kind: str, stopped: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(stopped, tmp_path / "run"))
+    (path,) = out.glob(f"steps/{kind}-*.json")
+    whole = path.read_bytes()
+    for seed in range(3):
+        flip(path, seed)
+        with pytest.raises(StoreError, match=rf"{path.name} is damaged"):
+            resume(out)
+        path.write_bytes(whole)
+    assert resume(out).metrics.steps == 12
+
+
+def test_a_flip_in_what_is_reported_is_named(finished: Path, tmp_path: Path) -> None:
+    for seed in range(10):
+        for name in ("trace.jsonl", "metrics.json"):
+            out = Path(shutil.copytree(finished, tmp_path / f"{name}-{seed}"))
+            flip(out / name, seed)
+            with pytest.raises(StoreError, match=rf"{name} is damaged"):
+                read_story(RunDirectory(out))
+            if name == "trace.jsonl":
+                with pytest.raises(InputError, match=r"line \d+.*(damaged|holds step|not a step)"):
+                    run({"agent": f"replay:{out}"}, out=tmp_path / "replay")
+
+
+def test_a_checkpoint_cannot_name_a_file_elsewhere(finished: Path, tmp_path: Path) -> None:
+    directory = RunDirectory(Path(shutil.copytree(finished, tmp_path / "run")))
+    outside = tmp_path / "profile.json"
+    outside.write_bytes(next(directory.path.glob("steps/0000-profile-*")).read_bytes())
+    for name in ("../profile.json", "steps/../../profile.json", str(outside)):
+        with pytest.raises(StoreError, match="not the name of a file of a step"):
+            directory.read_profile(name)
+
+
+def test_the_trace_holds_each_step_once_whatever_was_cut_off(
+    stopped: Path, finished: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(stopped, tmp_path / "run"))
+    assert len(RunDirectory(out).read_trace()) == 9
+    with (out / "trace.jsonl").open("ab") as file:
+        file.write(b'{"step": 9, "age')  # a kill while it was appended
+    assert len(RunDirectory(out).read_trace()) == 9
+    resume(out)
+    assert (out / "trace.jsonl").read_bytes() == (finished / "trace.jsonl").read_bytes()
+    with (out / "trace.jsonl").open("ab") as file:
+        file.write(b'{"step": 12, "age')
+    with pytest.raises(StoreError, match="cut off"):
+        RunDirectory(out).read_trace()
+
+
+def test_a_fork_has_all_steps_before_it(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "fork"
+    fork(finished, 11, out=out)
+    lines = [json.loads(line) for line in (out / "trace.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(12))
+    assert load_metrics(RunDirectory(out)).revision == load_metrics(RunDirectory(finished)).revision
+
+
+def test_a_step_adds_as_much_late_as_early(finished: Path) -> None:
+    def added(step: int) -> int:
+        return sum(p.stat().st_size for p in finished.glob(f"steps/{step:04d}-*"))
+
+    assert added(11) < 1.2 * added(1)
