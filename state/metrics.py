@@ -42,8 +42,10 @@ class Metrics(BaseModel):
         knowledge: mean log-probability of the right answers to the facts, nats a token, where the
             guard bounded it.
         seconds: wall time, ``total`` and by node.
-        tokens: scored for calibration (forward), gradient (forward and backward), guard, probes,
-            the trials of an allocation, and test; exchanged with the LLM.
+        tokens: run through the model for calibration (forward), gradient (forward and backward),
+            solve (through the blocks), guard, probes, the trials of an allocation, and test;
+            exchanged with the LLM. Statistics that a process still has are not taken again, so
+            a run that was resumed counts those that it took once more.
         peak_memory_bytes: largest resident size of the process so far.
     """
 

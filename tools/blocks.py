@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from prunewright.state import InputError
 from prunewright.tools.layers import Layer, find_blocks
@@ -26,6 +28,35 @@ class _Call:
     keywords: dict[str, Any]
     by_keyword: bool
     """Whether the hidden states come as ``hidden_states=``."""
+
+
+class BlockTokens:
+    """Counts the tokens that run through a model's blocks while it is entered.
+
+    A token counts once where it went through all of them, and in part where through some.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._blocks = list(find_blocks(model)[1])
+        self._passed = 0
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def tokens(self) -> int:
+        """Tokens so far, rounded."""
+        return round(self._passed / len(self._blocks))
+
+    def __enter__(self) -> "BlockTokens":
+        def after(_: nn.Module, __: Any, outputs: Any) -> None:
+            states: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
+            self._passed += states.shape[0] * states.shape[1]
+
+        self._handles = [block.register_forward_hook(after) for block in self._blocks]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
 
 
 class _EnteredError(Exception):

@@ -148,7 +148,7 @@ def answer_scores(
             after = states[row, len(context) - 1 : end]
             logits = head(after) if head.exact else after.float()
             chosen = torch.tensor(answer, device=logits.device).unsqueeze(1)
-            scores[index] = float(logits.log_softmax(-1).gather(1, chosen).double().mean())
+            scores[index] = float(logits.log_softmax(-1).gather(1, chosen).cpu().double().mean())
         if progress is not None:
             progress("facts", begin + len(batch), len(order))
     return scores

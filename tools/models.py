@@ -178,6 +178,7 @@ def load_model(
     read_configuration(resolve_directory(name, weights=False))  # before weights are fetched
     directory = resolve_directory(name)
     place = resolve_device(device)
+    _compute_alike(place)
     chosen = resolve_dtype(dtype, directory, place)
     model, stored, extras = _from_files(
         directory, trust_remote_code=trust_remote_code, dtype=chosen
@@ -407,6 +408,16 @@ def resolve_device(device: str) -> torch.device:
     if place.type == "meta":
         raise InputError("device 'meta' holds no weights: nothing can be computed on it")
     return place
+
+
+def _compute_alike(device: torch.device) -> None:
+    """Let CUDA give the same sums each time, so that a seed gives the same masks."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
 
 
 def resolve_dtype(dtype: str, directory: Path, device: torch.device) -> torch.dtype:

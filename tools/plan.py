@@ -1,9 +1,11 @@
 """What a run would load, and the memory, disk and time that it would take. Nothing is run."""
 
+import json
 import math
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -27,6 +29,8 @@ EFFICIENCY = 0.5
 """Speed of a model's passes over that of one matrix product alone (SmolLM2, bf16, one thread)."""
 SCORINGS = 4.5
 """Times that scoring and ordering a weight once goes into a step's profile and masks (there)."""
+TEXTS = 160 * 2**20
+"""Bytes that reading and tokenizing texts takes, at most: of a long text 124 MiB were measured."""
 HELD = 384 * 2**20
 """Bytes on a processor beyond what is counted: libraries that a run loads later, and freed memory
 that the allocator keeps by thread. The demo's peak is 369 MiB above the rest (two threads)."""
@@ -51,12 +55,18 @@ class Plan(BaseModel):
         stored: bytes of the weight files by dtype; empty while they are not on this machine.
         weights: bytes of the weights in memory.
         disk: ``model`` (saved at the end), ``masks`` (each layer once, with its kept weights where
-            they are solved for), ``total`` (masks of all steps included).
+            they are solved for), ``copy`` (in the cache, of layers that transformers renames or
+            fuses while loading; as far as the files' index says), ``total`` (masks of all steps
+            included).
         disk_free: free where the run directory would be.
         memory: ``weights``, ``profile`` (backward pass), ``masks``, ``apply`` (on a processor,
             the weights of the step before beside the map of the dense ones), ``finish`` (the
-            saved model is reloaded beside the live one) and ``peak``, the largest in all.
+            saved model is reloaded beside the live one) and ``peak``, the largest in all, all on
+            the device. ``host`` is what the machine itself holds throughout, a processor's
+            ``peak`` includes it: ``texts``, and ``gradients`` of each weight, where the criterion
+            keeps them.
         memory_available: of the device or, on the processor, of the machine.
+        host_available: of the machine.
         flops: by what is done in a step, and ``finish``.
         flops_per_second: measured on a short matrix product.
         scored_per_second: weights scored and ordered, measured on one matrix.
@@ -82,6 +92,7 @@ class Plan(BaseModel):
     disk_free: int
     memory: dict[str, int]
     memory_available: int
+    host_available: int
     flops: dict[str, float]
     flops_per_second: float
     scored_per_second: float
@@ -123,7 +134,8 @@ def make_plan(request: PruneRequest, out: Path = Path()) -> Plan:
     Memory: this process now, the weights, and the largest of a backward pass (activations of
     every block, or with checkpointing every block's input and one block's activations; 256
     tokens' logits three times in float32; one layer's gradient and two temporaries), of a mask
-    (scores, order and mask of the largest layer), of a solve, and of the reload at the end.
+    (scores, order and mask of the largest layer), of a solve, and of the reload at the end. Texts,
+    and 8 bytes a weight where a criterion keeps the gradient of each (GBLM), are the machine's.
 
     Args:
         request: what would be run.
@@ -146,8 +158,9 @@ def make_plan(request: PruneRequest, out: Path = Path()) -> Plan:
     first = flops["guard"] / (EFFICIENCY * rate)
     steps = math.ceil(request.target / min(request.step, request.target))
     memory = _memory(request, shape, dtype, device)
-    disk = _disk(request, shape, dtype, steps)
+    disk = _disk(request, shape, dtype, steps, _copied(layers, directory) * dtype.itemsize)
     available, free = _available(device), _free(out)
+    host = _available(torch.device("cpu"))
     return Plan(
         model=request.model,
         directory=str(directory),
@@ -163,12 +176,13 @@ def make_plan(request: PruneRequest, out: Path = Path()) -> Plan:
         disk_free=free,
         memory=memory,
         memory_available=available,
+        host_available=host,
         flops=flops,
         flops_per_second=rate,
         scored_per_second=scoring,
         steps=steps,
         seconds={"step": step, "finish": finish, "run": first + steps * step + finish},
-        warnings=_warnings(memory["peak"], available, disk["total"], free),
+        warnings=_warnings(memory, available, host, disk["total"], free),
     )
 
 
@@ -288,19 +302,44 @@ def _memory(
     if not _solves(request):
         del parts["solve"]
     held = psutil.Process().memory_info().rss
+    texts = TEXTS
+    # The mean squares of each weight's gradient, in float32, and those of the newest, too, while
+    # the older are let go.
+    gradients = 8 * shape.prunable if CRITERIA[request.criterion].by_weight else 0
+    host = {"texts": texts, "gradients": gradients, "host": texts + gradients}
     if device.type == "cpu":
         parts["apply"] = 2 * shape.prunable * size
-        held += HELD
+        held += HELD + host["host"]
     peak = held + weights + max(size for name, size in parts.items() if name != "weights")
-    return parts | {"peak": peak}
+    return parts | host | {"peak": peak}
 
 
-def _disk(request: PruneRequest, shape: _Shape, dtype: torch.dtype, steps: int) -> dict[str, int]:
+def _copied(layers: dict[str, Layer], directory: Path) -> int:
+    """Weights of the layers that are copied to the cache, since no file holds them by their names.
+
+    A copy takes in all layers. 0 for a model whose files are not here and have no index.
+    """
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    for index in directory.glob("*.safetensors.index.json"):
+        with suppress(OSError, ValueError, AttributeError, TypeError):
+            content = json.loads(index.read_text(encoding="utf-8"))
+            shapes |= dict.fromkeys(content.get("weight_map", {}))
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    held = all(shapes.get(ly.parameter, ()) in (None, ly.shape) for ly in layers.values())
+    return 0 if held or not shapes else sum(layer.numel for layer in layers.values())
+
+
+def _disk(
+    request: PruneRequest, shape: _Shape, dtype: torch.dtype, steps: int, copy: int
+) -> dict[str, int]:
     model, masks = shape.parameters * dtype.itemsize, (shape.prunable + 7) // 8
     if _solves(request):  # the kept weights of each revision, too
         masks += math.ceil((1 - request.target / 2) * shape.prunable) * dtype.itemsize
     # While the model is saved anew after a crash, the earlier copy may still be there.
-    return {"model": model, "masks": masks, "total": model + masks * steps}
+    total = model + masks * steps + copy
+    return {"model": model, "masks": masks, "copy": copy, "total": total}
 
 
 def _stored(directory: Path) -> dict[str, int]:
@@ -338,8 +377,14 @@ def _free(out: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def _warnings(peak: int, available: int, disk: int, free: int) -> list[str]:
-    found = []
+def _warnings(memory: dict[str, int], available: int, host: int, disk: int, free: int) -> list[str]:
+    found, peak = [], memory["peak"]
+    if memory["host"] > host:
+        found.append(
+            f"the run keeps about {memory['host'] / 2**30:.1f} GiB beside the model in the "
+            f"machine's own memory and {host / 2**30:.1f} GiB are available: choose a criterion "
+            "that keeps no gradient of each weight"
+        )
     if peak > available:
         found.append(
             f"the run needs about {peak / 2**30:.1f} GiB of memory and {available / 2**30:.1f} "

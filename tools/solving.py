@@ -20,8 +20,9 @@ from prunewright.tools.layers import Layer
 from prunewright.tools.models import LoadedModel
 from prunewright.tools.perplexity import Progress
 
-PASSES = 3
-"""Times that the windows go through the blocks, at most: see `BlockRunner` for the first."""
+PASSES = 2
+"""Times that the windows go through the blocks, before their layers are solved and after; see
+`BlockRunner` for what comes before, most often two windows' pass."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prunewright.state import InputError, PruneRequest, StoreError, parse_pattern
 from prunewright.state.profile import ModelProfile
+from prunewright.tools.blocks import BlockTokens
 from prunewright.tools.continuations import answer_scores, fact_tokens
 from prunewright.tools.criteria import CRITERIA, prune_mask
 from prunewright.tools.layers import Layer
@@ -31,7 +32,7 @@ from prunewright.tools.profiling import (
 )
 from prunewright.tools.questions import hash_questions, load_facts
 from prunewright.tools.revisions import Manifest, RevisionStore, StoredLayer, unpack_kept
-from prunewright.tools.solving import PASSES, Wanted, solve_blocks
+from prunewright.tools.solving import Wanted, solve_blocks
 from prunewright.tools.texts import EMBEDDED, Windows, load_windows
 from prunewright.tools.tokens import embedding_rows
 
@@ -325,21 +326,23 @@ class Workbench:
             return self.store.put(manifest, masks, about)
         wanted = self._wanted(revision, gradient_revision, counts, progress)
         self._let_go()
+        ran = BlockTokens(self.loaded.model)
         try:
             self._at |= dict.fromkeys(wanted, "")  # no revision's, so that the sync restores them
-            solved, notes = solve_blocks(
-                self.loaded,
-                self.windows.calibration,
-                wanted,
-                criterion=request.criterion,
-                reconstruct=request.reconstruct,
-                progress=progress,
-            )
+            with ran:
+                solved, notes = solve_blocks(
+                    self.loaded,
+                    self.windows.calibration,
+                    wanted,
+                    criterion=request.criterion,
+                    reconstruct=request.reconstruct,
+                    progress=progress,
+                )
         except ValueError as error:
             raise InputError(f"the layers cannot be pruned so: {error}") from error
         finally:
             self.sync(revision)
-        self.tokens["solve"] += PASSES * self.windows.calibration.numel()
+        self.tokens["solve"] += ran.tokens
         return self.store.put(
             manifest,
             {name: layer.mask for name, layer in solved.items()},

@@ -44,6 +44,23 @@ OutOption = Annotated[
 ]
 
 
+AgentOption = Annotated[
+    str | None,
+    typer.Option(
+        "--agent",
+        "-a",
+        help="Who decides, such as provider:model, greedy, replay:FILE, exchange:DIR; "
+        "`prunewright agents` lists all.",
+    ),
+]
+
+
+CriterionOption = Annotated[
+    str | None,
+    typer.Option("--criterion", help="magnitude, wanda, gblm, fisher, sparsegpt or obs."),
+]
+
+
 def _keep_stdout(ctx: typer.Context, value: bool) -> bool:
     if value:
         ctx.find_root().obj.json = True

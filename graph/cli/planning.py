@@ -7,7 +7,9 @@ import typer
 
 from prunewright.graph import console
 from prunewright.graph.cli.options import (
+    AgentOption,
     ConfigOption,
+    CriterionOption,
     JsonOption,
     ModelOption,
     OutOption,
@@ -16,7 +18,7 @@ from prunewright.graph.cli.options import (
 )
 from prunewright.graph.cli.session import Session, quiet_transformers
 from prunewright.graph.console import Screen
-from prunewright.state import PruneConfig, load_config
+from prunewright.state import InputError, PruneConfig, load_config
 
 if TYPE_CHECKING:
     from prunewright.tools.plan import Plan
@@ -26,6 +28,8 @@ def plan_command(
     ctx: typer.Context,
     config: ConfigOption = None,
     overrides: SetOption = None,
+    agent: AgentOption = None,
+    criterion: CriterionOption = None,
     model: ModelOption = None,
     target: TargetOption = None,
     out: OutOption = None,
@@ -36,7 +40,10 @@ def plan_command(
     Only a model's configuration is read, and one short matrix product timed.
     """
     session: Session = ctx.obj
-    settled = load_config(config, overrides, model=model, target=target)
+    settled = load_config(
+        config, overrides, agent=agent, criterion=criterion, model=model, target=target
+    )
+    from prunewright.graph.agents import check_agent
     from prunewright.graph.whole_layers import check_request
     from prunewright.tools.plan import make_plan
 
@@ -44,13 +51,21 @@ def plan_command(
 
     quiet_transformers(session.debug)
     plan = make_plan(settled.request, out or Path(settled.out or "runs"))
+    try:
+        who = check_agent(settled.context).words
+    except InputError as error:  # a run would be refused; what it takes can be said all the same
+        who = settled.agent
+        plan = plan.model_copy(update={"warnings": [*plan.warnings, str(error)]})
     session.emit(plan.model_dump(mode="json"))
-    _print_plan(session.screen, settled, plan)
+    _print_plan(session.screen, settled, plan, who)
 
 
-def _print_plan(screen: Screen, config: PruneConfig, plan: "Plan") -> None:
+def _print_plan(screen: Screen, config: PruneConfig, plan: "Plan", agent: str) -> None:
     stored = ", ".join(f"{console.size(n)} in {kind}" for kind, n in plan.stored.items())
     memory, seconds = plan.memory, plan.seconds
+    copy = ""
+    if plan.disk["copy"]:
+        copy = f"; dense weights in the cache {console.size(plan.disk['copy'])}"
     screen.pairs(
         [
             ("model", f"{plan.model} in {plan.directory}"),
@@ -62,16 +77,23 @@ def _print_plan(screen: Screen, config: PruneConfig, plan: "Plan") -> None:
             ("stored", stored or "weights not on this machine yet"),
             ("loaded", f"{console.size(plan.weights)} in {plan.dtype} on {plan.device}"),
             *console.request_rows(config),
+            ("agent", agent),
             (
                 "memory",
                 f"about {console.size(memory['peak'])} at most, "
                 f"{console.size(plan.memory_available)} available",
             ),
             (
+                "of machine",
+                f"about {console.size(memory['host'])} for texts"
+                f"{' and the gradient of each weight' if memory['gradients'] else ''}, "
+                f"{console.size(plan.host_available)} available",
+            ),
+            (
                 "disk",
                 f"about {console.size(plan.disk['total'])} (model "
                 f"{console.size(plan.disk['model'])}, masks {console.size(plan.disk['masks'])} "
-                f"if every layer changes), {console.size(plan.disk_free)} free",
+                f"if every layer changes{copy}), {console.size(plan.disk_free)} free",
             ),
             (
                 "time",

@@ -14,7 +14,9 @@ import typer
 
 from prunewright.graph import console
 from prunewright.graph.cli.options import (
+    AgentOption,
     ConfigOption,
+    CriterionOption,
     JsonOption,
     ModelOption,
     OutOption,
@@ -42,15 +44,8 @@ def run_command(
     ctx: typer.Context,
     config: ConfigOption = None,
     overrides: SetOption = None,
-    agent: Annotated[
-        str | None,
-        typer.Option(
-            "--agent",
-            "-a",
-            help="Who decides, such as provider:model, greedy, replay:FILE, exchange:DIR; "
-            "`prunewright agents` lists all.",
-        ),
-    ] = None,
+    agent: AgentOption = None,
+    criterion: CriterionOption = None,
     model: ModelOption = None,
     target: TargetOption = None,
     out: OutOption = None,
@@ -62,7 +57,9 @@ def run_command(
     stopped or failed goes on with `prunewright resume RUN_DIR`.
     """
     session: Session = ctx.obj
-    settled = load_config(config, overrides, agent=agent, model=model, target=target)
+    settled = load_config(
+        config, overrides, agent=agent, criterion=criterion, model=model, target=target
+    )
     from prunewright.graph import runner
     from prunewright.graph.agents import resolve_agent
 
@@ -210,10 +207,7 @@ def baseline_command(
     ctx: typer.Context,
     config: ConfigOption = None,
     overrides: SetOption = None,
-    criterion: Annotated[
-        str | None,
-        typer.Option("--criterion", help="magnitude, wanda, gblm, fisher, sparsegpt or obs."),
-    ] = None,
+    criterion: CriterionOption = None,
     pattern: Annotated[
         str | None,
         typer.Option(

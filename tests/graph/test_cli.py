@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -552,6 +553,39 @@ def test_plan_counts_and_touches_nothing(
     assert plan["seconds"]["run"] > 3 * plan["seconds"]["step"]
     words = flat(invoke("plan", "-c", config_file, "-o", out).stdout)
     assert f"14 in 2 blocks, {prunable:,} prunable of {everything:,} parameters" in words
+
+
+def test_plan_takes_what_a_run_takes(config_file: Path) -> None:
+    dense = json.loads(invoke("plan", "-c", config_file, "--json").stdout)
+    assert dense["memory"]["gradients"] == dense["disk"]["copy"] == 0
+    assert dense["memory"]["host"] == dense["memory"]["texts"]
+    options = ["--criterion", "gblm", "--agent", "gredy"]
+    result = invoke("plan", "-c", config_file, *options, "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    # The mean squares of all gradients, and beside them those that they replace.
+    assert plan["memory"]["gradients"] == 2 * 4 * plan["prunable"]
+    assert "unknown agent 'gredy'" in plan["warnings"][0]
+    words = flat(invoke("plan", "-c", config_file, *options[:2], "--agent", "greedy").stdout)
+    assert "a control without an LLM" in words
+    assert "for texts and the gradient of each weight" in words
+
+
+def test_plan_counts_the_weights_that_are_copied_since_they_have_other_names(
+    config_file: Path, tmp_path: Path, pico_models: Callable[..., Path]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / "renamed"
+    shutil.copytree(pico_models(), model)
+    tensors = load_file(model / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(bare, model / "model.safetensors", metadata={"format": "pt"})
+    result = invoke("plan", "-c", config_file, "-m", model, "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert plan["disk"]["copy"] == 4 * plan["prunable"]
+    assert plan["disk"]["total"] >= plan["disk"]["copy"] + plan["disk"]["model"]
 
 
 def test_plan_needs_no_weights_of_a_hub_model(

@@ -513,3 +513,22 @@ def test_files_that_were_replaced_are_read_anew(
         assert bench is not second
         assert bench.windows.hashes.keys() == second.windows.hashes.keys()
         assert not set(bench.windows.hashes.values()) & set(second.windows.hashes.values())
+
+
+def test_a_solve_counts_the_tokens_that_ran_through_the_blocks(bench_of: Bench) -> None:
+    bench = bench_of(criterion="sparsegpt")
+    ran = 0
+
+    def count(_: Any, __: Any, outputs: Tensor) -> None:
+        nonlocal ran
+        ran += outputs.shape[1]
+
+    for index in range(2):
+        bench.loaded.model.get_submodule(
+            f"model.layers.{index}.input_layernorm"
+        ).register_forward_hook(count)
+    bench.prune(DENSE, DENSE, counts_at(bench, 0.5))
+    # Two passes of two windows in advance, one block for comparison; then both blocks once, and
+    # the first once more.
+    assert bench.tokens["solve"] == ran / 2 == 48 * (2 * 2 + 1 + 3 * 4) / 2
+    assert bench.tokens["calibration"] == 0

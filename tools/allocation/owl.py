@@ -58,7 +58,7 @@ def outlier_ratio(scores: list[Tensor], m: float) -> float:
         m: see above.
     """
     count = sum(part.numel() for part in scores)
-    mean = sum(float(part.sum(dtype=torch.float64)) for part in scores) / count
+    mean = sum(float(part.cpu().sum(dtype=torch.float64)) for part in scores) / count
     return 100 * sum(int((part > m * mean).sum()) for part in scores) / count
 
 

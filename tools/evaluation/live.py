@@ -69,7 +69,7 @@ class LiveModel(TemplateLM):  # type: ignore[misc]
         for index in sorted(range(len(requests)), key=lambda i: requests[i][1] + requests[i][2]):
             context, continuation = requests[index][1:]
             self._check(len(context) + len(continuation))
-            scores = self._scorer.log_probabilities(context, continuation).double()
+            scores = self._scorer.log_probabilities(context, continuation).cpu().double()
             greedy = bool((scores[:, 0] == scores[:, 1]).all())
             found[index] = float(scores[:, 0].sum()), greedy
             self._tick()
