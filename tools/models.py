@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import platformdirs
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -29,6 +28,7 @@ from transformers import (
 )
 
 from prunewright.state import InputError, StoreError
+from prunewright.tools.cache import CopyInUse, cache_directory, copy_file
 from prunewright.tools.checkpoint import (
     Stored,
     auto_class,
@@ -67,6 +67,7 @@ class LoadedModel:
     extra_tensors: dict[str, Path] = field(default_factory=dict)
     """The file of each stored tensor that the live model has no place for, by its stored name."""
     _files: dict[str, Path] = field(default_factory=dict)
+    _copy: CopyInUse | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -464,12 +465,15 @@ def _locate_dense(loaded: LoadedModel, stored: dict[str, Path]) -> dict[str, Pat
     live = {ly.parameter: loaded.weight(ly) for ly in loaded.layers.values()}
     shapes = {key: list(weight.shape) for key, weight in live.items()}
     form = sha256_bytes(canonical_json([str(loaded.dtype), shapes]))
-    copy = cache_directory() / f"dense-{loaded.fingerprint[:16]}-{form[:16]}.safetensors"
+    copy = copy_file(f"{loaded.fingerprint[:16]}-{form[:16]}")
+    loaded._copy = CopyInUse(copy)
     copies = dict.fromkeys(live, copy)
     if not _holds(copies, loaded):
         try:
             copy.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=copy.parent) as scratch:
+            with tempfile.TemporaryDirectory(
+                dir=copy.parent, prefix=f"{copy.name}.", suffix=".tmp"
+            ) as scratch:
                 temporary = Path(scratch) / copy.name
                 save_file({key: w.contiguous().cpu() for key, w in live.items()}, temporary)
                 temporary.replace(copy)
@@ -506,11 +510,6 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     if one.device.type == "cpu":
         return np.array_equal(one.numpy(), other.numpy())
     return torch.equal(one, other)
-
-
-def cache_directory() -> Path:
-    """Where converted models are kept: PRUNEWRIGHT_CACHE, or the user's cache directory."""
-    return Path(os.environ.get("PRUNEWRIGHT_CACHE") or platformdirs.user_cache_dir("prunewright"))
 
 
 def _embedded_directory() -> Path:

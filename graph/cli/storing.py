@@ -8,8 +8,9 @@ import typer
 
 from prunewright.graph import console
 from prunewright.graph.cli.evaluating import model_of
-from prunewright.graph.cli.options import JsonOption, RunArgument
+from prunewright.graph.cli.options import JsonOption
 from prunewright.graph.cli.session import Session
+from prunewright.state import InputError
 
 if TYPE_CHECKING:
     from prunewright.tools.packing import Sizes
@@ -61,14 +62,32 @@ def unpack_command(
 
 def gc_command(
     ctx: typer.Context,
-    run_directory: RunArgument,
+    run_directory: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RUN_DIR]", help="Directory of the run.", show_default=False),
+    ] = None,
+    cache: Annotated[
+        bool,
+        typer.Option(
+            "--cache",
+            help="Instead, the copies of dense weights in the cache that no process uses. They are "
+            "made of models whose weights transformers renames or fuses, and anew when needed.",
+        ),
+    ] = False,
     _json: JsonOption = False,
 ) -> None:
     """Delete the masks that no checkpoint of a run refers to, such as those of a killed step."""
     session: Session = ctx.obj
-    from prunewright.graph.runner import collect_garbage
+    if cache == (run_directory is not None):
+        raise InputError("name a run's directory, or --cache, one of the two")
+    if run_directory is None:
+        from prunewright.tools.cache import collect_copies
 
-    files, size = collect_garbage(run_directory)
+        files, size = collect_copies()
+    else:
+        from prunewright.graph.runner import collect_garbage
+
+        files, size = collect_garbage(run_directory)
     session.emit({"files": files, "bytes": size})
     session.screen.line(f"{files} files deleted, {size:,} bytes")
 

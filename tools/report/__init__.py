@@ -19,8 +19,8 @@ from markupsafe import Markup
 from prunewright.state import InputError, PruneConfig, StoreError
 from prunewright.state.config import BASELINE
 from prunewright.state.shown import clean
+from prunewright.tools.cache import cache_directory
 from prunewright.tools.ending import ended_words
-from prunewright.tools.models import cache_directory
 from prunewright.tools.report.charts import VERDICTS, heat_maps, prediction_chart, step_charts
 from prunewright.tools.rundir import RunDirectory
 from prunewright.tools.signatures import failure_signatures
