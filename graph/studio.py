@@ -94,7 +94,7 @@ def served(node: Node) -> Callable[[PruneState, Runtime[StudioContext]], Awaitab
                             state = {**state, "request": request}
                     with _traced(state, context):
                         return node(state, plain)
-                except InputError:
+                except Exception:
                     directory.abandon()
                     raise
         except PrunewrightError as error:

@@ -91,8 +91,8 @@ class RunDirectory:
         """Begin a run in an empty or absent directory, locked until the block ends.
 
         Of several processes that begin one there, exactly one goes on; the others are refused and
-        touch nothing. A run that is refused in the block, before anything was computed, leaves
-        no directory behind.
+        touch nothing. A run that fails in the block, before anything was computed, leaves no
+        directory behind; one that is interrupted does, since it can go on.
 
         Raises:
             InputError: the directory holds something else, or another process works there.
@@ -105,7 +105,7 @@ class RunDirectory:
             self.create(config)  # which looks again: another may have had the lock meanwhile
             try:
                 yield
-            except InputError:
+            except Exception:
                 self.abandon()
                 raise
 
@@ -233,10 +233,11 @@ class RunDirectory:
 
     def abandon(self) -> None:
         """Take back what was begun if nothing was computed since; only for who holds the lock."""
-        if self.manifest_file.exists() or self.started:
+        if self.started or self.trace_file.exists() or (self.path / "revisions").exists():
             return
         for path in (
             self.config_file,
+            self.manifest_file,
             self.holder_file,
             *self.path.glob(f"{self.database.name}*"),
             self.lock_file,

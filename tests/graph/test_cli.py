@@ -380,6 +380,24 @@ def test_an_unforeseen_error_hides_its_traceback_until_asked(
     assert "Traceback" in loud.stderr
 
 
+@pytest.mark.parametrize("command", ["run", "baseline"])
+def test_an_unforeseen_error_before_anything_was_computed_leaves_the_directory_free(
+    command: str, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("nobody thought of this")
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("prunewright.tools.workbench.window_losses", fail)
+        result = invoke(command, "-c", config_file, "-o", out)
+    assert result.exit_code == 1
+    assert "nobody thought of this" in result.stderr
+    assert "resume" not in result.stderr
+    assert not out.exists()
+    assert invoke(command, "-c", config_file, "-o", out).exit_code == 0
+
+
 def test_show_writes_an_agents_words_out(config_file: Path, tmp_path: Path, agents: str) -> None:
     out = tmp_path / "run"
     ran = invoke("run", "-c", config_file, "-o", out, "-a", f"{agents}Named", "-s", "max_steps=2")
