@@ -25,7 +25,9 @@ from prunewright.state import PruneConfig, PrunewrightError, StoreError
 from prunewright.state.comparison import EvaluationOptions
 from prunewright.tools.comparison import cell_result, score_model
 from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.saving import try_saving
 from prunewright.tools.storage import write_json
+from prunewright.tools.workbench import Workbench
 
 RESULT = "cell.json"
 """What the cell came to: written last, so that a cell that has it is done."""
@@ -74,7 +76,9 @@ def work(job: Job, on_event: runner.OnEvent) -> None:
     config = job.config
     model, dtype = config.model, str(config.dtype)
     metrics = pruned = None
-    if job.kind != "dense":
+    if job.kind == "dense":
+        _try_saving(job)
+    else:
         result = _prune(job, on_event)
         metrics = result.metrics
         pruned = result.model_directory
@@ -98,6 +102,15 @@ def work(job: Job, on_event: runner.OnEvent) -> None:
     write_json(job.directory / RESULT, found.model_dump(mode="json"))
     if pruned is not None and not job.keep_model:
         shutil.rmtree(pruned)
+
+
+def _try_saving(job: Job) -> None:
+    """Find out before anything is scored whether the other cells' models could be saved."""
+    bench = Workbench(job.config.request)
+    try:
+        try_saving(RunDirectory(job.directory), bench, revisions=1)
+    finally:
+        bench.loaded.close()
 
 
 def _prune(job: Job, on_event: runner.OnEvent) -> runner.RunResult:

@@ -164,6 +164,8 @@ class Live:
         if mode == "updates":
             for node, update in event.items():
                 self._node(node, update or {})
+        elif "begun" in event:
+            self._tell_loaded(None)
         elif "progress" in event:
             part = event["progress"]
             self.progress(part["label"], part["done"], part["total"])
@@ -183,10 +185,14 @@ class Live:
                 self._warned.add(kind)
                 self.screen.line(("warning    ", "yellow"), words)
 
-    def _node(self, node: str, update: dict[str, Any]) -> None:
-        if node == "profile" and self._loaded is not None:
-            self._loaded(update.get("dense_perplexity"))
+    def _tell_loaded(self, dense: float | None) -> None:
+        if self._loaded is not None:
+            self._loaded(dense)
             self._loaded = None
+
+    def _node(self, node: str, update: dict[str, Any]) -> None:
+        if node == "profile":
+            self._tell_loaded(update.get("dense_perplexity"))
         if node in _NEXT:
             self.say(_NEXT[node])
 

@@ -63,6 +63,7 @@ from prunewright.tools.perplexity import Progress, change_with_error, perplexity
 from prunewright.tools.results import Outcome, finish
 from prunewright.tools.revisions import DENSE
 from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.saving import try_saving
 from prunewright.tools.trace import accepted_perplexity
 from prunewright.tools.workbench import Workbench, workbench
 
@@ -125,7 +126,11 @@ def profile(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
         if fresh and request.pattern_sparsity is not None:
             bench.sync(DENSE)
             check_model(request, bench.loaded, bench.pattern_counts(), sum(bench.zeros().values()))
-        run.begin(_thread(runtime), request, _context(runtime), bench)
+        saved = ""
+        if fresh:
+            steps = math.ceil(request.target / request.step)
+            saved = try_saving(run, bench, min(steps, _context(runtime).max_steps))
+        run.begin(_thread(runtime), request, _context(runtime), bench, saved)
         before = dict(bench.tokens)
         update: PruneUpdate = {}
         if fresh:

@@ -55,7 +55,10 @@ _FORKING = ".forking-"
 """Begins the name of a directory that is to become a fork."""
 
 OnEvent = Callable[[str, dict[str, Any]], None]
-"""Called with ``updates`` (a node's name and update) or ``custom`` (progress, step, metrics)."""
+"""Called with ``updates`` (a node's name and update) or ``custom`` (progress, step, metrics).
+
+A baseline, which has no nodes, says ``begun`` once its model is loaded.
+"""
 
 Reviewer = Callable[[ReviewRequest], ReviewAnswer | dict[str, Any]]
 """Asks a person about a decision; a dict holds the keys of a `ReviewAnswer`."""
@@ -368,9 +371,13 @@ def _prune_once(
         if on_event is not None:
             on_event("custom", {"progress": {"label": label, "done": done, "total": total}})
 
+    def begun() -> None:
+        if on_event is not None:
+            on_event("custom", {"begun": True})
+
     with stop_on_signals():
         _log_begin(directory, config, "begins")
-        return _finished(directory, prune_once(directory, config, thread, progress))
+        return _finished(directory, prune_once(directory, config, thread, progress, begun))
 
 
 def _settle(config: PruneConfig | dict[str, Any] | str | Path) -> PruneConfig:

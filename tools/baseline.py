@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Callable
 
 from prunewright.state import (
     Decision,
@@ -20,11 +21,16 @@ from prunewright.tools.perplexity import Progress, change_with_error, perplexity
 from prunewright.tools.results import Outcome, finish
 from prunewright.tools.revisions import DENSE
 from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.saving import try_saving
 from prunewright.tools.workbench import workbench
 
 
 def prune_once(
-    run: RunDirectory, config: PruneConfig, thread: str, progress: Progress | None = None
+    run: RunDirectory,
+    config: PruneConfig,
+    thread: str,
+    progress: Progress | None = None,
+    begun: Callable[[], None] | None = None,
 ) -> Metrics:
     """Prune to the target (or the pattern) in one shot and write a run's files.
 
@@ -37,10 +43,11 @@ def prune_once(
             does not.
         thread: what to call the run.
         progress: told of the parts done.
+        begun: called once the model is loaded and the manifest written.
 
     Raises:
-        InputError: a layer does not divide into the pattern's groups, or the allocation cannot
-            be made.
+        InputError: a layer does not divide into the pattern's groups, the allocation cannot be
+            made, or the model could not be saved.
         StoreError: cannot write.
     """
     request = config.request
@@ -48,15 +55,16 @@ def prune_once(
     with workbench(request, run.path) as bench:
         _check_pattern(request.pattern, bench.loaded.layers)
         bench.forget_statistics()  # those of an earlier baseline of this process
+        run.begin(thread, request, config.context, bench, try_saving(run, bench, revisions=1))
+        if begun is not None:
+            begun()
         tokens = dict(bench.tokens)
         counts, notes = None, []
         began = time.perf_counter()
         if parse_pattern(request.pattern) is None:
-            # Before anything is recorded: what refuses leaves no directory behind.
             allotment = allocate(bench, progress)
             counts, notes = allotment.counts, allotment.notes
         allocated = time.perf_counter()
-        run.begin(thread, request, config.context, bench)
         before = bench.guard_losses(DENSE, progress)
         dense_sparsity = bench.sparsity()
         revision = bench.prune(DENSE, DENSE, counts, progress)

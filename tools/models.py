@@ -120,6 +120,10 @@ class LoadedModel:
                         raise StoreError(f"{path} has changed since the model was loaded")
                     yield tensor.to(device=self.device, dtype=self.weight(layer).dtype)
 
+    def dense_file(self, layer: Layer) -> Path:
+        """The file that `dense` reads a layer from: the model's own, or a copy in the cache."""
+        return self._files[layer.parameter]
+
     def standing(self) -> dict[str, Any]:
         """What the loaded model's outputs depend on: hashes of its files, dtype and device."""
         return {
@@ -378,7 +382,8 @@ def resolve_directory(name: str, *, weights: bool = True) -> Path:
             snapshot_download(
                 name,
                 allow_patterns=["*.safetensors"] * weights
-                + ["*.json", "*.model", "*.txt", "*.jinja", "*.py"],
+                + ["*.json", "*.model", "*.txt", "*.jinja", "*.py", "*.tiktoken"]
+                + ["README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"],
                 # The same weights once more, in their makers' own format.
                 ignore_patterns=["consolidated*", "original/*"],
             )

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from prunewright.state import PruneRequest
 from prunewright.tools import reconstruction
-from prunewright.tools.criteria import CRITERIA
 from prunewright.tools.layers import Layer, find_blocks, find_layers
 from prunewright.tools.masks import unstructured_mask
 from prunewright.tools.models import model_skeleton, resolve_device, resolve_dtype
 from prunewright.tools.perplexity import TOKENS_AT_ONCE
-from prunewright.tools.results import VERIFY_WINDOWS
+from prunewright.tools.saving import VERIFY_WINDOWS, revision_bytes, solves
 from prunewright.tools.solving import PASSES
 
 _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
@@ -259,7 +258,7 @@ def _flops(request: PruneRequest, shape: _Shape) -> dict[str, float]:
     passes = 4 if request.profile.gradient_checkpointing else 3
     scored = windows.length * (blocks + head)
     solve = 0.0
-    if _solves(request):
+    if solves(request):
         rounds = reconstruction.ITERATIONS if request.reconstruct else 1
         tokens = windows.calibration * windows.length
         solve = tokens * (PASSES * blocks + 2 * shape.squares) + rounds * 2 * shape.cubes
@@ -271,10 +270,6 @@ def _flops(request: PruneRequest, shape: _Shape) -> dict[str, float]:
         "guard": windows.guard * scored,
         "finish": (2 * windows.test + min(VERIFY_WINDOWS, windows.guard)) * scored,
     }  # fmt: skip
-
-
-def _solves(request: PruneRequest) -> bool:
-    return request.reconstruct or CRITERIA[request.criterion].solves
 
 
 def _memory(
@@ -299,7 +294,7 @@ def _memory(
         + 4 * (2 * shape.inner**2 + 4 * shape.largest),
         "finish": weights + 2 * block + logits,
     }
-    if not _solves(request):
+    if not solves(request):
         del parts["solve"]
     held = psutil.Process().memory_info().rss
     texts = TEXTS
@@ -334,9 +329,8 @@ def _copied(layers: dict[str, Layer], directory: Path) -> int:
 def _disk(
     request: PruneRequest, shape: _Shape, dtype: torch.dtype, steps: int, copy: int
 ) -> dict[str, int]:
-    model, masks = shape.parameters * dtype.itemsize, (shape.prunable + 7) // 8
-    if _solves(request):  # the kept weights of each revision, too
-        masks += math.ceil((1 - request.target / 2) * shape.prunable) * dtype.itemsize
+    model = shape.parameters * dtype.itemsize
+    masks = revision_bytes(request, shape.prunable, dtype.itemsize)
     # While the model is saved anew after a crash, the earlier copy may still be there.
     total = model + masks * steps + copy
     return {"model": model, "masks": masks, "copy": copy, "total": total}

@@ -332,9 +332,21 @@ class RunDirectory:
         return (self.path / "steps").is_dir()
 
     def begin(
-        self, thread: str, request: PruneRequest, context: PruneContext, bench: Workbench
+        self,
+        thread: str,
+        request: PruneRequest,
+        context: PruneContext,
+        bench: Workbench,
+        saved: str = "",
     ) -> None:
         """Record what the run stands on, or check that a resumed one stands on the same.
+
+        Args:
+            thread: the run's name.
+            request: what it does.
+            context: who decides.
+            bench: the model and texts.
+            saved: what to know of the values that it will save.
 
         Raises:
             StoreError: the request, the model or a text is not what the run began with.
@@ -347,7 +359,7 @@ class RunDirectory:
             write_atomic(self.config_file, config.to_yaml().encode())
         write_json(
             self.manifest_file,
-            {"thread": thread} | _facts(request, bench) | _surroundings(),
+            {"thread": thread, "saved": saved} | _facts(request, bench) | _surroundings(),
         )
 
     def settle(self, thread: str, request: PruneRequest) -> PruneRequest:

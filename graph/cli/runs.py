@@ -250,7 +250,7 @@ def baseline_command(
     screen = session.screen
     one_shot = settled.model_copy(update={"agent": BASELINE})
     _print_head(screen, one_shot, session.run, f"none: {settled.allocation}, one shot")
-    with Live(screen) as live:
+    with _live(screen, one_shot, session.run) as live:
         result = runner.baseline(settled, session.run, live.on_event)
     _report(session, screen, result)
 
@@ -322,6 +322,8 @@ def _live(
                 )
             ]
         )
+        if facts.get("saved"):
+            screen.pairs([("saved", str(facts["saved"]))])
         if dense is not None:
             screen.pairs(
                 [

@@ -18,6 +18,7 @@ NODES = "prunewright.graph.nodes"
 BENCH = "prunewright.tools.workbench:Workbench"
 RUN = "prunewright.tools.rundir:RunDirectory"
 RESULTS = "prunewright.tools.results"
+SAVING = "prunewright.tools.saving"
 MASKS = "prunewright.tools.revisions:write_atomic"
 SAVER = "langgraph.checkpoint.sqlite:SqliteSaver"
 
@@ -55,10 +56,10 @@ CASES = {
     ),
     "reflect, step 2, trace written": (at(f"{RUN}.write_trace", nth=3), "reflect"),
     "reflect, saving the final model": (
-        at("transformers:PreTrainedModel.save_pretrained"),
+        at(f"{SAVING}:rewrite"),
         "reflect",
     ),
-    "reflect, saved model not verified": (at(f"{RESULTS}:_verify", "before"), "reflect"),
+    "reflect, saved model not verified": (at(f"{SAVING}:_verify", "before"), "reflect"),
     "reflect, model in place, no metrics": (at(f"{RESULTS}:write_json", "before"), "reflect"),
     "reflect, all written": (at(f"{NODES}:finish"), "reflect"),
     # The node's writes are stored, the checkpoint after it is not: no node is left to run.
@@ -104,7 +105,7 @@ def test_a_run_may_be_killed_again_and_again(
         at(f"{BENCH}.guard_losses"),
         at(f"{BENCH}.sync", caller="rollback"),
         at(f"{RUN}.write_trace"),
-        at(f"{RESULTS}:_verify", "before"),
+        at(f"{SAVING}:_verify", "before"),
     ):
         assert submit(job | {"kill": kill}) == {"signal": signal.SIGKILL}
         job["do"] = "resume"

@@ -262,7 +262,7 @@ def test_a_run_goes_only_into_a_new_or_empty_directory(
 
 
 PUT = {"at": "prunewright.tools.revisions:RevisionStore.put", "nth": 2, "bytes": 60}
-SAVE = {"at": "transformers:PreTrainedModel.save_pretrained", "bytes": 5_000}
+SAVE = {"at": "prunewright.tools.saving:rewrite", "bytes": 5_000}
 STATE = {"at": "prunewright.graph.nodes:ask", "nth": 2, "bytes": 5_000}
 
 

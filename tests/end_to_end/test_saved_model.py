@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from prunewright.graph import resume, run
 from prunewright.state import PrunewrightError, load_config
 from prunewright.state.config import validate_config
+from prunewright.tools.shards import Live, rewrite
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -173,19 +174,14 @@ def test_metrics_agree_with_the_trace(reference: Path) -> None:
 
 
 def perturb(name: str, index: int, value: float | None) -> Any:
-    original = transformers.PreTrainedModel.save_pretrained
+    def spoil(source: Path, target: Path, live: Live) -> None:
+        rewrite(source, target, live)
+        tensors = load_file(target)
+        flat = tensors[name].view(-1)
+        flat[index] = flat[index] * 3 + 2 if value is None else value
+        save_file(tensors, target, {"format": "pt"})
 
-    def save(self: Any, directory: Any, **options: Any) -> None:
-        weight = self.get_parameter(name).data
-        flat = weight.view(-1)
-        kept = flat[index].clone()
-        flat[index] = kept * 3 + 2 if value is None else value
-        try:
-            original(self, directory, **options)
-        finally:
-            flat[index] = kept
-
-    return save
+    return spoil
 
 
 def first_zero(run_directory: Path, name: str) -> int:
@@ -212,7 +208,7 @@ def test_a_model_that_saves_wrongly_is_caught_and_the_run_can_be_finished(
     }[what]
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(transformers.PreTrainedModel, "save_pretrained", spoilt)
+        patch.setattr("prunewright.tools.saving.rewrite", spoilt)
         with pytest.raises(PrunewrightError, match="reloads with other"):
             run(reference_config, out=out)
     assert not (out / "model").exists()

@@ -1,0 +1,447 @@
+"""Saving a pruned model: the directory that it was loaded from, with other weights in it.
+
+Every tensor is written as it is stored, in its name, place and dtype, so that all that no mask
+touched stays as it was, bit for bit. `try_saving` does beforehand what could fail in the end.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+
+from prunewright.state import InputError, PruneRequest, PrunewrightError, StoreError
+from prunewright.state.shown import clean
+from prunewright.tools.copying import copy_files, files_to_copy
+from prunewright.tools.criteria import CRITERIA
+from prunewright.tools.layers import Layer
+from prunewright.tools.masks import count_zeros
+from prunewright.tools.models import LoadedModel, load_model
+from prunewright.tools.perplexity import Head, window_losses
+from prunewright.tools.revisions import DENSE
+from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.shards import INDEX, Live, find_shards, has_values, read_header, rewrite
+from prunewright.tools.workbench import Workbench
+
+VERIFY_WINDOWS = 2
+"""Guard windows on which the saved model is scored again after reloading."""
+
+_SAMPLE = "A tokenizer's\tsample: 3.14159 <|x|> naïve 你好, def f(x): return x\n\n"
+_RETURNED = ".returned"
+"""Where transformers saves, inside the directory that is being written."""
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+
+
+def try_saving(run: RunDirectory, bench: Workbench, revisions: int) -> str:
+    """Do what saving will do, but for the weights, and reload it; nothing of it stays.
+
+    Files are copied for real and reloaded: configuration, tokenizer, generation settings, and the
+    model without its weights. Weights that transformers must be asked to write are written, too.
+
+    Args:
+        run: where the model will be saved.
+        bench: the model.
+        revisions: how many sets of masks the run may store, at a guess.
+
+    Returns:
+        What a reader should know of the values that are saved; "" if it goes without saying.
+
+    Raises:
+        InputError: the model could not be saved, or would not be the same when it is reloaded.
+        StoreError: the directory cannot be written, or has too little room.
+    """
+    with _scratch(run) as scratch:
+        try:
+            saving = _Saving(bench, run)
+            if not saving.named_alike:
+                bench.sync(DENSE)
+            _check_room(run, bench.request, saving, revisions)
+            words = saving.write(scratch, trial=True)
+            _check_reload(bench.loaded, scratch, trust_remote_code=bench.request.trust_remote_code)
+        except PrunewrightError:
+            raise
+        except OSError as error:
+            raise StoreError(
+                f"the pruned model could not be saved in {run.path}: {_reason(error)}. Nothing was "
+                "computed yet: mend that, or give another --out"
+            ) from error
+        except Exception as error:  # whatever a family's own code raises
+            raise InputError(
+                f"the model {bench.request.model} could not be saved once it is pruned: "
+                f"{_reason(error)}. Nothing was computed yet"
+            ) from error
+    return words
+
+
+def save_model(
+    run: RunDirectory, bench: Workbench, losses: list[float], card: Callable[[str], str]
+) -> None:
+    """Save the live model as a plain Hugging Face directory, reload it and compare.
+
+    The directory appears whole or not at all.
+
+    Args:
+        run: where to.
+        bench: the model, at the revision that is saved.
+        losses: of the guard windows there.
+        card: makes the README.md, given what `try_saving` returns.
+
+    Raises:
+        PrunewrightError: sparsity or losses differ after reloading.
+        StoreError: cannot write, or the model cannot be reloaded; the run can go on.
+    """
+    with _scratch(run) as scratch:
+        try:
+            words = _Saving(bench, run).write(scratch, trial=False)
+            (scratch / "README.md").write_text(clean(card(words)), encoding="utf-8")
+            _verify(scratch, bench, losses)
+            if run.model.exists():
+                shutil.rmtree(run.model)
+            scratch.rename(run.model)
+        except Exception as error:  # a family's own code takes part in saving and reloading
+            if isinstance(error, PrunewrightError) and not isinstance(error, InputError):
+                raise
+            raise StoreError(
+                f"cannot save the model into {run.path}: {_reason(error)}. The run is kept: free "
+                f"some space or mend what is named, then: prunewright resume {run.path}"
+            ) from error
+
+
+class _Saving:
+    """What is written of a loaded model, and how."""
+
+    def __init__(self, bench: Workbench, run: RunDirectory) -> None:
+        self.bench = bench
+        self.loaded: LoadedModel = bench.loaded
+        self.directory = self.loaded.directory
+        self.files = files_to_copy(self.directory, run.path)
+        self.shards = find_shards(self.directory)
+        self.extra = sorted({*self.loaded.extra_tensors.values()} - {*self.shards})
+        """Files beside the shards that hold tensors which the live model has not."""
+        if len(self.shards) > 1:
+            self.extra += [path for path in [self.directory / INDEX] if path.is_file()]
+        self.stored = {
+            name: place for path in self.shards for name, place in read_header(path).items()
+        }
+        places = {name: path for path in self.shards for name in read_header(path)}
+        layers = self.loaded.layers.values()
+        self.named_alike = all(
+            self.loaded.dense_file(layer) == places.get(layer.parameter) for layer in layers
+        )
+        """Whether each prunable parameter is stored under its live name."""
+
+    def write(self, target: Path, *, trial: bool) -> str:
+        """Write the directory; a trial leaves out weights that need no help of transformers.
+
+        Returns:
+            As `try_saving`.
+        """
+        copy_files(self.files, self.directory, target)
+        with self._live_values(target) as live:
+            if live is None:
+                self._keep_returned(target, trial=trial)
+                return self._words(converted=True)
+            for path in self.shards:
+                if not trial:
+                    rewrite(path, target / path.name, live)
+                elif not self.named_alike:
+                    _check_same(path, live)
+        if not trial:
+            copy_files(self.extra, self.directory, target)
+        return self._words(converted=False)
+
+    @contextmanager
+    def _live_values(self, target: Path) -> Iterator[Live | None]:
+        """The live value of each stored tensor; None where transformers writes other tensors.
+
+        Where it has renamed, split or joined them on loading, it is asked to save, since it knows
+        the way back.
+        """
+        model: Any = self.loaded.model
+        if self.named_alike:
+            layers = {id(model.get_parameter(ly.parameter)): ly for ly in self._layers()}
+            # A parameter that several blocks share has several names.
+            named = model.named_parameters(remove_duplicate=False)
+            alike = {name: layers[id(p)] for name, p in named if id(p) in layers}
+            yield lambda name: self.loaded.weight(alike[name]) if name in alike else None
+            return
+        settings = model.generation_config
+        try:
+            # The input's own is copied; one that transformers would refuse must not be in the way.
+            model.generation_config = GenerationConfig() if settings is not None else None
+            model.save_pretrained(target / _RETURNED)
+        finally:
+            model.generation_config = settings
+        places = {
+            name: path
+            for path in sorted((target / _RETURNED).glob("*.safetensors"))
+            for name in read_header(path)
+        }
+        pairs = self._pairs(places)
+        if pairs is None:
+            yield None
+        else:
+            with ExitStack() as stack:
+                files: dict[Path, Any] = {
+                    path: stack.enter_context(safe_open(path, framework="pt"))
+                    for path in set(places.values())
+                }
+
+                def live(name: str) -> Tensor | None:
+                    other = pairs.get(name)
+                    if other is None:
+                        return None
+                    tensor: Tensor = files[places[other]].get_tensor(other)
+                    return tensor
+
+                yield live
+        shutil.rmtree(target / _RETURNED)
+
+    def _layers(self) -> list[Layer]:
+        return list(self.loaded.layers.values())
+
+    def _pairs(self, places: dict[str, Path]) -> dict[str, str] | None:
+        """The name that transformers writes for each stored one; None if it writes yet others.
+
+        A stored name may lack the prefix of the base model, or have one that the other lacks.
+        """
+        prefix = f"{self.loaded.model.base_model_prefix}."
+        pairs: dict[str, str] = {}
+        for path in sorted(set(places.values())):
+            for name, place in read_header(path).items():
+                for form in (name, name.removeprefix(prefix), prefix + name):
+                    if self.stored.get(form, {}).get("shape") == place["shape"]:
+                        break
+                else:
+                    return None
+                if form in pairs:
+                    return None
+                pairs[form] = name
+        return pairs
+
+    def _keep_returned(self, target: Path, *, trial: bool) -> None:
+        """Make what transformers wrote the saved model's weights and configuration.
+
+        Raises:
+            InputError: tensors would be lost, or others be there when they are loaded.
+        """
+        if self.loaded.extra_tensors:
+            raise InputError(
+                f"{self.directory} holds {len(self.loaded.extra_tensors)} tensors that are not "
+                f"part of the model ({self._few_extra()}), and transformers writes the others "
+                "under other names than they have there, so that they cannot be saved together: "
+                "load it with transformers, save it, and prune that"
+            )
+        mode = (target / _RETURNED / "config.json").stat().st_mode
+        for path in (target / _RETURNED).iterdir():
+            if path.name == "config.json" or ".safetensors" in path.name:
+                path.chmod(mode)  # safetensors writes for the owner alone
+                path.replace(target / path.name)
+        if trial:
+            _check_values(self.bench, target)
+
+    def room(self) -> int:
+        """Bytes that are written at most."""
+        size = sum(path.stat().st_size for path in {*self.files, *self.shards, *self.extra})
+        if not self.named_alike:
+            model = self.loaded.model
+            size += sum(p.numel() * p.element_size() for p in model.parameters())
+        return size
+
+    def _words(self, *, converted: bool) -> str:
+        kinds = {place["dtype"] for place in self.stored.values() if len(place["shape"]) > 1}
+        stored = " and ".join(sorted(_DTYPES.get(kind, kind) for kind in kinds))
+        computed = str(self.loaded.dtype).removeprefix("torch.")
+        words = []
+        if stored != computed:
+            values = f"the values saved are the stored {stored} ones"
+            if converted:
+                values = (
+                    f"saved in {computed}, not {stored}, since transformers does not write this "
+                    "model back as it is stored"
+                )
+            elif solves(self.bench.request):
+                values += ", but for those that were updated"
+            words.append(f"computed in {computed}, perplexities too; {values}")
+        if self.loaded.extra_tensors:
+            words.append(
+                f"{len(self.loaded.extra_tensors)} tensors that are not part of the loaded model "
+                f"({self._few_extra()}) are copied as they are"
+            )
+        return "; ".join(words)
+
+    def _few_extra(self) -> str:
+        names = sorted(self.loaded.extra_tensors)
+        return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+
+
+def revision_bytes(request: PruneRequest, prunable: int, itemsize: int) -> int:
+    """Bytes of a revision that changes every layer: a bit a weight, and kept values if solved.
+
+    Args:
+        request: says what is solved, and the target.
+        prunable: weights of the prunable layers.
+        itemsize: bytes of one of them.
+    """
+    kept = math.ceil((1 - request.target / 2) * prunable) * itemsize
+    return (prunable + 7) // 8 + (kept if solves(request) else 0)
+
+
+def solves(request: PruneRequest) -> bool:
+    """Whether weights that are kept get other values."""
+    return request.reconstruct or CRITERIA[request.criterion].solves
+
+
+def _check_room(run: RunDirectory, request: PruneRequest, saving: _Saving, revisions: int) -> None:
+    """Refuse a directory without room for the saved model and the run's revisions.
+
+    Raises:
+        StoreError: with both numbers.
+    """
+    loaded, model = saving.loaded, saving.room()
+    masks = revisions * revision_bytes(request, loaded.prunable, loaded.dtype.itemsize)
+    free = shutil.disk_usage(run.path).free
+    if model + masks > free:
+        raise StoreError(
+            f"{run.path} has too little room: the run needs about {model + masks:,} bytes, "
+            f"{model:,} of them for the saved model, and {free:,} are free. Free some space, or "
+            "give another --out"
+        )
+
+
+def _check_same(path: Path, live: Live) -> None:
+    """Refuse a model that transformers does not give back as it was stored.
+
+    Raises:
+        InputError: naming a tensor.
+    """
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  # not a mapping
+            now = live(name)
+            if now is not None and not has_values(now, file.get_tensor(name)):
+                raise InputError(
+                    f"the model could not be saved: transformers gives {name} back with other "
+                    f"values than {path.name} holds"
+                )
+
+
+def _check_values(bench: Workbench, directory: Path) -> None:
+    """Reload a whole directory and compare every parameter with the live one.
+
+    Raises:
+        InputError: one differs.
+    """
+    again = _load_again(bench, directory)
+    try:
+        theirs = dict(again.model.named_parameters())
+        for name, parameter in bench.loaded.model.named_parameters():
+            if name not in theirs or not has_values(parameter.data, theirs[name].data.cpu()):
+                raise InputError(
+                    f"the model could not be saved: {name} would have other values when it is "
+                    "loaded again"
+                )
+    finally:
+        again.close()
+
+
+def _check_reload(loaded: LoadedModel, directory: Path, *, trust_remote_code: bool) -> None:
+    """Reload all but the weights from a directory and compare.
+
+    Raises:
+        InputError: something differs.
+    """
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(directory, **options)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    ours, theirs = (
+        {name: tuple(p.shape) for name, p in which.named_parameters()}
+        for which in (loaded.model, model)
+    )
+    if ours != theirs:
+        name = min(ours.items() ^ theirs.items())[0]
+        raise InputError(
+            f"the model could not be saved: with the copied configuration {name} has shape "
+            f"{theirs.get(name)}, not {ours.get(name)}"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(directory, **options)
+    differs = _difference(loaded.tokenizer, tokenizer)
+    if differs:
+        raise InputError(
+            f"the tokenizer could not be saved: its {differs} would differ when it is loaded "
+            f"again. Are all its files in {loaded.directory}?"
+        )
+    if (directory / "generation_config.json").is_file():
+        GenerationConfig.from_pretrained(directory, local_files_only=True)
+
+
+def _difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str:
+    parts: dict[str, Callable[[PreTrainedTokenizerBase], object]] = {
+        "class": lambda t: type(t).__name__,
+        "vocabulary": lambda t: t.get_vocab(),
+        "special tokens": lambda t: t.special_tokens_map,
+        "chat template": lambda t: t.chat_template,
+        "way with a sample text": lambda t: t(_SAMPLE).input_ids,
+    }
+    return next((name for name, part in parts.items() if part(one) != part(other)), "")
+
+
+def _verify(directory: Path, bench: Workbench, losses: list[float]) -> None:
+    saved = _load_again(bench, directory)
+    try:
+        zeros = {name: count_zeros(saved.weight(layer)) for name, layer in saved.layers.items()}
+        if zeros != bench.zeros():
+            raise PrunewrightError(f"the model saved in {directory} reloads with other zeros")
+        count = min(VERIFY_WINDOWS, len(bench.windows.guard))
+        again = window_losses(saved.model, Head(saved.model), bench.windows.guard[:count])
+        expected = losses[:count]
+        if any(not math.isclose(a, b, rel_tol=1e-3) for a, b in zip(again, expected, strict=True)):
+            raise PrunewrightError(
+                f"the model saved in {directory} reloads with other losses: {again}, not {expected}"
+            )
+    finally:
+        saved.close()
+
+
+def _load_again(bench: Workbench, directory: Path) -> LoadedModel:
+    return load_model(
+        str(directory),
+        dtype=str(bench.loaded.dtype).removeprefix("torch."),
+        device=str(bench.loaded.device),
+        trust_remote_code=bench.request.trust_remote_code,
+        keep_dense=False,
+    )
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
+@contextmanager
+def _scratch(run: RunDirectory) -> Iterator[Path]:
+    """A directory that is written before it gets its name, or only for a trial."""
+    scratch = run.path / ".saving"
+    # What a process left that was killed while saving.
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        try:
+            scratch.mkdir(parents=True)
+        except OSError as error:
+            raise StoreError(f"cannot write {run.path}: {_reason(error)}") from error
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
