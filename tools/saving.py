@@ -15,8 +15,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerBase,
@@ -24,6 +22,7 @@ from transformers import (
 
 from prunewright.state import InputError, PruneRequest, PrunewrightError, StoreError
 from prunewright.state.shown import clean
+from prunewright.tools.checkpoint import auto_class, read_configuration, weight_files
 from prunewright.tools.copying import copy_files, files_to_copy
 from prunewright.tools.criteria import CRITERIA
 from prunewright.tools.layers import Layer
@@ -32,13 +31,15 @@ from prunewright.tools.models import LoadedModel, load_model
 from prunewright.tools.perplexity import Head, window_losses
 from prunewright.tools.revisions import DENSE
 from prunewright.tools.rundir import RunDirectory
-from prunewright.tools.shards import INDEX, Live, find_shards, has_values, read_header, rewrite
+from prunewright.tools.shards import Live, has_values, read_header, rewrite
 from prunewright.tools.workbench import Workbench
 
 VERIFY_WINDOWS = 2
 """Guard windows on which the saved model is scored again after reloading."""
 
 _SAMPLE = "A tokenizer's\tsample: 3.14159 <|x|> naïve 你好, def f(x): return x\n\n"
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
 _RETURNED = ".returned"
 """Where transformers saves, inside the directory that is being written."""
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
@@ -127,11 +128,11 @@ class _Saving:
         self.loaded: LoadedModel = bench.loaded
         self.directory = self.loaded.directory
         self.files = files_to_copy(self.directory, run.path)
-        self.shards = find_shards(self.directory)
+        self.shards = weight_files(self.directory)
         self.extra = sorted({*self.loaded.extra_tensors.values()} - {*self.shards})
         """Files beside the shards that hold tensors which the live model has not."""
-        if len(self.shards) > 1:
-            self.extra += [path for path in [self.directory / INDEX] if path.is_file()]
+        if self.shards[0].name != _SINGLE:
+            self.extra.append(self.directory / _INDEX)
         self.stored = {
             name: place for path in self.shards for name, place in read_header(path).items()
         }
@@ -362,10 +363,11 @@ def _check_reload(loaded: LoadedModel, directory: Path, *, trust_remote_code: bo
     Raises:
         InputError: something differs.
     """
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(directory, **options)
+    auto, config = auto_class(
+        directory, read_configuration(directory), trust_remote_code=trust_remote_code
+    )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = auto.from_config(config, trust_remote_code=trust_remote_code)
     ours, theirs = (
         {name: tuple(p.shape) for name, p in which.named_parameters()}
         for which in (loaded.model, model)
@@ -376,7 +378,9 @@ def _check_reload(loaded: LoadedModel, directory: Path, *, trust_remote_code: bo
             f"the model could not be saved: with the copied configuration {name} has shape "
             f"{theirs.get(name)}, not {ours.get(name)}"
         )
-    tokenizer = AutoTokenizer.from_pretrained(directory, **options)
+    tokenizer = AutoTokenizer.from_pretrained(
+        directory, trust_remote_code=trust_remote_code, local_files_only=True
+    )
     differs = _difference(loaded.tokenizer, tokenizer)
     if differs:
         raise InputError(

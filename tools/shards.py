@@ -10,38 +10,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from prunewright.state import InputError
 from prunewright.tools.masks import INTEGERS
-
-_SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 Live = Callable[[str], Tensor | None]
 """The value that a stored tensor has now, by its name; None: it is to stay as it is."""
-
-
-def find_shards(directory: Path) -> list[Path]:
-    """The safetensors files that transformers loads: one, or those that the index names.
-
-    Raises:
-        InputError: the index cannot be read, or names a file elsewhere.
-    """
-    if (directory / _SINGLE).is_file():
-        return [directory / _SINGLE]
-    if not (directory / INDEX).is_file():
-        return sorted(directory.glob("*.safetensors"))
-    try:
-        weight_map = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        names = sorted({str(name) for name in weight_map.values()})
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{directory / INDEX} cannot be read: {error!r}") from error
-    for name in names:
-        if Path(name).name != name:
-            raise InputError(
-                f"{directory / INDEX} names a file that is not beside it, {name!r}: put all "
-                "weights into one directory"
-            )
-    return [directory / name for name in names]
 
 
 def read_header(path: Path) -> dict[str, Any]:

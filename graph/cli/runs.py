@@ -323,7 +323,7 @@ def _live(
             ]
         )
         if facts.get("saved"):
-            screen.pairs([("saved", str(facts["saved"]))])
+            screen.pairs([("values", str(facts["saved"]))])
         if dense is not None:
             screen.pairs(
                 [
