@@ -126,11 +126,11 @@ def profile(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
         if fresh and request.pattern_sparsity is not None:
             bench.sync(DENSE)
             check_model(request, bench.loaded, bench.pattern_counts(), sum(bench.zeros().values()))
-        saved = ""
+        values = ""
         if fresh:
             steps = math.ceil(request.target / request.step)
-            saved = try_saving(run, bench, min(steps, _context(runtime).max_steps))
-        run.begin(_thread(runtime), request, _context(runtime), bench, saved)
+            values = try_saving(run, bench, min(steps, _context(runtime).max_steps))
+        run.begin(_thread(runtime), request, _context(runtime), bench, values)
         before = dict(bench.tokens)
         update: PruneUpdate = {}
         if fresh:

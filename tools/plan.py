@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prunewright.state import PruneRequest
 from prunewright.tools import reconstruction
+from prunewright.tools.criteria import CRITERIA
 from prunewright.tools.layers import Layer, find_blocks, find_layers
 from prunewright.tools.masks import unstructured_mask
 from prunewright.tools.models import model_skeleton, resolve_device, resolve_dtype

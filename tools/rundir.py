@@ -337,7 +337,7 @@ class RunDirectory:
         request: PruneRequest,
         context: PruneContext,
         bench: Workbench,
-        saved: str = "",
+        values: str = "",
     ) -> None:
         """Record what the run stands on, or check that a resumed one stands on the same.
 
@@ -346,7 +346,7 @@ class RunDirectory:
             request: what it does.
             context: who decides.
             bench: the model and texts.
-            saved: what to know of the values that it will save.
+            values: what to know of those that it will save.
 
         Raises:
             StoreError: the request, the model or a text is not what the run began with.
@@ -359,7 +359,7 @@ class RunDirectory:
             write_atomic(self.config_file, config.to_yaml().encode())
         write_json(
             self.manifest_file,
-            {"thread": thread, "saved": saved} | _facts(request, bench) | _surroundings(),
+            {"thread": thread, "values": values} | _facts(request, bench) | _surroundings(),
         )
 
     def settle(self, thread: str, request: PruneRequest) -> PruneRequest:

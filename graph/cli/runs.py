@@ -322,8 +322,8 @@ def _live(
                 )
             ]
         )
-        if facts.get("saved"):
-            screen.pairs([("values", str(facts["saved"]))])
+        if facts.get("values"):
+            screen.pairs([("values", str(facts["values"]))])
         if dense is not None:
             screen.pairs(
                 [
