@@ -35,6 +35,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from prunewright.state import InputError
+from prunewright.tools.layers import find_blocks
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -111,7 +112,7 @@ def read_configuration(directory: Path) -> dict[str, Any]:
         raise InputError(_adapter_words(directory, adapters[0]))
     config = _read_json(directory / "config.json")
     for key, value in _entries(config):
-        if key in _QUANTISED_KEYS and value:
+        if key in _QUANTISED_KEYS and value is not None:
             method = value.get("quant_method") if isinstance(value, dict) else None
             raise InputError(
                 _quantised_words(
@@ -125,6 +126,11 @@ def read_configuration(directory: Path) -> dict[str, Any]:
                 _quantised_words(directory, f"it holds {name}")
                 + f". If its weights are plain, remove {name}"
             )
+    if config.get("transformers_weights") is not None:
+        raise InputError(
+            f"config.json in {directory} names its weights by transformers_weights, which is not "
+            f"supported: rename them to {_WEIGHTS} and remove the entry"
+        )
     if (directory / "modules.json").exists():
         raise InputError(
             f"{directory} holds an embedding model of sentence-transformers (modules.json), not a "
@@ -228,9 +234,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     if content.startswith(_POINTER):
         raise InputError(_pointer_words(path))
     try:
-        found = json.loads(content)
+        found = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}): fetch it again") from error
+        raise InputError(f"{path} is not valid JSON in UTF-8 ({error}): fetch it again") from error
     if not isinstance(found, dict):
         raise InputError(f"{path} is not valid: it must hold one JSON object")
     return found
@@ -260,7 +266,13 @@ def weight_files(directory: Path) -> list[Path]:
             f"{directory} holds only pickled weights ({pickles[0]}), which can run code when "
             "loaded: convert them to safetensors first"
         )
-    raise InputError(f"{directory} holds no *.safetensors weights: is it a model directory?")
+    forms = ("*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.npz")
+    other = sorted(p.name for form in forms for p in directory.glob(form))
+    held = f"{other[0]} but " if other else ""
+    raise InputError(
+        f"{directory} holds {held}no *.safetensors weights: "
+        + ("convert them first" if other else "is it a model directory?")
+    )
 
 
 def _shards(index: Path) -> list[Path]:
@@ -395,7 +407,7 @@ def check_fit(
             raise InputError(
                 _quantised_words(directory, f"{name} is stored as {tensor.dtype}, not as floats")
             )
-    _refuse_misfit(directory, info)
+    _refuse_misfit(directory, info, _unplaced(model, extras))
     _refuse_other_models(directory, config, stored, extras, state)
     return {name: tensor.path for name, tensor in extras.items()}
 
@@ -421,7 +433,70 @@ def live_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str |
     return names
 
 
-def _refuse_misfit(directory: Path, info: Mapping[str, Any]) -> None:
+def unfused_words(
+    directory: Path, model: PreTrainedModel, stored: Mapping[str, Stored]
+) -> str | None:
+    """Which stored tensors, of those that transformers fuses into one, do not go together.
+
+    Its own error refers to a report in its log.
+
+    Args:
+        directory: where the model is.
+        model: the live model's structure.
+        stored: what its files hold.
+
+    Returns:
+        The message, with their names; None where all go together.
+    """
+    misfit = f"the weights in {directory} do not fit each other:"
+    fused: dict[str, dict[str, list[str]]] = {}
+    for name, place in live_names(model, stored).items():
+        if place is not None:
+            # All of one kind: experts differ in a number of their name.
+            kinds = fused.setdefault(place, {})
+            kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
+    for place, kinds in fused.items():
+        for names in kinds.values():
+            odd = next((n for n in names if stored[n].shape != stored[names[0]].shape), None)
+            if odd is not None:
+                return (
+                    f"{misfit} {odd} is stored as {list(stored[odd].shape)}, and {names[0]} as "
+                    f"{list(stored[names[0]].shape)}: both are part of {place}"
+                )
+        most, least = max(kinds.values(), key=len), min(kinds.values(), key=len)
+        if len(most) != len(least):
+            return (
+                f"{misfit} {place} is made of {len(most)} tensors such as {most[0]}, and only "
+                f"{len(least)} such as {least[0]} are there"
+            )
+    return None
+
+
+def _unplaced(model: PreTrainedModel, extras: Iterable[str]) -> list[str]:
+    """Extra tensors that belong to what is live: in a decoder block, or of a module with weights.
+
+    Without them the model computes something else than what its weights were trained for, unless
+    its family's own code says that they are of no use.
+    """
+    block = f"{find_blocks(model)[0]}."
+    depth = len(find_blocks(model)[1])
+    bearing = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    ignored = "|".join(f"({p})" for p in model._keys_to_ignore_on_load_unexpected or ())
+    prefix = f"{model.base_model_prefix}."
+    found = []
+    for name in extras:
+        if ignored and re.search(ignored, name):
+            continue
+        for full in (name, prefix + name, name.removeprefix(prefix)):
+            index = full.removeprefix(block).partition(".")[0]
+            inside = full.startswith(block) and index.isdigit() and int(index) < depth
+            if inside or full.rpartition(".")[0] in bearing - {""}:
+                found.append(name)
+                break
+    return found
+
+
+def _refuse_misfit(directory: Path, info: Mapping[str, Any], unplaced: list[str]) -> None:
     if info["mismatched_keys"]:
         mismatched = sorted(info["mismatched_keys"])
         shown = "; ".join(
@@ -437,6 +512,12 @@ def _refuse_misfit(directory: Path, info: Mapping[str, Any]) -> None:
         raise InputError(
             f"the weights in {directory} do not fit its configuration: {len(missing)} tensors are "
             f"missing, {missing[0]} among them, and would be random"
+        )
+    if unplaced:
+        raise InputError(
+            f"the weights in {directory} do not fit its configuration: {len(unplaced)} tensors "
+            f"have no place in the model that it describes, {unplaced[0]} among them: is its "
+            "model_type right, are all its settings there?"
         )
 
 

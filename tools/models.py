@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,7 @@ from prunewright.tools.checkpoint import (
     load_words,
     read_configuration,
     read_tensors,
+    unfused_words,
     weight_files,
 )
 from prunewright.tools.layers import Layer, find_layers
@@ -242,7 +243,11 @@ def _from_files(
             **options,
         )
     except Exception as error:  # each family fails its own way
-        raise InputError(load_words(directory, error)) from error
+        words = load_words(directory, error)
+        with suppress(Exception), torch.device("meta"):
+            structure = auto.from_config(config, trust_remote_code=trust_remote_code)
+            words = unfused_words(directory, structure, stored) or words
+        raise InputError(words) from error
     model: PreTrainedModel = found[0]
     return model, stored, check_fit(directory, content, stored, model, found[1])
 

@@ -188,6 +188,12 @@ OTHERS: dict[str, tuple[Change, str]] = {
         r"1 tensors have another shape: \S+q_proj\.weight is stored as \[16, 32\] and should be "
         r"\[32, 32\]",
     ),
+    "a bias": (add(Q__bias=torch.ones(32)), r"no place .*q_proj\.bias among them"),
+    "a bias of the head": (add(lm_head__bias=torch.ones(512)), "no place"),
+    "norms of another family": (
+        add(model__layers__0__self_attn__q_norm__weight=torch.ones(8)),
+        r"no place in the model that it describes, \S+q_norm\.weight among them",
+    ),
     "a tensor in two shards": (
         both(shard(), lambda d: store(d, {f"{Q}.weight": ONE}, "model-00003-of-00003.safetensors")),
         r"q_proj\.weight is stored twice, in model-00001-of-00002\.safetensors and in",
@@ -238,6 +244,16 @@ OTHERS: dict[str, tuple[Change, str]] = {
     "a web page": (put("model.safetensors", b"<html>not found</html>"), "no whole safetensors"),
     "a configuration in a list": (put("config.json", []), "must hold one JSON object"),
     "a configuration without end": (put("config.json", b"[" * 100_000), "not valid JSON"),
+    "a byte order mark": (
+        lambda d: (d / "config.json").write_bytes(b"\xef\xbb\xbf{}"),
+        "not valid JSON in UTF-8",
+    ),
+    "a quantisation without words": (configure(quantization_config={}), "remove quantization_con"),
+    "weights by another name": (configure(transformers_weights="w.safetensors"), "rename them"),
+    "another form of weights": (
+        lambda d: (d / "model.safetensors").rename(d / "model.gguf"),
+        r"holds model\.gguf but no \*\.safetensors",
+    ),
     "a new family": (configure(model_type="llama9"), r"does not know its model_type 'llama9'"),
 }  # fmt: skip
 REFUSED: dict[str, tuple[Change, str]] = (
@@ -259,6 +275,33 @@ def test_what_is_no_plain_causal_lm_is_refused_by_run_and_plan_alike(
         with pytest.raises(InputError, match=f"(?s){message}") as error:
             look(directory)
         assert str(directory) in str(error.value)
+
+
+W1 = "model.layers.0.block_sparse_moe.experts.2.w1.weight"
+EXPERTS: dict[str, tuple[Change, str]] = {
+    "one is missing": (
+        lambda d: store(d, {k: t for k, t in weights(d).items() if k != W1}),
+        r"made of 4 tensors such as .*w3\.weight, and only 3 such as .*w1\.weight",
+    ),
+    "one is smaller": (
+        lambda d: store(d, weights(d) | {W1: torch.ones(8, 32)}),
+        rf"{W1} is stored as \[8, 32\], and .*experts\.0\.w1\.weight as \[64, 32\]",
+    ),
+    "fewer than stored": (
+        configure(num_local_experts=2),
+        r"down_proj is stored as \[4, 32, 64\] and should be \[2, 32, 64\]",
+    ),
+    "one in int8": (cast(torch.int8, W1), "quantised"),
+}
+
+
+@pytest.mark.parametrize("case", EXPERTS)
+def test_experts_that_do_not_go_together_are_named(case: str, copy: Callable[..., Path]) -> None:
+    change, message = EXPERTS[case]
+    directory = copy("MixtralConfig")
+    change(directory)
+    with pytest.raises(InputError, match=message):
+        load_cpu(directory)
 
 
 def load_cpu(directory: Path, **options: Any) -> Any:
