@@ -183,10 +183,15 @@ def auto_class(
     causal = _names(MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None))
     if name in multimodal or (name is None and multimodal and not causal):
         return AutoModelForMultimodalLM, parsed
-    if not causal or (name and name not in causal and not _CAUSAL.fullmatch(name)):
+    if not causal:
+        what = f"a {parsed.model_type}, a type that transformers has no causal LM of,"
+        raise InputError(_no_causal_words(directory, config, what))
+    if name and name not in causal and not _CAUSAL.fullmatch(name):
         raise InputError(_no_causal_words(directory, config, "a model for another task"))
-    if kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(parsed, "is_decoder", False):
-        raise InputError(_no_causal_words(directory, config, "an encoder (is_decoder is not true)"))
+    decoder = getattr(parsed, "is_decoder", False) or getattr(parsed, "causal", False)
+    if kind in MODEL_FOR_MASKED_LM_MAPPING and not decoder:
+        what = "an encoder, since is_decoder is not true,"
+        raise InputError(_no_causal_words(directory, config, what))
     return AutoModelForCausalLM, parsed
 
 
