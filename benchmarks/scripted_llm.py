@@ -18,23 +18,7 @@ from prunewright.state import load_config
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
 from loopback import FakeGemini, Received, Reply, serve
-
-
-def read_map(prompt: str, title: str) -> dict[str, float]:
-    """The numbers of a map of blocks and projections, by short layer name."""
-    lines = prompt.splitlines()
-    header = next(line for line in lines if line.startswith("block ")).split()[1:]
-    start = next(i for i, line in enumerate(lines) if line.startswith(title)) + 1
-    found = {}
-    for line in lines[start:]:
-        cells = line.split()
-        if not cells or not cells[0].isdigit():
-            if line.startswith("block "):
-                continue
-            break
-        values = zip(header, cells[1:], strict=True)
-        found |= {f"{cells[0]}.{name}": float(v) for name, v in values if v != "-"}
-    return found
+from maps import read_map
 
 
 def read_shares(prompt: str) -> dict[str, float]:
@@ -54,7 +38,10 @@ def read_shares(prompt: str) -> dict[str, float]:
 def lowest_cost(delta: float, received: Received) -> str:
     """A decision: the layers with the lowest cost, each by ``delta``, until the step is full."""
     prompt = received.turns[0][1]
-    costs, sparsity = read_map(prompt, "cost at"), read_map(prompt, "sparsity, thousandths")
+    costs, sparsity = (
+        {name: float(cell) for name, cell in read_map(prompt, title).items()}
+        for title in ("cost at", "sparsity in thousandths")
+    )
     shares = read_shares(prompt)
     bound = re.search(r"may add at most ([\d.e-]+)\.", prompt)
     assert bound is not None

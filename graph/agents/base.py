@@ -125,6 +125,13 @@ class Observation:
         return pattern_sparsity(self.pattern)
 
     @property
+    def gradient_age(self) -> int:
+        """Steps since gradients were taken; 0 if nothing was changed since."""
+        profile = self.profile
+        unchanged = profile.gradient_revision == profile.revision
+        return 0 if unchanged else self.step - profile.gradient_step
+
+    @property
     def pace(self) -> float:
         """Mean sparsity a step that reaches the target in the steps left."""
         return (self.target - self.sparsity) / self.steps_left

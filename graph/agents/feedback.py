@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from prunewright.graph.agents.base import Observation, quote_name
-from prunewright.graph.agents.table import by_blocks
+from prunewright.graph.agents.table import by_blocks, with_heads
 from prunewright.graph.correction import DEPTHS, Correction, correct, depth_of
 from prunewright.state import StepRecord
 
@@ -62,11 +62,12 @@ def percent(value: float | None) -> str:
 def _table(records: Sequence[StepRecord], costs: bool) -> list[str]:
     noise = [r.change_stderr for r in records if r.change_stderr is not None]
     error = f", within {percent(median(noise)).lstrip('+')} or so" if noise else ""
-    lines = [
+    head = f"step gained change{' predicted' if costs else ''}"
+    title = (
         "Earlier steps, in per cent: sparsity that the model gained, change of the perplexity"
-        f"{error}{', predicted by the costs' if costs else ''}:",
-        f"step gained change{' predicted' if costs else ''}",
-    ]
+        f"{error}{', predicted by the costs' if costs else ''}:"
+    )
+    lines = []
     for r in records:
         if r.verdict == "empty":
             lines.append(f"{r.step + 1} nothing was pruned: {_one_line(r.reason, 200)}")
@@ -76,7 +77,7 @@ def _table(records: Sequence[StepRecord], costs: bool) -> list[str]:
         cells += [_facts(r)] if r.candidate_knowledge is not None else []
         cells += ["rolled back"] if r.verdict == "rolled_back" else []
         lines.append(" ".join(cells))
-    return lines
+    return [title, *with_heads(head, lines, 10)]
 
 
 def _facts(record: StepRecord) -> str:

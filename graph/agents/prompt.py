@@ -44,6 +44,7 @@ _SAMPLE: dict[str, Any] = {
     "max_lesson": MAX_LESSON,
     "step": 2,
     "steps": 40,
+    "steps_left": 38,
     "target": 0.45,
     "sparsity": 0.1,
     "pace": 0.01,
@@ -59,6 +60,7 @@ _FORMS: dict[str, tuple[Any, ...]] = {
     "perplexity": (None, 21.0),
     "max_knowledge_drop": (None, 0.5),
     "last_change": ("", "+1.2 ± .10 %"),
+    "gradient_age": (None, 1),
     "history": ("", "step gained"),
     "lessons": ([], ["a lesson"]),
 }
@@ -142,6 +144,7 @@ def _values(o: Observation, rows: int) -> dict[str, Any]:
         "max_lesson": MAX_LESSON,
         "step": o.step + 1,
         "steps": o.step + o.steps_left,
+        "steps_left": o.steps_left - 1,
         "target": o.target,
         "sparsity": o.sparsity,
         "pace": o.pace,
@@ -151,6 +154,7 @@ def _values(o: Observation, rows: int) -> dict[str, Any]:
         "last_change": f"{percent(last.change)} ± {percent(last.change_stderr).lstrip('+')} %"
         if last
         else "",
+        "gradient_age": o.gradient_age if {"z_g", "z_c"} & set(o.signals) else None,
         "history": compile_feedback(o),
         "lessons": [" ".join(lesson.split()) for lesson in o.lessons] if o.feedback else [],
         "table": table(o, last_changes(o), rows),

@@ -3,12 +3,13 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import groupby
 from statistics import fmean, median
 
 from prunewright.graph.agents.base import Observation, quote_name
 from prunewright.graph.correction import DEPTHS, depth_of
-from prunewright.state import LayerProfile
+from prunewright.state import COST_DELTAS, LayerProfile
 
 MAX_ROWS = 256
 """Layers shown in one prompt; with more, a shortlist and summaries."""
@@ -18,6 +19,11 @@ RECENT = 6
 """Steps that maps tell the layers of."""
 GROUPS = 64
 """Lines of a summary."""
+REPEAT = 24
+"""Rows after which the head of a table comes again."""
+NEAR = 0.1
+"""Part of the target that may be missing where giving back is shown, and the next weights' cost."""
+GAIN = f"gain of {COST_DELTAS[0]:g} given back"
 
 
 def shown_layers(observation: Observation, rows: int = MAX_ROWS) -> list[LayerProfile]:
@@ -132,58 +138,69 @@ def _lines(observation: Observation, shown: list[LayerProfile], last: Mapping[st
         columns[f"cost at {' / '.join(f'{d:.4g}' for d in deltas)}"] = lambda p: "/".join(
             f"{rate:.2g}" for rate in cost_rates(p, prunable, deltas)
         )
+        if _near(observation) and observation.pattern_sparsity is None:
+            columns[GAIN] = lambda p: _back(p, prunable, 1.0, ".2g")
     if last:
         columns["last"] = lambda p: last.get(p.name, "-")
     rows = [" | ".join(cell(p) for cell in columns.values()) for p in shown]
-    return "\n".join([" | ".join(columns), *rows])
+    return "\n".join(with_heads(" | ".join(columns), rows))
+
+
+def with_heads(head: str, rows: list[str], every: int = REPEAT) -> list[str]:
+    """Rows under their head, which comes again: far below it a column is misread."""
+    found = []
+    for index, row in enumerate(rows):
+        found += [head, row] if index % every == 0 else [row]
+    return found or [head]
 
 
 def _maps(observation: Observation, last: Mapping[str, str]) -> str:
-    """Maps of blocks and projections, one for each kind of signal."""
+    """A line a block: every layer under a label of its own, its numbers parted by slashes."""
     layers, prunable = observation.profile.layers, observation.prunable
     shares = {p.name: f"{100 * p.parameters / prunable:.4g}" for p in layers}
     projections = list(dict.fromkeys(p.projection for p in layers))
-    parts = [
-        f"share of each layer, per cent, by blocks: {by_blocks(layers, shares, MAX_ROWS)}",
-        "sparsity, thousandths (312 is 0.312):",
-        f"block {' '.join(map(quote_name, projections))}",
-        *_map(layers, projections, lambda p: f"{1000 * p.sparsity:.0f}"),
-    ]
+    labels = _labels(projections)
+    cells: dict[str, Callable[[LayerProfile], str]] = {
+        "sparsity in thousandths (312 is 0.312)": lambda p: f"{1000 * p.sparsity:.0f}"
+    }
+    parts = [f"share of each layer, per cent, by blocks: {by_blocks(layers, shares, MAX_ROWS)}"]
     visible = [s for s in ("z_s", "z_g") if s in observation.signals]
+    growth = ""
     if "z_c" in observation.signals:
         deltas = observation.cost_deltas
-        middle = len(deltas) // 2
+        # Near the target the next weights count, before it a whole step.
+        at = 0 if _near(observation) else len(deltas) // 2
         rates = {p.name: cost_rates(p, prunable, deltas) for p in layers}
-        unit = _unit([rate[middle] for rate in rates.values()])
-        parts += [
-            f"cost at {deltas[middle]:.4g}, in units of {unit:g}:",
-            *_map(layers, projections, lambda p: f"{rates[p.name][middle] / unit:.0f}"),
-        ]
+        unit = _unit([rate[at] for rate in rates.values()])
+        cells[f"cost at {deltas[at]:.4g}, in units of {unit:g}"] = lambda p: (
+            f"{rates[p.name][at] / unit:.0f}"
+        )
+        if _near(observation) and observation.pattern_sparsity is None:
+            cells[f"{GAIN}, in the same units"] = lambda p: _back(p, prunable, unit, ".0f")
         if len(deltas) > 1:
-            parts.append(
-                f"cost at {deltas[0]:g}/{deltas[2]:g} over that, median of each column: "
-                + " ".join(_growth(layers, name, rates) for name in projections)
+            others = [i for i in range(len(deltas)) if i != at]
+            ratios = (f"{labels[n]} {_growth(layers, n, rates, at, others)}" for n in projections)
+            growth = (
+                f"cost at {'/'.join(f'{deltas[i]:g}' for i in others)} over that, median of each "
+                f"projection: {', '.join(ratios)}"
             )
         if visible:
             # Beside the cost half a standard deviation is near enough.
-            parts += [
+            cells[
                 f"{' and '.join(visible)}, one digit each: 5 for a score of 0, then half a "
-                "standard deviation a digit, lower is safer:",
-                *_map(
-                    layers,
-                    projections,
-                    lambda p: "".join(_digit(getattr(p, signal)) for signal in visible),
-                ),
-            ]
-    elif visible:
-        parts += [
-            f"{'/'.join(visible)}, hundredths:",
-            *_map(
-                layers,
-                projections,
-                lambda p: "/".join(f"{100 * getattr(p, signal):.0f}" for signal in visible),
-            ),
-        ]
+                "standard deviation a digit, lower is safer"
+            ] = lambda p: "".join(_digit(getattr(p, signal)) for signal in visible)
+    else:
+        for signal in visible:
+            cells[f"{signal} in hundredths"] = partial(_hundredths, signal)
+    parts += [
+        f"layers by block, each as LABEL{'/'.join('1234'[: len(cells)])}: "
+        + "; ".join(f"{number} {words}" for number, words in enumerate(cells, 1)),
+        "labels, for the whole names that an answer takes: "
+        + ", ".join(f"{labels[name]} = {quote_name(name)}" for name in projections),
+        *_rows(layers, labels, list(cells.values())),
+        *([growth] if growth else []),
+    ]
     if last:
         first = observation.step + 1 - RECENT
         recent = {name: step for name, step in last.items() if int(step.rstrip("x")) >= first}
@@ -194,28 +211,62 @@ def _maps(observation: Observation, last: Mapping[str, str]) -> str:
     return "\n".join(parts)
 
 
-def _map(
-    layers: list[LayerProfile], projections: list[str], cell: Callable[[LayerProfile], str]
+def _rows(
+    layers: list[LayerProfile],
+    labels: Mapping[str, str],
+    cells: list[Callable[[LayerProfile], str]],
 ) -> list[str]:
-    """One line a block, a cell for each projection."""
-    blocks: dict[int, dict[str, str]] = {}
+    """One line a block, each layer's numbers behind its label."""
+    blocks: dict[int, list[str]] = {}
     for p in layers:
-        blocks.setdefault(p.block, {})[p.projection] = cell(p)
-    return [
-        " ".join([str(block), *(cells.get(name, "-") for name in projections)])
-        for block, cells in sorted(blocks.items())
-    ]
+        numbers = "/".join(cell(p) for cell in cells)
+        label = labels[p.projection]
+        # A separator more would be 256 tokens.
+        mark = "" if label.isalpha() else ":"
+        blocks.setdefault(p.block, []).append(f"{label}{mark}{numbers}")
+    return [f"{block}: {' '.join(row)}" for block, row in sorted(blocks.items())]
+
+
+def _labels(projections: list[str]) -> dict[str, str]:
+    """A short label of each projection: the last part of its name, where that tells it apart."""
+    short = {n: n.rpartition(".")[2].removesuffix("_proj") for n in projections}
+    held = list(short.values())
+    fit = {n: held.count(s) == 1 and s.isidentifier() and s.isascii() for n, s in short.items()}
+    return {n: short[n] if fit[n] and len(short[n]) <= 16 else quote_name(n) for n in projections}
+
+
+def _near(observation: Observation) -> bool:
+    """Whether so little is missing to the target that the next weights matter most."""
+    return observation.target - observation.sparsity <= NEAR * observation.target
+
+
+def _back(layer: LayerProfile, prunable: int, unit: float, form: str) -> str:
+    """Gain of giving the last 0.05 back, as a rate like the cost; - for a dense layer."""
+    given = min(COST_DELTAS[0], layer.sparsity)
+    if given <= 0:
+        return "-"
+    rate = layer.regrow_gain[0] / (given * layer.parameters / prunable)
+    return f"{rate / unit:{form}}"
+
+
+def _hundredths(signal: str, layer: LayerProfile) -> str:
+    return f"{100 * getattr(layer, signal):.0f}"
 
 
 def _digit(score: float) -> str:
     return str(min(max(round(5 + 2 * score), 0), 9))
 
 
-def _growth(layers: list[LayerProfile], projection: str, rates: Mapping[str, list[float]]) -> str:
-    """How a projection's cost at the first and last of three deltas compares with the middle."""
-    held = [r for p in layers if p.projection == projection and (r := rates[p.name])[1] > 0]
-    first, last = ([r[i] / r[1] for r in held] or [1.0] for i in (0, 2))
-    return f"{median(first):.2f}/{median(last):.2f}"
+def _growth(
+    layers: list[LayerProfile],
+    projection: str,
+    rates: Mapping[str, list[float]],
+    at: int,
+    others: list[int],
+) -> str:
+    """How a projection's cost at other deltas compares with that at the one shown."""
+    held = [r for p in layers if p.projection == projection and (r := rates[p.name])[at] > 0]
+    return "/".join(f"{median([r[i] / r[at] for r in held] or [1.0]):.2f}" for i in others)
 
 
 def _unit(values: list[float]) -> float:
@@ -246,9 +297,9 @@ def _summary(observation: Observation) -> str:
         columns.append(f"cost at {middle:.4g}: lowest / median / highest")
     lines = [
         "All layers by projection and depth (mean sparsity and z-scores, share of all together"
-        f"{'; * stands for any number' if many else ''}):",
-        " | ".join(columns),
+        f"{'; * stands for any number' if many else ''}):"
     ]
+    rows = []
     for (name, _), group in list(groups.items())[:GROUPS]:
         held = [p.block for p in group]
         weights = sum(p.parameters for p in group)
@@ -263,7 +314,8 @@ def _summary(observation: Observation) -> str:
         if "z_c" in observation.signals:
             rates = sorted(cost_rates(p, prunable, [middle])[0] for p in group)
             cells.append(f"{rates[0]:.2g} / {median(rates):.2g} / {rates[-1]:.2g}")
-        lines.append(" | ".join(cells))
+        rows.append(" | ".join(cells))
+    lines += with_heads(" | ".join(columns), rows)
     if len(groups) > GROUPS:
         lines.append(f"and {len(groups) - GROUPS} groups more")
     return "\n".join(lines)

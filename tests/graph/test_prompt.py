@@ -5,6 +5,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from maps import read_cells, read_map
 from profiles import QWEN3_4B, make_model
 from records import record, rolled_back
 from transformers import AutoTokenizer
@@ -20,7 +22,7 @@ from prunewright.graph.agents import Observation, Refusal, check_agent
 from prunewright.graph.agents.base import quote_name
 from prunewright.graph.agents.prompt import check_prompts, floor_digits, prompt
 from prunewright.graph.agents.reading import answer_schema, read_answer
-from prunewright.graph.agents.table import LINES, MAX_ROWS, RECENT, shown_layers
+from prunewright.graph.agents.table import LINES, MAX_ROWS, RECENT, REPEAT, shown_layers
 from prunewright.graph.asking import expand
 from prunewright.graph.correction import predicted_costs
 from prunewright.state import (
@@ -119,13 +121,16 @@ def test_a_prompt_of_252_layers_is_compact(make_observation: MakeObservation) ->
     profile = make_model(36)
     assert len(profile.layers) == 252
 
-    def tokens(steps: int, signals: tuple[Signal, ...]) -> int:
+    def tokens(steps: int, signals: tuple[Signal, ...], target: float = 0.6) -> int:
         observation = after(profile, steps, signals, make_observation)
+        observation = replace(observation, target=target)
         return sum(len(tokenizer(text).input_ids) for text in texts(observation))
 
     assert tokens(0, ALL) <= 4_200
     assert tokens(40, ALL) <= 6_100
     assert tokens(40, ("z_s", "z_g")) <= 6_100
+    # Near the target the gain of giving back stands there, too.
+    assert tokens(40, ALL, target=0.46) <= 6_700
 
 
 @pytest.mark.parametrize(("blocks", "rows"), [(80, MAX_ROWS), (1000, MAX_ROWS), (36, 24)])
@@ -149,23 +154,11 @@ def read_lines(step: str) -> list[dict[str, str]]:
     start = next(i for i, line in enumerate(lines) if line.startswith("name | "))
     columns = lines[start].split(" | ")
     rows = [line.split(" | ") for line in lines[start + 1 :]]
-    return [dict(zip(columns, row, strict=True)) for row in rows if len(row) == len(columns)]
-
-
-def read_map(step: str, title: str) -> dict[str, str]:
-    """The cells of a map by short name; columns are those of the first map."""
-    lines = step.splitlines()
-    columns = next(line for line in lines if line.startswith("block ")).split(" ")[1:]
-    start = next(i for i, line in enumerate(lines) if line.startswith(title)) + 1
-    cells = {}
-    for line in lines[start:]:
-        block, *values = line.split(" ")
-        if block == "block":
-            continue
-        if not block.isdigit() or len(values) != len(columns):
-            break
-        cells |= {f"{block}.{c}": v for c, v in zip(columns, values, strict=True) if v != "-"}
-    return cells
+    return [
+        dict(zip(columns, row, strict=True))
+        for row in rows
+        if len(row) == len(columns) and row != columns
+    ]
 
 
 def rate(layer: LayerProfile, index: int, layers: list[LayerProfile]) -> float:
@@ -222,11 +215,11 @@ def test_maps(seed: int, make_observation: MakeObservation) -> None:
     observation = make_observation(layers, target=0.6)
     _, step = texts(observation)
     by_name = {p.short_name: p for p in layers}
-    sparsity = read_map(step, "sparsity, thousandths")
+    sparsity = read_map(step, "sparsity in thousandths")
     assert {name: int(cell) for name, cell in sparsity.items()} == {
         name: pytest.approx(1000 * p.sparsity, abs=0.51) for name, p in by_name.items()
     }
-    found = re.search(r"^cost at 0.1, in units of ([\d.e-]+):$", step, re.MULTILINE)
+    found = re.search(r"; 2 cost at 0.1, in units of ([\d.e-]+);", step)
     assert found is not None
     unit = float(found[1])
     costs = read_map(step, "cost at 0.1,")
@@ -237,7 +230,9 @@ def test_maps(seed: int, make_observation: MakeObservation) -> None:
     assert median(map(int, costs.values())) >= 10
     growth = re.search(r"^cost at 0.05/0.15 over that, .*: (.*)$", step, re.MULTILINE)
     assert growth is not None
-    assert growth[1].split(" ") == ["0.83/1.17"] * 7
+    assert re.findall(r"(\w+) 0.83/1.17", growth[1]) == [
+        name.rpartition(".")[2].removesuffix("_proj") for name in QWEN3_4B
+    ]
     digits = read_map(step, "z_s and z_g, one digit each")
     for name, cell in digits.items():
         p = by_name[name]
@@ -254,10 +249,79 @@ def test_maps(seed: int, make_observation: MakeObservation) -> None:
 def test_maps_without_costs_have_finer_scores(make_observation: MakeObservation) -> None:
     layers = make_model(36).layers
     _, step = texts(make_observation(layers, target=0.6, signals=("z_s", "z_g")))
-    cells = read_map(step, "z_s/z_g, hundredths")
-    assert {name: [int(x) for x in cell.split("/")] for name, cell in cells.items()} == {
+    titles, cells = read_cells(step)
+    assert titles[1:] == ["z_s in hundredths", "z_g in hundredths"]
+    assert {name: [int(x) for x in cell[1:]] for name, cell in cells.items()} == {
         p.short_name: [pytest.approx(100 * z, abs=0.51) for z in (p.z_s, p.z_g)] for p in layers
     }
+
+
+def test_near_the_target_the_next_weights_and_the_gain_of_giving_back_are_shown(
+    make_layer: MakeLayer, make_observation: MakeObservation
+) -> None:
+    gains = {"regrow_gain": (0.002, 0.003, 0.004), "loss_cost": (0.001, 0.003, 0.006)}
+    layers = [make_layer(i, sparsity=s, **gains) for i, s in enumerate((0.4, 0.02, 0.0, 0.4))]
+    far, near = (make_observation(layers, target=0.3, sparsity=s) for s in (0.2, 0.28))
+    assert "given back |" not in texts(replace(near, signals=("z_s",)))[1]
+    assert "gain of 0.05 given back" not in texts(far)[1]
+    # 0.2 % for 0.05 of a quarter of the model; of the second layer all there is.
+    shown = [row["gain of 0.05 given back"] for row in read_lines(texts(near)[1])]
+    assert shown == ["0.16", "0.4", "-", "0.16"]
+    many = [
+        p.model_copy(update={"regrow_gain": tuple(2 * cost for cost in p.loss_cost)})
+        for p in make_model(36).layers
+    ]
+    titles, cells = read_cells(texts(make_observation(many, target=0.5, sparsity=0.48))[1])
+    assert titles[1].startswith("cost at 0.05, in units of ")
+    assert titles[2] == "gain of 0.05 given back, in the same units"
+    assert all(abs(int(cell[2]) - 2 * int(cell[1])) <= 2 for cell in cells.values())
+    pattern = make_observation(layers, target=0.3, sparsity=0.28, pattern="2:4")
+    assert "given back" not in texts(pattern)[1]
+
+
+def test_labels_that_would_be_the_same_are_whole_names(make_observation: MakeObservation) -> None:
+    sizes = {f"mlp.experts.{i}.up_proj": 1000 for i in range(4)} | {"mlp.gate_proj": 1000}
+    _, step = texts(make_observation(make_model(24, sizes=sizes).layers, target=0.6))
+    assert ", gate = mlp.gate_proj" in step
+    assert "0: mlp.experts.0.up_proj:" in step
+    assert len(read_cells(step)[1]) == 120
+
+
+def test_the_heads_of_long_tables_come_again(make_observation: MakeObservation) -> None:
+    profile = make_model(12)
+    _, step = texts(after(profile, 25, ALL, make_observation))
+    lines = step.splitlines()
+    heads = [i for i, line in enumerate(lines) if line.startswith("name | ")]
+    assert [b - a for a, b in pairwise(heads)] == [REPEAT + 1] * 3
+    assert sum(line == "step gained change predicted" for line in lines) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "Gradients, which costs rest on, are of step 4, 2 steps old."),
+        ({"step": 4}, "Gradients, which costs rest on, are of step 4, 1 step old."),
+        ({"signals": ("z_g",)}, "Gradients are of step 4, 2 steps old."),
+        ({"signals": ("z_s",)}, ""),
+    ],
+)
+def test_the_age_of_gradients_is_told(
+    changes: dict[str, Any], words: str, make_observation: MakeObservation
+) -> None:
+    observation = make_observation(step=5)
+    old = {"revision": "now", "gradient_revision": "then", "gradient_step": 3}
+    profile = observation.profile.model_copy(update=old)
+    _, step = texts(replace(observation, profile=profile, **changes))
+    assert (words or "Table") in f"{step} Table"
+    assert ("Gradients" in step) == bool(words)
+    assert "are those of the model as it is now." in texts(observation)[1]
+
+
+def test_the_prompt_says_when_the_run_ends(make_observation: MakeObservation) -> None:
+    system, step = texts(make_observation(target=0.1, sparsity=0.1, steps_left=1))
+    assert "The run ends once the target is reached, exactly, or with its last step." in system
+    assert ": 0 left after it." in step
+    assert "The target is reached: a step can only rebalance." in step
 
 
 def test_maps_tell_the_last_changes(make_observation: MakeObservation) -> None:
@@ -392,7 +456,7 @@ def test_the_prompt_says_where_the_run_stands(make_observation: MakeObservation)
     assert "at most 0.12, never 0" in system
     assert "down to -0.12" in system
     assert "never exceeds 0.9" in system
-    assert "Step 5 of at most 10." in step
+    assert "Step 5 of at most 10: 5 left after it." in step
     assert "now 0.1000, target 0.4000, missing 0.3000" in step
     assert "Pace: 0.0500 a step" in step
     assert "may add at most 0.05." in step
@@ -574,8 +638,9 @@ VARIABLES = [
     *("criterion", "signals", "feedback", "max_increase"),
     *("max_knowledge_drop", "pattern", "fixed_delta", "max_delta"),
     "max_layer_sparsity",
-    *("max_lessons", "max_lesson", "step", "steps", "target", "sparsity", "pace", "budget"),
-    *("dense_perplexity", "perplexity", "last_change", "history", "lessons", "table"),
+    *("max_lessons", "max_lesson", "step", "steps", "steps_left", "target"),
+    *("sparsity", "pace", "budget", "dense_perplexity", "perplexity", "last_change"),
+    *("gradient_age", "history", "lessons", "table"),
 ]
 
 
