@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from prunewright.graph.agents import InvalidAnswerError, Observation, Refusal
 from prunewright.graph.agents.base import Agent, quote_name
-from prunewright.graph.agents.llm import redact
 from prunewright.state import (
     AgentError,
     Decision,
@@ -21,6 +20,7 @@ from prunewright.state import (
     check_decision,
 )
 from prunewright.state.history import MAX_REFUSED
+from prunewright.state.secrets import redact, redact_all
 from prunewright.tools.rundir import RunDirectory
 
 _log = logging.getLogger("prunewright")
@@ -78,12 +78,12 @@ def ask(name: str, agent: Agent, observation: Observation, *, repairs: int) -> D
         if not problems:
             break
         refusals.append(Refusal(text, tuple(problems)))
-        _log.info("%s: an answer was refused: %s", name, "; ".join(problems))
+        _log.info("%s: an answer was refused: %s", name, redact("; ".join(problems)))
     else:
         decision = Decision(reasoning="No valid answer: nothing is pruned.", layers=[], done=False)
     deltas = {item.name: item.delta for item in decision.layers}
     after = spent_by(agent)
-    return DecisionReport(
+    report = DecisionReport(
         agent=name,
         decision=decision,
         predicted_change=observation.profile.predicted_change(deltas) if deltas else None,
@@ -95,11 +95,13 @@ def ask(name: str, agent: Agent, observation: Observation, *, repairs: int) -> D
         tokens=after.tokens - before.tokens,
         probes=observation.probes.reports if observation.probes else [],
     )
+    # A server knows the key, and what it says is stored.
+    return DecisionReport.model_validate(redact_all(report.model_dump()))
 
 
 def _kept(answer: str) -> str:
     """A refused answer as it may be stored: bounded, without keys and lone surrogates."""
-    return redact(answer[:MAX_REFUSED]).encode("utf-8", "replace").decode()
+    return redact(answer)[:MAX_REFUSED].encode("utf-8", "replace").decode()
 
 
 def check(answer: Decision, observation: Observation) -> tuple[Decision, list[str]]:

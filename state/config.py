@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from prunewright.state.errors import InputError
+from prunewright.state.secrets import find_secret
 
 DEFAULT_AGENT = "google_genai:gemini-3-flash-preview"
 BASELINE = "baseline"
@@ -121,26 +122,6 @@ class AskingOptions(Options):
     max_tokens: int | None = Field(
         None, ge=1, description="tokens exchanged in the whole run; null: no bound"
     )
-
-
-def _find_secret(value: object, name: str = "") -> str:
-    """The name of what looks like a secret, at any depth; "" if nothing does."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if re.search(
-                r"key$|secret|passw|credential|(^|_)token$|^(proxy-)?authorization$|^cookie$",
-                str(key),
-                re.IGNORECASE,
-            ):
-                return str(key)
-            found = _find_secret(inner, str(key))
-            if found:
-                return found
-    elif isinstance(value, list | tuple):
-        return next(filter(None, (_find_secret(inner, name) for inner in value)), "")
-    elif isinstance(value, str) and re.search(r"://[^/@\s]+:[^/@\s]+@", value):
-        return f"the password in {name}"
-    return ""
 
 
 class PruneRequest(Options):
@@ -267,11 +248,12 @@ class PruneContext(Options):
     @field_validator("agent_options", "allocation_options")
     @classmethod
     def _no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
-        secret = _find_secret(value)
+        secret = find_secret(value)
         if secret:
             raise ValueError(
                 f"{secret} does not belong into a config, which every run stores: "
-                "set the provider's environment variable instead"
+                "set the provider's environment variable instead, or write env:NAME for the value "
+                "of a variable of your own"
             )
         return value
 
@@ -358,14 +340,23 @@ def read_settings(
             loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise InputError(f"cannot read the config file {path}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
             raise InputError(f"{path} is not valid YAML: {error}") from error
+        except yaml.YAMLError as error:
+            raise InputError(f"{path} is not valid YAML{_yaml_words(error)}") from None
         if not isinstance(loaded, dict | None):
             raise InputError(f"{path} must hold a mapping of keys to values")
         data = loaded or {}
     for override in overrides or []:
         _apply_override(data, override)
     return data
+
+
+def _yaml_words(error: yaml.YAMLError) -> str:
+    """What is wrong and where, without the line itself: someone may have put a key there."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return f"{where}: {problem}" if problem else where
 
 
 def validate_config(data: dict[str, Any]) -> PruneConfig:
@@ -391,7 +382,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         try:
             value = yaml.safe_load(raw)
         except yaml.YAMLError as error:
-            raise InputError(f"--set {key}: {raw!r} is not valid YAML: {error}") from None
+            raise InputError(f"--set {key}: not valid YAML{_yaml_words(error)}") from None
     *parents, last = key.split(".")
     for parent in parents:
         data = data.setdefault(parent, {})

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import quote
 
 from langchain.chat_models import init_chat_model
 from langchain_core.exceptions import ModelError
@@ -36,6 +35,7 @@ from prunewright.graph.agents.reading import MAX_ANSWER, answer_schema, read_ans
 from prunewright.graph.agents.transport import ReplyError, address, guard, watched
 from prunewright.state import AgentError, Decision, InputError, Spent
 from prunewright.state.config import AskingOptions, problem_words
+from prunewright.state.secrets import redact, resolve_references
 
 _log = logging.getLogger("prunewright")
 
@@ -138,6 +138,8 @@ def check_access(name: str, options: Mapping[str, Any] | None = None) -> str:
         raise InputError(f"the agent {name} needs another package: pip install {known.install}")
     if not known.keys or any(os.environ.get(key) for key in known.keys):
         return ""
+    if any(option.endswith("api_key") for option in options or {}):
+        return ""
     variables = " or ".join(known.keys)
     if (options or {}).get("base_url"):
         return f"{variables} is not set: the server at base_url is sent a placeholder for the key"
@@ -178,6 +180,7 @@ class LLMAgent:
             InputError: a package or key is missing, or the client does not take the options.
         """
         unusual = check_access(name, options)
+        options = resolve_references(options)
         provider, _, model_name = name.partition(":")
         defaults: dict[str, Any] = {}
         if provider == "ollama":
@@ -410,18 +413,6 @@ def check_budget(asking: AskingOptions, spent: Spent, run: str) -> None:
                 f"were spent. Go on with: prunewright resume {shlex.quote(run)} "
                 f"--set asking.{key}={2 * used}"
             )
-
-
-def redact(text: str) -> str:
-    """A message without the values of the environment's keys and tokens, however written."""
-    for key, value in os.environ.items():
-        if re.search(r"(KEY|TOKEN|SECRET|PASSWORD)$", key, re.IGNORECASE):
-            # A key pasted with a line's end is quoted whole by the HTTP client's complaint.
-            forms = {value, value.strip(), repr(value)[1:-1], quote(value.strip(), safe="")}
-            for form in sorted(forms, key=len, reverse=True):
-                if len(form) >= 8:
-                    text = text.replace(form, "[redacted]")
-    return text
 
 
 def _without_parser(structured: Any) -> Any:

@@ -13,7 +13,7 @@ from loopback import PROVIDERS, FakeGemini, FakeLLM, FakeOpenAI, Reply, serve
 from prunewright.graph.agents import Observation, make_agent
 from prunewright.graph.agents.transport import MAX_BODY, address
 from prunewright.graph.asking import ask
-from prunewright.state import AgentError, DecisionReport, PruneContext
+from prunewright.state import AgentError, DecisionReport, InputError, PruneContext
 from prunewright.state.config import AskingOptions
 
 GOOD = (("0.mlp.down_proj", 0.1), ("2.mlp.down_proj", 0.05))
@@ -308,3 +308,26 @@ def test_gemini_says_in_its_words_how_long_to_wait(
 )
 def test_addresses_are_told_without_what_may_be_secret(url: str, shown: str) -> None:
     assert address(url) == shown
+
+
+@pytest.mark.parametrize("llm", ["openai", "google_genai", "anthropic"], indirect=True)
+def test_a_header_with_a_key_comes_from_a_variable(
+    llm: FakeLLM, make_observation: Callable[..., Observation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server gets it; what it says of it is stored without it."""
+    monkeypatch.delenv(llm.variable)
+    monkeypatch.setenv("MY_GATEWAY", "q7Zk-w3xV9-hidden")
+    name = "additional_headers" if llm.provider == "google_genai" else "default_headers"
+    options = llm.options(**{name: {"X-Who": "env:MY_GATEWAY"}, "api_key": "env:MY_GATEWAY"})
+    context = PruneContext(agent=llm.agent, agent_options=options)
+    answer = json.loads(llm.answer(*GOOD))
+    answer |= {"reasoning": "You are q7Zk-w3xV9-hidden.", "lessons": ["q7Zk-w3xV9-hidden"]}
+    llm.script = [llm.text("q7Zk-w3xV9-hidden"), llm.text(json.dumps(answer))]
+    report = ask(*make_agent(context), make_observation(), repairs=1)
+    assert llm.received[0].headers["x-who"] == "q7Zk-w3xV9-hidden"
+    assert deltas(report) == FULL
+    assert report.decision.lessons == ["[redacted]"]
+    assert "hidden" not in report.model_dump_json() + context.model_dump_json()
+    monkeypatch.delenv("MY_GATEWAY")
+    with pytest.raises(InputError, match="variable MY_GATEWAY, which is not set"):
+        make_agent(context)
