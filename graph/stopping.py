@@ -8,9 +8,11 @@ the work looks at, and the second goes to whoever handled signals before.
 
 import asyncio
 import logging
+import math
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -97,14 +99,20 @@ def stop_on_signals() -> Iterator[None]:
         _current.reset(token)
 
 
-def call_stoppable(function: Callable[[], _Value]) -> _Value:
+def call_stoppable(function: Callable[[], _Value], seconds: float = math.inf) -> _Value:
     """Call something that cannot look at the event itself, such as a request to an LLM.
 
     It runs in a daemon thread, which is left behind if the run is stopped meanwhile.
 
+    Args:
+        function: what is called.
+        seconds: how long it may take.
+
     Raises:
         StoppedError: the run was asked to stop.
+        TimeoutError: it took longer.
     """
+    end = time.monotonic() + seconds
     results: list[_Value] = []
     errors: list[BaseException] = []
 
@@ -117,6 +125,8 @@ def call_stoppable(function: Callable[[], _Value]) -> _Value:
     thread = _start(work)
     while thread.is_alive():
         check_stop()
+        if time.monotonic() > end:
+            raise TimeoutError(f"no answer within {seconds:g} seconds")
         thread.join(POLL)
     if errors:
         raise errors[0]

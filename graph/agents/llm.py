@@ -9,6 +9,7 @@ import re
 import shlex
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -33,6 +34,7 @@ from prunewright.graph.agents.probing import probe_tool, take_probes, with_resul
 from prunewright.graph.agents.prompt import prompt
 from prunewright.graph.agents.reading import MAX_ANSWER, answer_schema, read_answer
 from prunewright.graph.agents.transport import ReplyError, address, guard, watched
+from prunewright.graph.stopping import call_stoppable
 from prunewright.state import AgentError, Decision, InputError, Spent
 from prunewright.state.config import AskingOptions, problem_words
 from prunewright.state.secrets import redact, resolve_references
@@ -59,7 +61,7 @@ _USED_UP = re.compile(
     re.IGNORECASE,
 )
 # Gemini says so in an error's details and Retry-After is not sent.
-_RETRY_DELAY = re.compile(r"retryDelay['\"]?: ?['\"]?([\d.]+)s")
+_RETRY_DELAY = re.compile(r"retryDelay['\"]?: ?['\"]?(\d+(?:\.\d+)?)s")
 _THOUGHTS = re.compile(
     r"\"(reasoning_content|reasoning|thinking)\"\s*:\s*\"[^\"]|\"thought\"\s*:\s*true"
 )
@@ -211,6 +213,7 @@ class LLMAgent:
             remarks.append(f"the client of {provider} may follow redirects and read without bound")
         self._setup(name, model, asking, spent or Spent(), run, remarks)
         self._base_url = str(options.get("base_url") or "")
+        self._seconds = max([asking.timeout, *_timeouts(options)])
 
     @classmethod
     def from_model(
@@ -235,6 +238,7 @@ class LLMAgent:
         self.tokens = 0
         self.notes: list[str] = []
         self._base_url = ""
+        self._seconds = asking.timeout
         self._asking = asking
         self._spent = spent
         self._run = run
@@ -345,6 +349,8 @@ class LLMAgent:
         code = _status(error)
         if _USED_UP.search(_said(error)):
             return "; what is paid for is used up: see the provider's billing, then resume"
+        if isinstance(error, ReplyError):
+            return ""
         if code in (401, 403):
             named = f" in {' or '.join(keys)}" if keys else ""
             return f"; is the key{named} right{f' for the server{where}' if where else ''}?"
@@ -360,7 +366,8 @@ class LLMAgent:
         began = time.perf_counter()
         with watched() as wire:
             try:
-                result = model.invoke(messages)
+                # The clients bound the time between two bytes; the whole has a bound, too.
+                result = call_stoppable(lambda: model.invoke(messages), 2 * self._seconds)
             except Exception as error:
                 if wire.problem is not None:
                     raise wire.problem from None
@@ -436,6 +443,15 @@ def _check_options(name: str, model: BaseChatModel, options: dict[str, Any]) -> 
         # OpenAI's client drops the temperature of models that have none.
         if options[option] is not None and getattr(model, option, options[option]) is None:
             raise InputError(f"the model of {name} takes no {option}: leave it out")
+
+
+def _timeouts(options: Mapping[str, Any]) -> Iterator[float]:
+    """Seconds that options of the user's own let a client wait, whatever it calls them."""
+    inner = options.get("client_kwargs")
+    for key, value in {**options, **(inner if isinstance(inner, dict) else {})}.items():
+        if key.endswith("timeout"):
+            with suppress(TypeError, ValueError):
+                yield float(value)
 
 
 def _words(error: BaseException | None) -> str:

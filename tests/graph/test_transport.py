@@ -108,6 +108,22 @@ def test_an_answer_that_drips(llm: FakeLLM, asked: Ask) -> None:
     assert "not whole after 0.5 seconds; asking.timeout says" in report.notes[0]
 
 
+@pytest.mark.parametrize("llm", ["openai"], indirect=True)
+def test_headers_that_drip(llm: FakeLLM, asked: Ask) -> None:
+    llm.script = [Reply(b"HTTP/1.1 200 OK\r\nX-Long: ", then=b"x", pause=0.02, raw=True)]
+    llm.otherwise = llm.decision(*GOOD)
+    report = asked(timeout=0.5, attempts=10)
+    assert deltas(report) == FULL
+    assert "no answer within 1 seconds" in report.notes[0]
+
+
+@pytest.mark.parametrize("llm", ["openai"], indirect=True)
+def test_headers_without_an_end(llm: FakeLLM, asked: Ask) -> None:
+    llm.otherwise = Reply(b"HTTP/1.1 200 OK\r\nX-Long: ", then=b"x" * 65_536, raw=True)
+    with pytest.raises(AgentError, match="in 2 tries: "):
+        asked()
+
+
 PACKED: dict[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
     "deflate": zlib.compress,

@@ -78,6 +78,8 @@ class Reply:
     """Answer only when the test is over."""
     then: bytes = b""
     """What follows the body, again and again, without an end."""
+    raw: bool = False
+    """The body holds the status line and the headers, too."""
     pause: float = 0
     """Seconds between two of these."""
 
@@ -390,13 +392,15 @@ class _Handler(BaseHTTPRequestHandler):
         if reply.hang or (reply.drop and not reply.body):
             self.close_connection = True
             return
-        self.send_response(reply.status)
-        self.send_header("Content-Type", reply.content_type)
-        for name, value in reply.headers.items():
-            self.send_header(name, value)
+        if not reply.raw:
+            self.send_response(reply.status)
+            self.send_header("Content-Type", reply.content_type)
+            for name, value in reply.headers.items():
+                self.send_header(name, value)
         if reply.then:
             self.close_connection = True
-            self.end_headers()
+            if not reply.raw:
+                self.end_headers()
             self.wfile.write(reply.body)
             with suppress(OSError):  # until the client has enough
                 while not self.fake.over.wait(reply.pause):
