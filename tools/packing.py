@@ -28,6 +28,19 @@ PIECE = 2**20
 _PART = struct.Struct("<BII")  # bytes of a value, values, bytes of the mask
 _WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2}
 _INTEGERS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+# zstd's best parser with its shortest search: planes have symbols to count and little to find. The
+# demo's exponents take 22.6 MB so, 26.5 at level 1, in a fortieth of the time of level 19.
+_PLANES = zstandard.ZstdCompressor(
+    compression_params=zstandard.ZstdCompressionParameters.from_level(
+        16,
+        strategy=zstandard.STRATEGY_BTULTRA2,
+        search_log=1,
+        min_match=3,
+        window_log=17,
+        target_length=8,
+    )
+)
+_TEXT = zstandard.ZstdCompressor(level=19)
 
 
 @dataclass(frozen=True)
@@ -137,10 +150,11 @@ def _packed(piece: bytes, width: int) -> bytes:
     if width > 1:
         left = values != 0
         if count - np.count_nonzero(left) > count / 8:
-            mask, values = zstandard.compress(np.packbits(left).tobytes(), 1), values[left]
+            mask, values = _PLANES.compress(np.packbits(left).tobytes()), values[left]
         values = values << 1 | values >> (8 * width - 1)
     planes = values.view(np.uint8).reshape(-1, width).T
-    parts = [zstandard.compress(plane.tobytes(), 1) for plane in planes]
+    compressor = _PLANES if width > 1 else _TEXT
+    parts = [compressor.compress(plane.tobytes()) for plane in planes]
     numbers = _PART.pack(width, count, len(mask)) + struct.pack(f"<{width}I", *map(len, parts))
     return b"".join([numbers, mask, *parts])
 
