@@ -131,6 +131,10 @@ def _load(source: str, embedded: str, read: Callable[[dict[str, Any], str], _Q])
             question = read(row, str(number))
         except ValidationError as error:
             raise InputError(f"{where}: {problem_words(error, 'question', 3)}") from None
+        try:
+            json.dumps(question.model_dump(), ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{where}: half of a surrogate pair, which is no character") from error
         if question.id in found:
             raise InputError(f"{where}: the id {question.id!r} stands there twice")
         found[question.id] = question
