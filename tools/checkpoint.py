@@ -59,7 +59,7 @@ _CODES = re.compile(
 _PLAIN_SCALES = re.compile(r"(.*[._:])(scales?|zeros?|zero_point)")
 """Names that only mean so beside a weight: some norms call their weight ``scale``."""
 _ADAPTER = re.compile(
-    r"(^|[._])(lora_\w+|ia3_l|prompt_embeddings|base_layer|modules_to_save|hada_w\d\w*|lokr_w\d\w*|"
+    r"(^|[._])(lora_\w+|ia3_l|prompt_(embeddings|encoder)|adapters?|base_layer|modules_to_save|hada_w\d\w*|lokr_w\d\w*|"
     r"oft_[rs]|vera_lambda_\w|boft_[rs]|prefix_encoder)($|\.)",
     re.IGNORECASE,
 )
@@ -376,8 +376,8 @@ def check_fit(
 
     Tensors that the model has no place for, such as a head that predicts several tokens, are
     returned, to be copied as they are into what is saved. Buffers that every model computes anew
-    are not among them. Refused are a second tower, a head for another task and more than half of
-    all values: then the model is not the one that is loaded.
+    are not among them. Refused are a second tower, a head for another task and half or more of all
+    values: then the model is not the one that is loaded.
 
     Args:
         directory: where the model is.
@@ -412,7 +412,7 @@ def check_fit(
             raise InputError(
                 _quantised_words(directory, f"{name} is stored as {tensor.dtype}, not as floats")
             )
-    _refuse_misfit(directory, info, _unplaced(model, extras))
+    _refuse_misfit(directory, info, extras, _unplaced(model, extras))
     _refuse_other_models(directory, config, stored, extras, state)
     return {name: tensor.path for name, tensor in extras.items()}
 
@@ -501,7 +501,9 @@ def _unplaced(model: PreTrainedModel, extras: Iterable[str]) -> list[str]:
     return found
 
 
-def _refuse_misfit(directory: Path, info: Mapping[str, Any], unplaced: list[str]) -> None:
+def _refuse_misfit(
+    directory: Path, info: Mapping[str, Any], extras: Iterable[str], unplaced: list[str]
+) -> None:
     if info["mismatched_keys"]:
         mismatched = sorted(info["mismatched_keys"])
         shown = "; ".join(
@@ -514,9 +516,11 @@ def _refuse_misfit(directory: Path, info: Mapping[str, Any], unplaced: list[str]
         )
     missing = sorted(info["missing_keys"])
     if missing:
+        other = next(iter(extras), None)
         raise InputError(
             f"the weights in {directory} do not fit its configuration: {len(missing)} tensors are "
             f"missing, {missing[0]} among them, and would be random"
+            + (f"; stored, but without a place in the model, is {other}" if other else "")
         )
     if unplaced:
         raise InputError(
@@ -547,7 +551,7 @@ def _refuse_other_models(
                 f"{directory} holds a classifier or reward model ({name}), not a causal LM"
             )
     towers = [name for name in extras if _OTHER_PARTS.search(name)]
-    if towers or sum(tensor.numel for tensor in extras.values()) > total / 2:
+    if towers or sum(tensor.numel for tensor in extras.values()) >= total / 2:
         dropped = towers or list(extras)
         share = sum(extras[name].numel for name in dropped) / total
         raise InputError(

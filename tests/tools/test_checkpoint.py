@@ -142,6 +142,8 @@ ADAPTERS: dict[str, Change] = {
     "a layer under an adapter": rename(f"{Q}.weight", f"{Q}.base_layer.weight"),
     "IA3": add(Q__ia3_l=torch.ones(32, 1)),
     "prompts": add(prompt_embeddings=torch.ones(4, 32)),
+    "a prompt encoder": add(prompt_encoder__default__embedding__weight=torch.ones(4, 32)),
+    "Houlsby's": add(model__layers__0__adapters__down__weight=torch.ones(4, 32)),
     "DoRA": add(Q__lora_magnitude_vector=ONE),
     "under peft's prefix": add(**{f"base_model.model.{Q}.lora_B.default.weight": ONE}),
 }
@@ -253,6 +255,14 @@ OTHERS: dict[str, tuple[Change, str]] = {
     "another form of weights": (
         lambda d: (d / "model.safetensors").rename(d / "model.gguf"),
         r"holds model\.gguf but no \*\.safetensors",
+    ),
+    "another prefix": (
+        lambda d: store(d, {f"module.{k}": t for k, t in weights(d).items()}),
+        r"21 tensors are missing, lm_head\.weight .* without a place in the model, is module\.",
+    ),
+    "a copy of all": (
+        lambda d: store(d, weights(d) | {f"ema.{k}": t for k, t in weights(d).items()}),
+        "50.0% of all values",
     ),
     "a new family": (configure(model_type="llama9"), r"does not know its model_type 'llama9'"),
 }  # fmt: skip
