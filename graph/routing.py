@@ -6,6 +6,7 @@ from typing import Literal
 from prunewright.state import PruneState
 from prunewright.state.config import GuardOptions
 from prunewright.state.schema import TOLERANCE, Status
+from prunewright.state.shown import told_apart
 
 
 def guard_reason(
@@ -29,23 +30,20 @@ def guard_reason(
         return "the perplexity is not finite"
     change = (candidate - accepted) / accepted
     if change > guard.max_increase:
-        return (
-            f"perplexity rose by {change:.1%} over the last accepted revision, "
-            f"more than {guard.max_increase:.1%}"
-        )
+        rise, bound = told_apart(change, guard.max_increase)
+        return f"perplexity rose by {rise} over the last accepted revision, more than {bound}"
     total = (candidate - dense) / dense
     if guard.max_total_increase is not None and total > guard.max_total_increase:
-        return (
-            f"perplexity rose by {total:.1%} over the dense model, "
-            f"more than {guard.max_total_increase:.1%}"
-        )
+        rise, bound = told_apart(total, guard.max_total_increase)
+        return f"perplexity rose by {rise} over the dense model, more than {bound}"
     if guard.max_knowledge_drop is not None and knowledge is not None:
         if not math.isfinite(knowledge[1]):
             return "the log-probability of the right answers to the facts is not finite"
         drop = knowledge[0] - knowledge[1]
         if drop > guard.max_knowledge_drop:
+            fall, _ = told_apart(drop, guard.max_knowledge_drop, "f", 3)
             return (
-                f"the right answers to the facts became less likely by {drop:.3f} nats a token "
+                f"the right answers to the facts became less likely by {fall} nats a token "
                 f"than the dense model finds them, more than guard.max_knowledge_drop "
                 f"{guard.max_knowledge_drop:g}"
             )

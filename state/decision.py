@@ -134,7 +134,9 @@ def check_decision(
         elif abs(delta) > max_delta + tolerance:
             problems.append(f"{name}: delta {delta:g} is not within {max_delta:g} of 0")
         elif delta > room[name] + tolerance:
-            problems.append(f"{name}: delta {delta:g} exceeds the room left, {room[name]:.3f}")
+            digits = next(d for d in range(3, 9) if d == 8 or round(room[name], d) < delta)
+            left = f"{room[name]:.{digits}f}"
+            problems.append(f"{name}: delta {delta:g} exceeds the room left, {left}")
         elif -delta > sparsity[name] + SHOWN:
             problems.append(f"{name}: delta {delta:g} gives back more than {sparsity[name]:.3f}")
     if gain > max_step + SHOWN:

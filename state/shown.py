@@ -1,5 +1,6 @@
 """Words of others, as they may be shown: what is not seen, or moves what is seen, written out."""
 
+import math
 import re
 import unicodedata
 
@@ -26,3 +27,20 @@ def clean(text: str) -> str:
 
 def _is_seen(c: str) -> bool:
     return (c.isprintable() or unicodedata.category(c) == "Zs") and not _BLANK.match(c)
+
+
+def told_apart(value: float, bound: float, form: str = "%", digits: int = 1) -> tuple[str, str]:
+    """A number and the bound that it passes, in as many digits as it takes to see that.
+
+    Args:
+        value: not equal to the bound.
+        bound: shown whole, if eight digits are enough.
+        form: "%" or "f".
+        digits: behind the point, at least.
+    """
+    scale = 100 if form == "%" else 1
+    while digits < 8 and not math.isclose(round(scale * bound, digits), scale * bound):
+        digits += 1
+    while digits < 16 and f"{value:.{digits}{form}}" == f"{bound:.{digits}{form}}":
+        digits += 1
+    return f"{value:.{digits}{form}}", f"{bound:.{digits}{form}}"

@@ -10,8 +10,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from prunewright.graph import RunResult, resume, run
+from prunewright.graph.cell import RESULT, Job, work
 from prunewright.graph.cli import app
-from prunewright.state import InputError
+from prunewright.state import InputError, PruneConfig
+from prunewright.state.comparison import EvaluationOptions, EvaluationText
 
 Prune = Callable[..., RunResult]
 GOOD: dict[str, Any] = {"layers": {"*": 0.05}}
@@ -77,6 +79,33 @@ def test_a_run_without_an_accepted_step_says_why_and_saves_no_model(
     assert shown["metrics"]["reason"] == metrics.reason
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "none saved: it would be the dense one" in page
+
+
+def test_a_comparison_scores_the_dense_model_where_a_run_came_to_nothing(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    agent = {"agent": "import:scripted_agents:Steps", "agent_options": {"steps": [IDLE]}}
+    job = Job(
+        kind="run",
+        config=PruneConfig.model_validate(config | agent | {"max_stalls": 1}),
+        evaluation=EvaluationOptions(
+            length=48, texts=[EvaluationText(name="test", source="embedded", windows=2)]
+        ),
+        directory=tmp_path / "cell",
+        log=tmp_path / "log",
+        keep_model=False,
+        path=[],
+    )
+    work(job, lambda mode, event: None)
+    dense = job.model_copy(update={"kind": "dense", "directory": tmp_path / "dense"})
+    dense.directory.mkdir()
+    work(dense, lambda mode, event: None)
+    found, plain = (
+        json.loads((tmp_path / name / RESULT).read_text()) for name in ("cell", "dense")
+    )
+    assert (found["status"], found["sparsity"]) == ("stalled", 0)
+    assert found["scores"]["texts"] == plain["texts"]
+    assert Path(config["model"], "config.json").is_file()
 
 
 def test_the_command_ends_with_3_and_its_advice_works(prune: Prune, tmp_path: Path) -> None:

@@ -50,6 +50,23 @@ def test_the_reason_names_the_rise_and_the_bound() -> None:
     assert "15.0%" in reason
 
 
+@pytest.mark.parametrize(
+    ("rise", "bound", "words"),
+    [
+        (0.0006, 0.0005, "by 0.06% over the last accepted revision, more than 0.05%"),
+        (0.003, 0.0005, "by 0.30% over the last accepted revision, more than 0.05%"),
+        (0.150004, 0.15, "by 15.0004% over the last accepted revision, more than 15.0000%"),
+        (0.2, 1 / 7, "by 20.00000000% over the last accepted revision, more than 14.28571429%"),
+    ],
+)
+def test_the_rise_and_the_bound_can_be_told_apart(rise: float, bound: float, words: str) -> None:
+    reason = guard_reason(20.0, 20.0 * (1 + rise), 20.0, GuardOptions(max_increase=bound))
+    assert reason == f"perplexity rose {words}"
+    total = GuardOptions(max_increase=1e6, max_total_increase=bound)
+    over_dense = words.replace("last accepted revision", "dense model")
+    assert guard_reason(19.9, 20.0 * (1 + rise), 20.0, total) == f"perplexity rose {over_dense}"
+
+
 def test_a_fall_is_never_rolled_back() -> None:
     assert guard_reason(20.0, 1.0, 20.0, GuardOptions(max_increase=1e-9)) == ""
 
