@@ -1,6 +1,7 @@
 """One checked decision: what the agent sees, what it answers, what is wrong with that."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from prunewright.state import (
     StepRecord,
     check_decision,
 )
+from prunewright.state.decision import SHOWN
 from prunewright.state.history import MAX_REFUSED
 from prunewright.state.secrets import redact, redact_all
 from prunewright.tools.rundir import RunDirectory
@@ -107,16 +109,33 @@ def _kept(answer: str) -> str:
 def check(answer: Decision, observation: Observation) -> tuple[Decision, list[str]]:
     """The answer layer by layer with full names, and what is wrong with it."""
     decision, problems = expand(answer, observation.profile)
+    decision = whole_deltas(decision, observation)
     problems += check_decision(
         decision,
         observation.room(),
-        {p.name: p.sparsity for p in observation.profile.layers},
+        {p.name: p.pruned for p in observation.profile.layers},
         {p.name: p.parameters for p in observation.profile.layers},
         max_delta=observation.max_delta,
         max_step=observation.budget,
         fixed=observation.fixed_deltas(),
     )
     return decision, problems
+
+
+def whole_deltas(decision: Decision, observation: Observation) -> Decision:
+    """With a pattern, its sparsity as a delta means the whole layer, whatever that adds to it.
+
+    A layer that has zeros of its own adds less.
+    """
+    fixed, whole = observation.fixed_deltas() or {}, observation.pattern_sparsity or 0.0
+
+    def settled(item: LayerDelta) -> LayerDelta:
+        delta = fixed.get(item.name, 0.0)
+        if not delta or abs(item.delta - math.copysign(whole, delta)) > SHOWN:
+            return item
+        return LayerDelta(name=item.name, delta=delta)
+
+    return decision.model_copy(update={"layers": [settled(item) for item in decision.layers]})
 
 
 def spent_by(agent: Agent) -> Spent:

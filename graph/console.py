@@ -19,7 +19,7 @@ from rich.text import Text
 
 from prunewright.state import PruneConfig, StepRecord
 from prunewright.state.config import BASELINE, pattern_sparsity
-from prunewright.state.metrics import Metrics, Pair
+from prunewright.state.metrics import NEGLIGIBLE, Metrics, Pair
 from prunewright.state.profile import short_name
 from prunewright.state.shown import clean
 from prunewright.tools.ending import ended_words
@@ -290,7 +290,7 @@ def print_metrics(screen: Screen, metrics: Metrics, directory: str, model: str |
     screen.line()
     screen.pairs(
         [
-            ("sparsity", f"{metrics.sparsity:.2%} of the prunable weights are exactly zero"),
+            ("sparsity", _sparsity_words(metrics)),
             *_knowledge_rows(metrics.knowledge),
             ("ended", ended_words(metrics)),
             ("steps", f"{metrics.steps}, {metrics.rollbacks} rolled back"),
@@ -304,6 +304,13 @@ def print_metrics(screen: Screen, metrics: Metrics, directory: str, model: str |
         ]
     )
     screen.line(ZEROS_ALONE)
+
+
+def _sparsity_words(metrics: Metrics) -> str:
+    words = f"{metrics.sparsity:.2%} of the prunable weights are exactly zero"
+    if metrics.dense_sparsity < NEGLIGIBLE:
+        return words
+    return f"{words}, {metrics.dense_sparsity:.2%} were before"
 
 
 def print_evaluation(screen: Screen, found: "Evaluation") -> None:

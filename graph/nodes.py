@@ -8,8 +8,9 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 from langgraph.runtime import Runtime
@@ -59,6 +60,7 @@ from prunewright.state.config import describe_validation_error
 from prunewright.state.metrics import Pair
 from prunewright.state.schema import TOLERANCE, Knowledge, add_up
 from prunewright.tools.ending import describe_ending
+from prunewright.tools.own_zeros import check_pattern, check_target, own_zeros_words
 from prunewright.tools.perplexity import Progress, change_with_error, perplexity
 from prunewright.tools.results import Outcome, finish
 from prunewright.tools.revisions import DENSE
@@ -123,9 +125,12 @@ def profile(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     if fresh and _thread(runtime) == NO_THREAD and run.trace_file.exists():
         raise InputError(f"{run.path} holds another run: give another `out`, or a thread_id")
     with workbench(request, run.path) as bench:
+        if fresh:
+            check_pattern(bench)
+            check_target(bench)
         if fresh and request.pattern_sparsity is not None:
-            bench.sync(DENSE)
-            check_model(request, bench.loaded, bench.pattern_counts(), sum(bench.zeros().values()))
+            zeros = sum(bench.dense_zeros.values())
+            check_model(request, bench.loaded, bench.pattern_gains(), zeros)
         values = ""
         if fresh:
             steps = math.ceil(request.target / request.step)
@@ -314,7 +319,7 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     request, context, run = _request(state, runtime), _context(runtime), run_directory(runtime)
     asked = min(request.step, max(0.0, request.target - state["sparsity"]))
     record = _record(state, run.read_applied(state["applied"]), asked)
-    record, at_end = _whole_layers(record, run, request)
+    record, at_end = _whole_layers(_with_own_zeros(record, run), run, request)
     if state["history"]:
         record = record.model_copy(update={"previous": state["history"][-1]["record"]})
     summary: StepSummary = {
@@ -483,15 +488,16 @@ def _changed_counts(
     request, zeros = bench.request, bench.zeros()
     sizes = {name: layer.numel for name, layer in bench.loaded.layers.items()}
     if request.pattern_sparsity is not None:
-        return land_whole(
+        changes, notes = land_whole(
             deltas,
             pruned=bench.store.manifest(revision),
-            counts=bench.pattern_counts(),
+            counts={name: gain for name, gain in bench.pattern_gains().items() if gain},
             zeros=sum(zeros.values()),
             total=bench.loaded.prunable,
             target=request.target,
             step=request.step,
         )
+        return {name: bench.dense_zeros[name] + gain for name, gain in changes.items()}, notes
     counts, notes = land(
         deltas,
         zeros,
@@ -501,6 +507,7 @@ def _changed_counts(
         request.step,
         request.max_delta,
         fill,
+        own=bench.dense_zeros,
     )
     return {name: count for name, count in counts.items() if count != zeros[name]}, notes
 
@@ -514,6 +521,7 @@ def land(
     step: float = 1.0,
     max_delta: float = 1.0,
     fill: float = 0.0,
+    own: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[dict[str, int], list[str]]:
     """Zeros that each layer shall have; what is added is scaled to keep to the target and step.
 
@@ -532,12 +540,13 @@ def land(
         step: sparsity that is added to the model at most.
         max_delta: sparsity that scaling up adds to a layer at most.
         fill: sparsity below the target within which the step is scaled up to it.
+        own: zeros of the dense model, which are never given back; 0 where it is not said.
 
     Returns:
         Counts of the layers named in ``deltas``, and a note where they were scaled.
     """
     back = {
-        n: min(math.floor(-delta * numel[n] + 1e-6), zeros[n])
+        n: min(math.floor(-delta * numel[n] + 1e-6), zeros[n] - own.get(n, 0))
         for n, delta in deltas.items()
         if delta < 0
     }
@@ -685,6 +694,17 @@ def _record(state: PruneState, outcome: AppliedDecision, asked: float) -> StepRe
         probes=report.probes,
         review=report.review,
     )
+
+
+def _with_own_zeros(record: StepRecord, run: RunDirectory) -> StepRecord:
+    """The first step's record with a note on the zeros that the model had before it."""
+    if record.step:
+        return record
+    layers = run.read_profile(record.profile).layers
+    zeros = sum(round(p.dense_sparsity * p.parameters) for p in layers)
+    words = own_zeros_words(zeros, sum(p.parameters for p in layers))
+    notes = [*record.notes, words] if words else record.notes
+    return record.model_copy(update={"notes": notes})
 
 
 def _whole_layers(

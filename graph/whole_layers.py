@@ -34,33 +34,33 @@ def check_request(request: PruneRequest) -> None:
 
 
 def check_model(
-    request: PruneRequest, loaded: LoadedModel, counts: Mapping[str, int], zeros: int
+    request: PruneRequest, loaded: LoadedModel, gains: Mapping[str, int], zeros: int
 ) -> None:
     """Refuse a pattern with which the target cannot be reached on a model.
 
     Args:
         request: with a pattern.
         loaded: the model.
-        counts: weights that the pattern takes of each layer that divides into groups.
+        gains: weights that the pattern takes of each layer that divides into groups.
         zeros: of the dense model.
 
     Raises:
         InputError: no layer divides, those that do are not enough, or the smallest is too much.
     """
     group = request.pattern.partition(":")[2]
-    if not counts:
+    if not gains:
         raise InputError(
             f"pattern {request.pattern} does not fit the model: no layer's inputs divide into "
             f"groups of {group}"
         )
-    most = (zeros + sum(counts.values())) / loaded.prunable
+    most = (zeros + sum(gains.values())) / loaded.prunable
     if request.target > most + TOLERANCE:
         raise InputError(
             f"target {request.target:g} cannot be reached with pattern {request.pattern}: the "
-            f"inputs of {len(loaded.layers) - len(counts)} layers do not divide into groups of "
+            f"inputs of {len(loaded.layers) - len(gains)} layers do not divide into groups of "
             f"{group}, and the others come to {most:.4f}"
         )
-    least = min(counts.values())
+    least = min((gain for gain in gains.values() if gain), default=0)
     if least > weights_left(request.target, zeros, loaded.prunable):
         raise InputError(
             f"target {request.target:g} is too little for pattern {request.pattern}: the smallest "
@@ -76,8 +76,10 @@ def weights_left(target: float, zeros: int, total: int) -> int:
 def fixed_deltas(profile: ModelProfile, whole: float, target: float) -> dict[str, float]:
     """The one delta that each layer may be given.
 
-    ``whole`` for a dense layer that fits under the target, minus that for one that has the
-    pattern, and 0 for the others: too large, or of inputs that do not divide into groups.
+    For a dense layer that fits under the target, what is missing to the pattern's sparsity, which
+    is ``whole`` unless the layer has zeros of its own; minus that for one that steps have given the
+    pattern; and 0 for the others: too large, of inputs that do not divide into groups, or with the
+    pattern in the dense model.
 
     Args:
         profile: of a run with a pattern.
@@ -87,14 +89,12 @@ def fixed_deltas(profile: ModelProfile, whole: float, target: float) -> dict[str
     total = sum(p.parameters for p in profile.layers)
     zeros = sum(round(p.sparsity * p.parameters) for p in profile.layers)
     left = weights_left(target, zeros, total)
-    return {
-        p.name: -whole
-        if p.patterned
-        else whole
-        if p.pattern_cost is not None and round(whole * p.parameters) <= left
-        else 0.0
-        for p in profile.layers
-    }
+    deltas = {}
+    for p in profile.layers:
+        delta = whole - p.pattern_own
+        fits = p.pattern_cost is not None and 0 < round(delta * p.parameters) <= left
+        deltas[p.name] = -delta if p.patterned else delta if fits else 0.0
+    return deltas
 
 
 def nothing_fits(
@@ -129,7 +129,7 @@ def land_whole(
     target: float,
     step: float = 1.0,
 ) -> tuple[dict[str, int], list[str]]:
-    """Zeros that each layer shall have: the pattern's or none; never over the target.
+    """Weights that each layer shall give: the pattern's or none; never over the target.
 
     Layers are given back first, then pruned in the order of ``deltas`` as long as they fit under
     the target and the step's bound, which always admits the smallest layer that fits the target.
@@ -137,7 +137,7 @@ def land_whole(
     Args:
         deltas: sparsity to add by layer; of a negative one the layer is given back.
         pruned: the layers that have the pattern now.
-        counts: weights that the pattern takes of each layer that divides into its groups.
+        counts: weights that the pattern takes of each layer that can be given it.
         zeros: zeros of the model now.
         total: its prunable weights.
         target: sparsity that is never exceeded.

@@ -93,7 +93,7 @@ class Decision(BaseModel):
 def check_decision(
     decision: Decision,
     room: Mapping[str, float],
-    sparsity: Mapping[str, float],
+    pruned: Mapping[str, float],
     parameters: Mapping[str, int],
     *,
     max_delta: float,
@@ -105,12 +105,12 @@ def check_decision(
     Args:
         decision: schema-valid decision with full layer names, its groups expanded.
         room: sparsity that each layer can still take, in [0, 1].
-        sparsity: sparsity that each layer has, and so can give back.
+        pruned: sparsity that steps have added to each layer, and so can be given back.
         parameters: weights of each layer.
         max_delta: bound of one layer's delta, either way.
         max_step: sparsity that the step may add to the whole model.
         fixed: with an N:M pattern the one delta of each layer, 0 for those that have none; it
-            stands in place of ``max_delta``, ``room`` and ``sparsity``.
+            stands in place of ``max_delta``, ``room`` and ``pruned``.
     """
     tolerance = 1e-6
     problems = []
@@ -137,8 +137,8 @@ def check_decision(
             digits = next(d for d in range(3, 9) if d == 8 or round(room[name], d) < delta)
             left = f"{room[name]:.{digits}f}"
             problems.append(f"{name}: delta {delta:g} exceeds the room left, {left}")
-        elif -delta > sparsity[name] + SHOWN:
-            problems.append(f"{name}: delta {delta:g} gives back more than {sparsity[name]:.3f}")
+        elif -delta > pruned[name] + SHOWN:
+            problems.append(f"{name}: delta {delta:g} gives back more than {pruned[name]:.3f}")
     if gain > max_step + SHOWN:
         problems.append(
             f"the step adds {gain:.5f} to the model's sparsity, above the limit of {max_step:.5f}: "
@@ -164,7 +164,8 @@ def _fixed_problems(name: str, delta: float, fixed: float) -> list[str]:
     if fixed == 0:
         return [
             f"{name}: this layer cannot be chosen: its inputs do not divide into the pattern's "
-            "groups, or it is too large for what is missing to the target"
+            "groups, it has the pattern in the dense model, or it is too large for what is missing "
+            "to the target"
         ]
     if abs(delta - fixed) <= SHOWN:
         return []

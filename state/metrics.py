@@ -2,6 +2,9 @@
 
 from pydantic import BaseModel, ConfigDict
 
+NEGLIGIBLE = 5e-4
+"""Fraction of the prunable weights up to which zeros of the dense model's own are not told of."""
+
 
 class Pair(BaseModel):
     """A measure before and after."""
@@ -31,6 +34,7 @@ class Metrics(BaseModel):
         method: agent or ``baseline`` with its allocation, and the criterion.
         revision: hash of the final masks.
         sparsity: fraction of exact zeros over all prunable weights.
+        dense_sparsity: the part of it that the dense model has.
         steps: steps taken, rolled-back and empty ones included.
         rollbacks: steps that the guard rolled back.
         decisions: answers accepted as decisions.
@@ -57,6 +61,7 @@ class Metrics(BaseModel):
     method: dict[str, str]
     revision: str
     sparsity: float
+    dense_sparsity: float = 0.0
     steps: int
     rollbacks: int
     decisions: int

@@ -23,13 +23,15 @@ class LayerProfile(BaseModel):
     ``s``: 10th percentile of |W| * ||X_j||_2 over non-zero weights. ``g``: mean |dL/dW| over
     them. ``loss_cost``: predicted rise of the mean token loss, in nats, for taking the next
     `COST_DELTAS` from this layer with the criterion in use, less where the layer has less left,
-    and dearer where it is sparser than the model.
+    and dearer where it is sparser than the model. ``dense_sparsity``: the part of ``sparsity`` that
+    the dense model has, and that no step can give back.
     ``regrow_gain``: predicted fall of it for giving the last `COST_DELTAS` back.
     ``z_s``, ``z_g``, ``z_c``: z-scores over all layers; negative is safer to prune.
 
     ``patterned``: whether the layer has the run's N:M pattern. ``pattern_cost``: predicted rise of
     the loss for taking the dense layer to it, and so the fall for giving it back, nats; None in an
     unstructured run, and where the layer's inputs do not divide into the pattern's groups.
+    ``pattern_own``: how much of the pattern's sparsity the dense layer's own zeros make up.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,6 +41,7 @@ class LayerProfile(BaseModel):
     projection: str
     parameters: int
     sparsity: float
+    dense_sparsity: float = 0.0
     s: float
     g: float
     loss_cost: tuple[float, float, float]
@@ -48,6 +51,12 @@ class LayerProfile(BaseModel):
     z_c: float
     patterned: bool = False
     pattern_cost: float | None = None
+    pattern_own: float = 0.0
+
+    @property
+    def pruned(self) -> float:
+        """Sparsity that steps have added, all of which can be given back."""
+        return max(0.0, self.sparsity - self.dense_sparsity)
 
     def cost_of(self, delta: float) -> float:
         """Predicted change of the mean token loss, nats, for pruning ``delta`` further.

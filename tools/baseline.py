@@ -17,6 +17,7 @@ from prunewright.state.config import BASELINE
 from prunewright.state.metrics import Metrics
 from prunewright.tools.allocation import resolve_allocation
 from prunewright.tools.layers import Layer
+from prunewright.tools.own_zeros import check_pattern, check_target, own_zeros_words
 from prunewright.tools.perplexity import Progress, change_with_error, perplexity
 from prunewright.tools.results import Outcome, finish
 from prunewright.tools.revisions import DENSE
@@ -47,13 +48,17 @@ def prune_once(
 
     Raises:
         InputError: a layer does not divide into the pattern's groups, the allocation cannot be
-            made, or the model could not be saved.
+            made, the model's own zeros leave nothing to prune, or the model could not be
+            saved.
         StoreError: cannot write.
     """
     request = config.request
     allocate = resolve_allocation(config.allocation, config.allocation_options, request.pattern)
     with workbench(request, run.path) as bench:
         _check_pattern(request.pattern, bench.loaded.layers)
+        check_pattern(bench)
+        if parse_pattern(request.pattern) is None:
+            check_target(bench)
         bench.forget_statistics()  # those of an earlier baseline of this process
         run.begin(thread, request, config.context, bench, try_saving(run, bench, revisions=1))
         if begun is not None:
@@ -65,6 +70,8 @@ def prune_once(
             allotment = allocate(bench, progress)
             counts, notes = allotment.counts, allotment.notes
         allocated = time.perf_counter()
+        words = own_zeros_words(sum(bench.dense_zeros.values()), bench.loaded.prunable)
+        notes = [words, *notes] if words else notes
         before = bench.guard_losses(DENSE, progress)
         dense_sparsity = bench.sparsity()
         revision = bench.prune(DENSE, DENSE, counts, progress)

@@ -8,7 +8,7 @@ import yaml
 
 from prunewright.state import PruneConfig
 from prunewright.state.config import BASELINE
-from prunewright.state.metrics import Metrics
+from prunewright.state.metrics import NEGLIGIBLE, Metrics
 from prunewright.tools.models import EMBEDDED
 from prunewright.tools.storage import read_json
 
@@ -46,7 +46,8 @@ def model_card(config: PruneConfig, metrics: Metrics, directory: Path, values: s
 # {title}, pruned to {metrics.sparsity:.1%}
 
 Pruned with Prunewright after training, without retraining: {metrics.sparsity:.2%} of the weights
-in the decoder blocks' linear layers are exactly zero. Embeddings, norms and the head are dense.
+in the decoder blocks' linear layers are exactly zero{_dense_words(metrics)}. Embeddings, norms and
+the head are dense.
 {f"{chr(10)}Numbers: {values}.{chr(10)}" if values else ""}
 | | dense | pruned |
 |---|---|---|
@@ -115,6 +116,13 @@ def license_of(directory: Path) -> dict[str, str]:
     return {
         key: value for key in _LICENSE_KEYS if isinstance(value := found.get(key), str) and value
     }
+
+
+def _dense_words(metrics: Metrics) -> str:
+    """How many of the zeros were there before; "" if hardly any were."""
+    if metrics.dense_sparsity < NEGLIGIBLE:
+        return ""
+    return f", {metrics.dense_sparsity:.2%} in the base model already"
 
 
 def _pattern_words(pattern: str, *, whole: bool) -> str:

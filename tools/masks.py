@@ -1,6 +1,12 @@
 """Masks from scores: exact counts per row, per layer, or N of every M inputs. Pure functions.
 
 A mask is a bool tensor of the scores' shape, True where a weight is pruned.
+
+Zeros that the dense model has of its own count, in a layer as in the whole model: a count of
+pruned weights is one of all exact zeros, of either sign. So a mask holds the layer's own zeros
+whatever their scores, and what is missing to the count is chosen among the other weights. Where
+parts share a count (rows, experts, panels), those with more zeros of their own than an even share
+keep them, and the others give as much less.
 """
 
 from typing import Literal
@@ -13,7 +19,9 @@ Group = Literal["row", "layer"]
 """Which weights compete: those of one output (Wanda), or those of the whole layer."""
 
 
-def unstructured_mask(scores: Tensor, pruned: int, group: Group) -> Tensor:
+def unstructured_mask(
+    scores: Tensor, pruned: int, group: Group, own: Tensor | None = None
+) -> Tensor:
     """Prune exactly ``pruned`` weights, those with the lowest scores of their group.
 
     With ``row`` every row gives ``pruned // rows`` (Wanda, arXiv 2306.11695, which takes the
@@ -22,27 +30,57 @@ def unstructured_mask(scores: Tensor, pruned: int, group: Group) -> Tensor:
 
     Args:
         scores: saliency [rows, inputs], any float dtype.
-        pruned: number of weights to prune, 0 to ``scores.numel()``.
+        pruned: number of weights to prune, ``own`` ones included.
         group: ``row`` or ``layer``.
+        own: True where a weight is zero in the dense model [rows, inputs]; None: nowhere.
 
     Raises:
         ValueError: ``pruned`` out of range, or a score is not a number.
     """
     _refuse_nan(scores)
-    if not 0 <= pruned <= scores.numel():
-        raise ValueError(f"cannot prune {pruned} of {scores.numel()} weights")
+    least = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
+    if own is not None:
+        least = own.sum(dim=1)
+        scores = scores.masked_fill(own, -torch.inf)
+    zeros = int(least.sum())
+    if not zeros <= pruned <= scores.numel():
+        words = f", {zeros} of which are zero already" if zeros else ""
+        raise ValueError(f"cannot prune {pruned} of {scores.numel()} weights{words}")
     if group == "layer":
         flat = scores.reshape(1, -1)
         return _lowest(flat, torch.tensor([pruned], device=scores.device)).reshape(scores.shape)
-    return _lowest(scores, row_counts(scores.shape[0], pruned, scores.device))
+    return _lowest(scores, even_shares(pruned, least))
 
 
-def row_counts(rows: int, pruned: int, device: torch.device) -> Tensor:
-    """How many weights each row gives [rows]: equal, the remainder on evenly spaced rows."""
-    index = torch.arange(rows, device=device)
-    base, extra = divmod(pruned, rows)
-    # Bresenham's spacing: exactly `extra` of the rows step over a multiple of `rows`.
-    return base + ((index + 1) * extra // rows - index * extra // rows)
+def even_shares(total: int, least: Tensor, sizes: Tensor | None = None) -> Tensor:
+    """What each part gives of a total: as its size is, but never less than its least.
+
+    What rounding leaves over goes, one each, to evenly spaced parts.
+
+    Args:
+        total: at least the sum of ``least``.
+        least: what each part gives in any case [parts], int64.
+        sizes: of the parts [parts], int64; None: all are of one size.
+
+    Returns:
+        int64 [parts], of the sum ``total``.
+    """
+    sizes = torch.ones_like(least) if sizes is None else sizes
+    shares = least.clone()
+    open_ = torch.ones_like(least, dtype=torch.bool)
+    # A part whose least exceeds its share is set aside, which lowers the others' shares: some
+    # part stays, since the total is enough for what all give in any case.
+    while True:
+        rest = total - int(shares[~open_].sum())
+        ends = sizes[open_].cumsum(0)
+        # Bresenham's spacing: a part gives one more where it steps over a whole number.
+        reached = ends * rest // ends[-1]
+        fair = reached.diff(prepend=reached.new_zeros(1))
+        short = fair < least[open_]
+        if not bool(short.any()):
+            shares[open_] = fair
+            return shares
+        open_[open_.nonzero().squeeze(1)[short]] = False
 
 
 def _lowest(scores: Tensor, counts: Tensor) -> Tensor:
@@ -80,13 +118,16 @@ def kth_lowest(values: Tensor, k: int) -> Tensor:
     return torch.from_numpy(found).to(values.dtype)
 
 
-def nm_mask(scores: Tensor, keep_n: int, group_m: int) -> Tensor:
+def nm_mask(scores: Tensor, keep_n: int, group_m: int, own: Tensor | None = None) -> Tensor:
     """Keep the ``keep_n`` highest scores of each aligned group of ``group_m`` inputs of a row.
+
+    Fewer where more of a group's weights are zero in the dense model.
 
     Args:
         scores: saliency [rows, inputs].
         keep_n: weights kept in a group.
         group_m: size of a group; must divide the number of inputs.
+        own: True where a weight is zero in the dense model [rows, inputs]; None: nowhere.
 
     Raises:
         ValueError: the inputs do not divide into groups, or a score is not a number.
@@ -95,11 +136,31 @@ def nm_mask(scores: Tensor, keep_n: int, group_m: int) -> Tensor:
     rows, inputs = scores.shape
     if inputs % group_m:
         raise ValueError(f"{inputs} inputs do not divide into groups of {group_m}")
+    if own is not None:
+        scores = scores.masked_fill(own, -torch.inf)
     groups = scores.reshape(rows, inputs // group_m, group_m)
     order = groups.argsort(dim=-1, stable=True)
     mask = torch.zeros_like(groups, dtype=torch.bool)
     mask.scatter_(-1, order[..., : group_m - keep_n], True)
-    return mask.reshape(rows, inputs)
+    mask = mask.reshape(rows, inputs)
+    return mask if own is None else mask | own
+
+
+def nm_count(weight: Tensor, keep_n: int, group_m: int) -> int:
+    """Zeros that an N:M mask leaves in a matrix, its own included.
+
+    Args:
+        weight: dense weights [..., outputs, inputs], whose inputs divide into groups.
+        keep_n: as for `nm_mask`.
+        group_m: likewise.
+    """
+    zeros = (weight == 0).unflatten(-1, (-1, group_m)).sum(-1)
+    return int(zeros.clamp(min=group_m - keep_n).sum())
+
+
+def zero_places(weight: Tensor) -> Tensor | None:
+    """True where a weight is zero, of its shape; None, at little cost, where none is."""
+    return weight == 0 if count_zeros(weight) else None
 
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -1,11 +1,12 @@
 """Calibration statistics and the profile of each layer (design: z-scores and loss cost)."""
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from prunewright.state.config import CriterionName
 from prunewright.state.profile import COST_DELTAS, LayerProfile, ModelProfile
 from prunewright.tools.criteria import CRITERIA, LayerStatistics, fisher, split_experts
 from prunewright.tools.layers import Layer, find_blocks
-from prunewright.tools.masks import kth_lowest, nm_mask
+from prunewright.tools.masks import count_zeros, kth_lowest, nm_mask
 from prunewright.tools.models import LoadedModel
 from prunewright.tools.observe import ProductObserver
 from prunewright.tools.perplexity import TOKENS_AT_ONCE, Head, Progress, hidden_states
@@ -257,7 +258,9 @@ def build_profile(
     revision: str,
     gradient_revision: str,
     sparsities: dict[str, float],
+    own: Mapping[str, float] = MappingProxyType({}),
     pattern: tuple[int, int] | None = None,
+    pattern_own: Mapping[str, float] = MappingProxyType({}),
     patterned: Collection[str] = (),
     reconstruct: bool = False,
 ) -> ModelProfile:
@@ -271,8 +274,10 @@ def build_profile(
         revision: the model's.
         gradient_revision: see above.
         sparsities: each layer's fraction of zeros.
+        own: each layer's fraction of zeros in the dense model; 0 where it is not said.
         pattern: ``(keep_n, group_m)`` that layers are taken to as a whole, if the run has one.
-        patterned: names of the layers that have it already.
+        pattern_own: how much of the pattern's sparsity each layer's own zeros make up, likewise.
+        patterned: names of the layers that steps have given it.
         reconstruct: whether the kept weights are solved for.
     """
     rows = []
@@ -286,7 +291,7 @@ def build_profile(
         live = layer.matrix(loaded.weight(layer))
         middle, span = sparsities[name], (0.0, *COST_DELTAS)
         up = [min(middle + delta, 1.0) for delta in span]
-        down = [max(middle - delta, 0.0) for delta in span]
+        down = [max(middle - delta, own.get(name, 0.0)) for delta in span]
         losses = predict_losses(dense, statistics, criterion, [*up, *down])
         if pattern is not None and layer.inputs % pattern[1] == 0:
             # Each layer makes the whole way, crowded alike: no `crowded_costs`.
@@ -311,7 +316,9 @@ def build_profile(
     if pattern is None:
         z_c = z_scores(marginal)
     else:
-        prices = [cost / loaded.layers[name].numel for name, cost in patterns.items()]
+        whole = 1 - pattern[0] / pattern[1]
+        taken = {n: (whole - pattern_own.get(n, 0.0)) * loaded.layers[n].numel for n in patterns}
+        prices = [cost / max(taken[name], 1.0) for name, cost in patterns.items()]
         scores = dict(zip(patterns, z_scores(prices), strict=True))
         z_c = [scores.get(row[0].name, 0.0) for row in rows]
     return ModelProfile(
@@ -324,6 +331,7 @@ def build_profile(
                 projection=layer.projection,
                 parameters=layer.numel,
                 sparsity=sparsity,
+                dense_sparsity=own.get(layer.name, 0.0),
                 s=s,
                 g=g,
                 loss_cost=(cost[0], cost[1], cost[2]),
@@ -333,6 +341,7 @@ def build_profile(
                 z_c=z_c[i],
                 patterned=pattern is not None and layer.name in patterned,
                 pattern_cost=patterns.get(layer.name),
+                pattern_own=pattern_own.get(layer.name, 0.0),
             )
             for i, (layer, s, g, cost, gain, sparsity) in enumerate(rows)
         ],
@@ -415,7 +424,7 @@ def predict_losses(
     The sum, over the weights that the criterion would prune, of the saliency of
     `criteria.fisher`. Large layers are estimated on a spread of whole rows (criteria that
     compare inside rows) or of single weights (others), scaled by the known saliency of all
-    rows.
+    rows. Zeros of the layer's own count in the levels and cost nothing.
 
     Args:
         weight: dense weights [outputs, inputs], or [experts, outputs, inputs].
@@ -428,7 +437,10 @@ def predict_losses(
     """
     totals = [0.0] * len(levels)
     wide = _wide(weight.device)
-    for matrix, stats in split_experts(weight, statistics):
+    experts = split_experts(weight, statistics)
+    zeros = [count_zeros(matrix) / matrix.numel() for matrix, _ in experts]
+    shares = [even_level(zeros, level) for level in levels]
+    for matrix, stats in experts:
         assert stats.gradient_square is not None
         rule = CRITERIA[criterion]
         if rule.group == "row":
@@ -439,6 +451,8 @@ def predict_losses(
                 order = rule.score(matrix[rows], stats.rows(rows)).argsort(dim=1)
                 ordered = saliency.gather(1, order)
             running = ordered.sum(dim=0, dtype=wide).cumsum(0)
+            own = (matrix[rows] == 0).float().mean(dim=1).tolist() if any(zeros) else []
+            counts = [round(even_level(own, level) * len(running)) for level in shares]
         else:
             spread = _spread(matrix.shape[0], matrix.shape[1], matrix.device)
             inputs = stats.input_square.index_select(0, spread.columns)
@@ -450,10 +464,28 @@ def predict_losses(
                 ordered = saliency[spread.of(rule.score(matrix, stats)).argsort()]
             running = ordered.cumsum(0, dtype=wide)
             scale = matrix.numel() / len(ordered)
-        counts = [round(level * len(running)) for level in levels]
+            counts = [round(level * len(running)) for level in shares]
         losses = [scale * float(running[n - 1]) if n else 0.0 for n in counts]
         totals = [total + loss for total, loss in zip(totals, losses, strict=True)]
     return totals
+
+
+def even_level(own: list[float], level: float) -> float:
+    """The sparsity of most parts of one size, so that all together have that of ``level``.
+
+    Parts with more zeros of their own keep them, and the others have as much less: what
+    `masks.even_shares` gives, in fractions.
+
+    Args:
+        own: sparsity that each part has by itself.
+        level: of all parts together.
+    """
+    rest = level * len(own)
+    for index, most in enumerate(sorted(own, reverse=True)):
+        if most <= (even := rest / (len(own) - index)):
+            return even if index else level
+        rest -= most
+    return 0.0 if own else level
 
 
 def predict_pattern_loss(

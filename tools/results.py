@@ -78,6 +78,7 @@ def finish(
         method=outcome.method,
         revision=outcome.revision,
         sparsity=bench.sparsity(),
+        dense_sparsity=sum(bench.dense_zeros.values()) / bench.loaded.prunable,
         steps=outcome.steps,
         rollbacks=outcome.rollbacks,
         decisions=outcome.decisions,

@@ -605,6 +605,7 @@ def _facts(request: PruneRequest, bench: Workbench) -> dict[str, Any]:
             "sha256": bench.loaded.fingerprint,
             "prunable_layers": len(bench.loaded.layers),
             "prunable_weights": bench.loaded.prunable,
+            "zero_weights": sum(bench.dense_zeros.values()),
         },
         "texts": {
             role: {"source": bench.windows.sources[role], "sha256": digest}

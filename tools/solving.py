@@ -11,7 +11,7 @@ from prunewright.tools.blocks import BlockRunner
 from prunewright.tools.criteria import (
     CRITERIA,
     LayerStatistics,
-    expert_share,
+    expert_shares,
     fisher,
     prune_mask,
     sparsegpt,
@@ -31,7 +31,7 @@ class Wanted:
 
     Attributes:
         mask: True where pruned, of the parameter's shape; its kept weights are reconstructed.
-        pruned: weights that the criterion's sweep shall prune.
+        pruned: weights that the criterion's sweep shall prune, the layer's own zeros included.
         pattern: ``(keep_n, group_m)`` for it.
         gradient_square: E[d_i^2] [outputs] or [experts, outputs], if the criterion weighs outputs.
         shrinkage: what the sweep adds of its own diagonal to X^T X (`sparsegpt.prune`).
@@ -180,6 +180,7 @@ def _solve(
     fused = matrix.ndim == 3
     experts = list(matrix) if fused else [matrix]
     given = None if wanted.mask is None else layer.matrix(wanted.mask.to(dense.device))
+    shares = expert_shares(wanted.pruned, experts)
     masks, weights, notes = [], [], []
     for index, weight in enumerate(experts):
         name = f"{layer.name}, expert {index}" if fused else layer.name
@@ -188,12 +189,18 @@ def _solve(
             mask = given[index] if fused else given
             found = weight.float().masked_fill(mask, 0)
         else:
-            share = wanted.pruned and expert_share(wanted.pruned, index, len(experts))
             squares = wanted.gradient_square
             if squares is not None and fused:
                 squares = squares[index]
             mask, found, words = _sweep(
-                weight, gram, share, wanted.pattern, squares, wanted.shrinkage, criterion, name
+                weight,
+                gram,
+                shares[index],
+                wanted.pattern,
+                squares,
+                wanted.shrinkage,
+                criterion,
+                name,
             )
             notes += words
         if not mask.any():

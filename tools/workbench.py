@@ -19,7 +19,7 @@ from prunewright.tools.blocks import BlockTokens
 from prunewright.tools.continuations import answer_scores, fact_tokens
 from prunewright.tools.criteria import CRITERIA, prune_mask
 from prunewright.tools.layers import Layer
-from prunewright.tools.masks import INTEGERS, count_zeros
+from prunewright.tools.masks import INTEGERS, count_zeros, nm_count
 from prunewright.tools.models import LoadedModel, load_model
 from prunewright.tools.perplexity import Head, Progress, window_losses
 from prunewright.tools.profiling import (
@@ -68,6 +68,9 @@ class Workbench:
         self._zeros = {
             name: count_zeros(self.loaded.weight(ly)) for name, ly in self.loaded.layers.items()
         }
+        self.dense_zeros = dict(self._zeros)
+        """Number of exact zeros that each layer has in the dense model: no mask takes them away."""
+        self._pattern_gains: dict[str, int] | None = None
         self._counted: dict[tuple[str, str | None], int] = {
             (name, None): zeros for name, zeros in self._zeros.items()
         }
@@ -176,17 +179,26 @@ class Workbench:
         """Number of exact zeros of each layer's live weights."""
         return dict(self._zeros)
 
-    def pattern_counts(self) -> dict[str, int]:
-        """Weights that the N:M pattern takes from each layer whose inputs divide into groups."""
+    def pattern_gains(self) -> dict[str, int]:
+        """Weights that the N:M pattern takes from each layer whose inputs divide into groups.
+
+        What is zero in the dense model is not taken, so a layer that has the pattern there gives
+        none.
+        """
         pattern = parse_pattern(self.request.pattern)
         if pattern is None:
             return {}
-        keep_n, group_m = pattern
-        return {
-            name: layer.numel // group_m * (group_m - keep_n)
-            for name, layer in self.loaded.layers.items()
-            if layer.inputs % group_m == 0
-        }
+        if self._pattern_gains is None:
+            keep_n, group_m = pattern
+            self._pattern_gains = {
+                name: nm_count(layer.matrix(self.loaded.dense(layer)), keep_n, group_m)
+                - self.dense_zeros[name]
+                if self.dense_zeros[name]
+                else layer.numel // group_m * (group_m - keep_n)
+                for name, layer in self.loaded.layers.items()
+                if layer.inputs % group_m == 0
+            }
+        return dict(self._pattern_gains)
 
     def activations(self, revision: str, progress: Progress | None = None) -> Activations:
         """Input statistics at a revision."""
@@ -227,6 +239,8 @@ class Workbench:
         gradients = self.gradients(gradient_revision, progress)
         activations = self.activations(revision, progress)
         self.sync(revision)
+        layers, pattern = self.loaded.layers, parse_pattern(self.request.pattern)
+        whole, gains = self.request.pattern_sparsity or 0.0, self.pattern_gains()
         return build_profile(
             self.loaded,
             activations,
@@ -235,7 +249,9 @@ class Workbench:
             revision=revision,
             gradient_revision=gradient_revision,
             sparsities=self.sparsities(),
-            pattern=parse_pattern(self.request.pattern),
+            own={n: zeros / layers[n].numel for n, zeros in self.dense_zeros.items()},
+            pattern=pattern,
+            pattern_own={n: whole - gain / layers[n].numel for n, gain in gains.items()},
             patterned=set(self.store.manifest(revision)),
             reconstruct=self.request.reconstruct,
         )
@@ -303,12 +319,13 @@ class Workbench:
         """Store the revision in which some layers have a given number of zeros.
 
         Masks are made from the dense weights with the statistics of ``revision``. With an N:M
-        pattern a layer takes it as a whole, or is dense again if its count is 0.
+        pattern a layer takes it as a whole, or is dense again if its count is `dense_zeros`.
 
         Args:
             revision: the revision to change; statistics are taken at it.
             gradient_revision: where gradients were taken.
-            counts: zeros wanted by layer; None prunes every layer to the request's N:M pattern.
+            counts: zeros wanted by layer, the dense model's own included; None prunes every layer
+                to the request's N:M pattern.
             progress: told after each layer.
 
         Returns:
@@ -345,7 +362,7 @@ class Workbench:
         self.tokens["solve"] += ran.tokens
         return self.store.put(
             manifest,
-            {name: layer.mask for name, layer in solved.items()},
+            {name: self._beyond(name, layer.mask) for name, layer in solved.items()},
             about | {"reconstruct": request.reconstruct, "notes": notes},
             {name: layer.weight for name, layer in solved.items()},
         )
@@ -356,7 +373,16 @@ class Workbench:
         """What `prune` takes from a layer: a number of weights, or the request's pattern."""
         pattern = parse_pattern(self.request.pattern)
         count = None if counts is None else counts[name]
-        return (count, None) if pattern is None or count == 0 else (None, pattern)
+        dense = count == self.dense_zeros[name]
+        return (count, None) if pattern is None or dense else (None, pattern)
+
+    def _beyond(self, name: str, mask: Tensor) -> Tensor:
+        """A mask, or one of nothing if it holds no more than the layer's own zeros.
+
+        So a layer that gives back all that it can is the dense one, bit for bit and by name.
+        """
+        mine = int(mask.count_nonzero())
+        return mask if mine > self.dense_zeros[name] else torch.zeros_like(mask)
 
     def _wanted(
         self,
@@ -475,7 +501,7 @@ class Workbench:
                 )
             except ValueError as error:
                 raise InputError(f"{name} cannot be pruned so: {error}") from error
-            masks[name] = layer.matrix(mask).cpu()
+            masks[name] = self._beyond(name, layer.matrix(mask).cpu())
             if progress is not None:
                 progress("masks", index + 1, len(names))
         return masks

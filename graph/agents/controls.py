@@ -128,7 +128,7 @@ class _Slice(NamedTuple):
 def _slices(layer: LayerProfile, factor: float, observation: Observation) -> Iterator[_Slice]:
     """The slices of a layer that may change in this step."""
     room = min(observation.max_delta, observation.max_layer_sparsity - layer.sparsity)
-    back = min(observation.max_delta, layer.sparsity)
+    back = min(observation.max_delta, layer.pruned)
     scale = factor / layer.parameters
     price = 0.0
     for start, end in _steps(room):

@@ -10,6 +10,7 @@ from statistics import fmean, median
 from prunewright.graph.agents.base import Observation, quote_name
 from prunewright.graph.correction import DEPTHS, depth_of
 from prunewright.state import COST_DELTAS, LayerProfile
+from prunewright.state.decision import SHOWN
 
 MAX_ROWS = 256
 """Layers shown in one prompt; with more, a shortlist and summaries."""
@@ -81,6 +82,12 @@ def table(observation: Observation, last: Mapping[str, str], rows: int = MAX_ROW
         parts.append(f"{words}: {by_blocks(layers, taken, LINES)}")
     if full:
         parts.append(f"No room left in: {by_blocks(layers, full, LINES)}")
+    own = {p.name: f"{1000 * p.dense_sparsity:.0f}" for p in layers if p.dense_sparsity >= SHOWN}
+    if own:
+        words = "in thousandths of a layer, part of its sparsity; they cannot be given back"
+        if observation.pattern_sparsity is not None:
+            words += ", and the pattern adds as much less"
+        parts.append(f"Zeros of the dense model, {words}: {by_blocks(layers, own, LINES)}")
     return "\n".join(parts)
 
 
@@ -108,8 +115,15 @@ def by_blocks(layers: Iterable[LayerProfile], values: Mapping[str, str], most: i
 
 
 def cost_rates(layer: LayerProfile, prunable: int, deltas: Iterable[float]) -> list[float]:
-    """Per cent of perplexity for one per cent of the model's sparsity, at each of some deltas."""
-    return [layer.cost_of(delta) / (delta * layer.parameters / prunable) for delta in deltas]
+    """Per cent of perplexity for one per cent of the model's sparsity, at each of some deltas.
+
+    A pattern's takes what the layer's own zeros do not make up of it; if that is nothing, 0.
+    """
+    taken = ((delta, delta - layer.pattern_own) for delta in deltas)
+    return [
+        layer.cost_of(delta) / (added * layer.parameters / prunable) if added > 0 else 0.0
+        for delta, added in taken
+    ]
 
 
 def _order(observation: Observation) -> str:

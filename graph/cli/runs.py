@@ -29,6 +29,7 @@ from prunewright.graph.cli.session import DONE, ENDED_EARLY, Session, quiet_tran
 from prunewright.graph.console import Live, Screen
 from prunewright.state import PruneConfig, StepRecord, load_config
 from prunewright.state.config import BASELINE
+from prunewright.state.metrics import NEGLIGIBLE
 from prunewright.state.schema import Status
 
 if TYPE_CHECKING:
@@ -313,12 +314,14 @@ def _live(
     def loaded(dense: float | None) -> None:
         facts = read_json(directory / "manifest.json")
         model, windows = facts["model"], config.texts.windows
+        zeros = model.get("zero_weights", 0) / model["prunable_weights"]
+        before = f", {zeros:.2%} of them zero already" if zeros >= NEGLIGIBLE else ""
         screen.pairs(
             [
                 (
                     "loaded",
                     f"{facts['dtype']} on {facts['device']}, {model['prunable_layers']} layers, "
-                    f"{model['prunable_weights']:,} prunable weights",
+                    f"{model['prunable_weights']:,} prunable weights{before}",
                 )
             ]
         )

@@ -19,7 +19,8 @@ from prunewright.state import InputError, validate_config
 from prunewright.tools.allocation import ALLOCATIONS, Allotment, resolve_allocation
 from prunewright.tools.allocation.alphapruning import alpha_sparsities, hill_exponent
 from prunewright.tools.allocation.atp import atp_sparsities, largest_beta
-from prunewright.tools.allocation.counts import exact_counts
+from prunewright.tools.allocation.blocks import layer_counts
+from prunewright.tools.allocation.counts import Bounds, exact_counts
 from prunewright.tools.allocation.evolutionary import divergence, search
 from prunewright.tools.allocation.global_ranking import lowest_counts
 from prunewright.tools.allocation.owl import owl_sparsities
@@ -67,24 +68,30 @@ def dense_scores(bench: Workbench) -> dict[str, list[Tensor]]:
 
 @given(
     layers=st.lists(
-        st.tuples(st.floats(-0.5, 1.5), st.integers(1, 3_001)), min_size=1, max_size=12
+        st.tuples(st.floats(-0.5, 1.5), st.integers(1, 3_001), st.sampled_from([0, 0, 0.3, 1])),
+        min_size=1,
+        max_size=12,
     ),
     target=st.floats(0.01, 0.9),
     room=st.floats(0, 1),
 )
 def test_counts_have_the_exact_total_and_keep_the_bounds(
-    layers: list[tuple[float, int]], target: float, room: float
+    layers: list[tuple[float, int, float]], target: float, room: float
 ) -> None:
+    wanted = {str(i): s for i, (s, _, _) in enumerate(layers)}
+    sizes = {str(i): n for i, (_, n, _) in enumerate(layers)}
+    least = {str(i): int(own * n) for i, (_, n, own) in enumerate(layers)}
+    target = max(target, sum(least.values()) / sum(sizes.values()) + 1e-9)
     ceiling = target + room * (1 - target)
-    wanted = {str(i): s for i, (s, _) in enumerate(layers)}
-    sizes = {str(i): n for i, (_, n) in enumerate(layers)}
-    counts = exact_counts(wanted, sizes, target, ceiling).counts
+    bounds = Bounds(sizes, least, ceiling)
+    counts = exact_counts(wanted, bounds, target).counts
     assert list(counts) == list(sizes)
-    assert all(0 <= counts[n] <= ceiling * sizes[n] for n in sizes)
-    most = sum(int(ceiling * n) for n in sizes.values())
-    assert sum(counts.values()) == min(math.floor(target * sum(sizes.values())), most)
+    most = {n: max(int(ceiling * sizes[n]), least[n]) for n in sizes}
+    assert all(least[n] <= counts[n] <= most[n] for n in sizes)
+    total = min(math.floor(target * sum(sizes.values())), sum(most.values()))
+    assert sum(counts.values()) == total
     # One common shift: a layer between the bounds lies where its neighbours' shift puts it.
-    free = [n for n in sizes if 1 < counts[n] < int(ceiling * sizes[n]) - 1]
+    free = [n for n in sizes if least[n] + 1 < counts[n] < most[n] - 1]
     shifts = [counts[n] / sizes[n] - wanted[n] for n in free]
     errors = [2 / sizes[n] for n in free]
     for shift, error in zip(shifts, errors, strict=True):
@@ -93,16 +100,21 @@ def test_counts_have_the_exact_total_and_keep_the_bounds(
 
 def test_what_rounding_loses_goes_to_those_that_lost_most() -> None:
     sizes = {"a": 7, "b": 11, "c": 13}  # 0.45: 3.15, 4.95, 5.85, in all 13.95
-    found = exact_counts(dict.fromkeys(sizes, 0.45), sizes, 0.45, 0.9)
+    bounds = Bounds(sizes, dict.fromkeys(sizes, 0), 0.9)
+    found = exact_counts(dict.fromkeys(sizes, 0.45), bounds, 0.45)
     assert found.counts == {"a": 3, "b": 5, "c": 5}
     assert found.notes == []
 
 
 def test_clamped_layers_are_told_and_the_others_make_up_for_them() -> None:
     sizes = {"a": 1000, "b": 1000, "c": 2000}
-    found = exact_counts({"a": -0.2, "b": 1.3, "c": 0.45}, sizes, 0.5, 0.8)
+    wanted = {"a": -0.2, "b": 1.3, "c": 0.45}
+    found = exact_counts(wanted, Bounds(sizes, dict.fromkeys(sizes, 0), 0.8), 0.5)
     assert found.counts == {"a": 0, "b": 800, "c": 1200}
     assert "2 of 3 layers were held at a sparsity of 0 or of 0.8" in found.notes[0]
+    found = exact_counts(wanted, Bounds(sizes, {"a": 300, "b": 900, "c": 0}, 0.8), 0.5)
+    assert found.counts == {"a": 300, "b": 900, "c": 800}
+    assert "2 of 3 layers were held at the sparsity of their own zeros or of 0.8" in found.notes[0]
 
 
 @pytest.mark.parametrize("name", sorted(ALLOCATIONS))
@@ -336,9 +348,10 @@ def quadratic(counts: Mapping[str, int], index: int | None) -> float:
 
 
 def searched(seed: int = 0, rounds: int = 60, **values: Any) -> Any:
-    start, caps = dict.fromkeys("abcd", 50), dict.fromkeys("abcd", 100)
+    start = dict.fromkeys("abcd", 50)
+    bounds = Bounds(dict.fromkeys("abcd", 100), dict.fromkeys("abcd", 0), 1.0)
     shape = {"offspring": 8, "survivors": 2, "swaps": 3} | values
-    return search(start, caps, 5, quadratic, random.Random(seed), rounds, 4, **shape)
+    return search(start, bounds, 5, quadratic, random.Random(seed), rounds, 4, **shape)
 
 
 def test_the_search_finds_the_least_and_keeps_the_total() -> None:
@@ -396,8 +409,7 @@ def test_evolutionary_lowers_the_divergence_on_its_windows(
         return float((dense.exp() * (dense - pruned)).sum(-1).mean())
 
     start = dict.fromkeys(bench.loaded.layers, 0.3)
-    sizes = {n: ly.numel for n, ly in bench.loaded.layers.items()}
-    before = measured(exact_counts(start, sizes, 0.3, 0.9).counts)
+    before = measured(layer_counts(bench, start).counts)
     after = measured(found.counts)
     assert after < before
     assert f"{before:.4f} to {after:.4f} nats" in found.notes[0]

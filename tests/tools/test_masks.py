@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prunewright.tools.masks import count_zeros, kth_lowest, nm_mask, row_counts, unstructured_mask
+from prunewright.tools.masks import count_zeros, even_shares, kth_lowest, nm_mask, unstructured_mask
 
 
 def lowest(values: list[float], count: int) -> set[int]:
@@ -75,13 +75,59 @@ def test_row_group_takes_the_lowest_of_each_row(
 
 @pytest.mark.parametrize(("rows", "extra"), [(10, 1), (10, 3), (64, 7), (7, 6), (5, 0), (9, 4)])
 def test_rows_that_give_one_more_are_evenly_spaced(rows: int, extra: int) -> None:
-    counts = row_counts(rows, 4 * rows + extra, torch.device("cpu")).tolist()
+    counts = even_shares(4 * rows + extra, torch.zeros(rows, dtype=torch.int64)).tolist()
     assert sorted(set(counts)) == ([4, 5] if extra else [4])
     places = [i for i, n in enumerate(counts) if n == 5]
     assert len(places) == extra
     # Around the ring of rows, no gap differs from another by more than one.
     gaps = {(b - a) % rows or rows for a, b in zip(places, places[1:] + places[:1], strict=True)}
     assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1), st.data())
+def test_parts_with_more_of_their_own_keep_it_and_the_others_share_evenly(
+    parts: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    sizes = torch.tensor([size for size, _ in parts])
+    least = torch.tensor([min(own, size) for size, own in parts])
+    total = data.draw(st.integers(int(least.sum()), int(sizes.sum())))
+    shares = even_shares(total, least, sizes)
+    assert int(shares.sum()) == total
+    assert bool((shares >= least).all())
+    assert bool((shares <= sizes).all())
+    # A level so that each part has its own or that share of its size, to one weight.
+    rising = sizes[shares > least]
+    levels = (shares[shares > least].double() - 1) / rising
+    kept = (least + 1.0)[shares == least] / sizes[shares == least]
+    assert not len(levels) or not len(kept) or float(levels.max()) <= float(kept.min())
+    assert not len(levels) or float(levels.max()) <= float(((levels * rising + 2) / rising).min())
+
+
+@settings(max_examples=150, deadline=None)
+@given(matrices, st.sampled_from(["row", "layer"]), st.data())
+def test_own_zeros_are_of_the_mask_and_the_rest_is_the_lowest_of_what_is_not(
+    values: list[list[int]], group: str, data: st.DataObject
+) -> None:
+    scores = torch.tensor(values, dtype=torch.float32)
+    flags = data.draw(st.lists(st.booleans(), min_size=scores.numel(), max_size=scores.numel()))
+    own = torch.tensor(flags).view(scores.shape)
+    count = data.draw(st.integers(int(own.sum()), scores.numel()))
+    mask = unstructured_mask(scores, count, group, own)  # type: ignore[arg-type]
+    assert int(mask.sum()) == count
+    assert bool(mask[own].all())
+    rows = (scores, mask, own) if group == "row" else (t.view(1, -1) for t in (scores, mask, own))
+    for row, gone, zero in zip(*rows, strict=True):
+        chosen = gone & ~zero
+        ranked = lowest([float(v) for v in row[~zero]], int(chosen.sum()))
+        assert {i for i, taken in enumerate(chosen[~zero].tolist()) if taken} == ranked
+    if group == "row":  # up to one level, but for rows with more of their own
+        pairs = list(zip(mask.sum(dim=1).tolist(), own.sum(dim=1).tolist(), strict=True))
+        level = max((n for n, z in pairs if n > z), default=0)
+        assert all(n >= level - 1 and (n <= level or n == z) for n, z in pairs)
+    if bool(own.any()):
+        with pytest.raises(ValueError, match="of which are zero already"):
+            unstructured_mask(scores, int(own.sum()) - 1, group, own)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -328,7 +328,7 @@ def test_named_layers_take_the_pattern_others_stay_and_a_trial_measures_the_same
     bench_of: Bench, family: str
 ) -> None:
     bench = bench_of(family, pattern="4:8")
-    counts = bench.pattern_counts()
+    counts = bench.pattern_gains()
     first, second, *_ = counts
     one = bench.prune(DENSE, DENSE, {first: counts[first]})
     change = {first: 0, second: counts[second]}

@@ -46,6 +46,8 @@ def allocate(
         found = []
         for layer, dense in zip(layers, bench.loaded.dense_layers(layers), strict=True):
             for matrix in dense.reshape(-1, *dense.shape[-2:]):
+                if not bool(matrix.any()):
+                    continue  # nothing is left to prune in it
                 alpha = hill_exponent(matrix)
                 if alpha is None:
                     raise InputError(
@@ -53,9 +55,13 @@ def allocate(
                         "flat or zero, so it has no power-law exponent; use another allocation"
                     )
                 found.append(alpha)
-        alphas[block] = sum(found) / len(found)
+        if found:
+            alphas[block] = sum(found) / len(found)
         if progress is not None:
             progress("allocation", index + 1, len(blocks))
+    # A block of zeros alone is rated as the others on average: it stays as it is.
+    mean = sum(alphas.values()) / len(alphas)
+    alphas = {block: alphas.get(block, mean) for block in blocks}
     sizes = {block: sum(ly.numel for ly in layers) for block, layers in blocks.items()}
     wanted = alpha_sparsities(alphas, sizes, bench.request.target, eps)
     allotted = block_counts(bench, wanted)
@@ -73,7 +79,8 @@ def hill_exponent(matrix: Tensor) -> float | None:
 
     With e_1 <= ... <= e_N the squared singular values, k = N/2 and n = N - k:
     alpha = 1 + n / sum_{i >= k} ln(e_i / e_k), counted from 0. The median eigenvalue as the
-    threshold is the paper's choice.
+    threshold is the paper's choice. Rows and columns of zeros alone are left out: they would make
+    the median zero.
 
     Args:
         matrix: weights [outputs, inputs] or transposed.
@@ -81,7 +88,9 @@ def hill_exponent(matrix: Tensor) -> float | None:
     Returns:
         The exponent; None where e_k is 0 or no eigenvalue is above it.
     """
-    values = torch.linalg.svdvals(matrix.float().cpu()).double().square().sort().values
+    matrix = matrix.float().cpu()
+    matrix = matrix[matrix.any(dim=1)][:, matrix.any(dim=0)]
+    values = torch.linalg.svdvals(matrix).double().square().sort().values
     upper = values[len(values) // 2 :]
     logs = (upper / upper[0]).log().sum()
     return 1 + len(upper) / float(logs) if bool(logs.isfinite()) and float(logs) > 0 else None

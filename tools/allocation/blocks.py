@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from prunewright.tools.allocation.counts import Allotment, exact_counts
+from prunewright.tools.allocation.counts import Allotment, Bounds, exact_counts
 from prunewright.tools.layers import Layer
 from prunewright.tools.models import LoadedModel
 from prunewright.tools.workbench import Workbench
@@ -18,13 +18,19 @@ def by_block(loaded: LoadedModel) -> dict[int, list[Layer]]:
 
 def block_counts(bench: Workbench, wanted: Mapping[int, float]) -> Allotment:
     """Whole weights of every layer from the sparsity wanted of its block."""
-    layers = bench.loaded.layers.values()
-    return exact_counts(
-        {layer.name: wanted[layer.block] for layer in layers},
-        {layer.name: layer.numel for layer in layers},
-        bench.request.target,
-        bench.request.max_layer_sparsity,
-    )
+    layers = bench.loaded.layers
+    return layer_counts(bench, {name: wanted[layer.block] for name, layer in layers.items()})
+
+
+def layer_counts(bench: Workbench, wanted: Mapping[str, float]) -> Allotment:
+    """Whole weights of every layer from the sparsity wanted of it."""
+    return exact_counts(wanted, layer_bounds(bench), bench.request.target)
+
+
+def layer_bounds(bench: Workbench) -> Bounds:
+    """What each layer of a model may give."""
+    sizes = {name: layer.numel for name, layer in bench.loaded.layers.items()}
+    return Bounds(sizes, bench.dense_zeros, bench.request.max_layer_sparsity)
 
 
 def weighted_mean(values: Mapping[int, float], weights: Mapping[int, int]) -> float:

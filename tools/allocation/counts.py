@@ -18,42 +18,58 @@ class Allotment:
     notes: list[str]
 
 
-def total_count(target: float, sizes: Mapping[str, int], ceiling: float) -> int:
-    """Weights to prune in all: the target's, or all that the layers may give, if that is less."""
-    return min(
-        math.floor(target * sum(sizes.values())),
-        sum(math.floor(ceiling * size) for size in sizes.values()),
-    )
+@dataclass(frozen=True)
+class Bounds:
+    """What each layer may give: its own zeros at the least, which no mask takes away.
+
+    Attributes:
+        sizes: weights of each layer.
+        least: zeros that each has in the dense model.
+        ceiling: sparsity of any layer that has not more by itself.
+    """
+
+    sizes: Mapping[str, int]
+    least: Mapping[str, int]
+    ceiling: float
+
+    @property
+    def most(self) -> dict[str, int]:
+        """The most zeros of each layer."""
+        return {
+            name: max(math.floor(self.ceiling * size), self.least[name])
+            for name, size in self.sizes.items()
+        }
+
+    def total(self, target: float) -> int:
+        """Zeros in all: the target's, or all that the layers may have, if that is less."""
+        return min(math.floor(target * sum(self.sizes.values())), sum(self.most.values()))
 
 
-def exact_counts(
-    sparsities: Mapping[str, float], sizes: Mapping[str, int], target: float, ceiling: float
-) -> Allotment:
+def exact_counts(sparsities: Mapping[str, float], bounds: Bounds, target: float) -> Allotment:
     """Zeros of each layer for some wanted sparsities, with exactly the target's total.
 
-    All sparsities are moved by one and the same amount, each then clamped to [0, ceiling], so
+    All sparsities are moved by one and the same amount, each then clamped to its bounds, so
     that the parameter-weighted mean is the target; what rounding down loses goes, one weight
     each, to the layers that lost most, in the order given where equal.
 
     Args:
         sparsities: wanted of each layer; any finite number.
-        sizes: weights of each layer.
-        target: sparsity over all of them, at most the ceiling.
-        ceiling: of any one layer.
+        bounds: of the layers.
+        target: sparsity over all of them, at most the ceiling and not below their own zeros.
 
     Returns:
-        Counts that add up to `total_count`, and a note if a layer was clamped.
+        Counts that add up to the bounds' total, and a note if a layer was clamped.
     """
-    total = total_count(target, sizes, ceiling)
-    caps = {name: math.floor(ceiling * size) for name, size in sizes.items()}
+    sizes, least, ceiling = bounds.sizes, bounds.least, bounds.ceiling
+    total, caps = bounds.total(target), bounds.most
 
     def moved(shift: float) -> dict[str, float]:
         return {
-            name: min(max((sparsities[name] + shift) * size, 0.0), caps[name])
+            name: min(max((sparsities[name] + shift) * size, least[name]), caps[name])
             for name, size in sizes.items()
         }
 
-    low = -max(sparsities.values())  # nothing is pruned
+    low = -max(sparsities.values())  # nothing is pruned further
     high = ceiling - min(sparsities.values())  # as much as may be
     for _ in range(100):
         middle = (low + high) / 2
@@ -70,12 +86,16 @@ def exact_counts(
         for name in open_layers[:left]:
             counts[name] += 1
             left -= 1
-    bounds = [(sparsities[name] + low, ceiling) for name in sizes]
-    clamped = sum(wanted < 0 or wanted > most for wanted, most in bounds)
+    wanted = {name: sparsities[name] + low for name in sizes}
+    clamped = sum(
+        wanted[n] * size < least[n] or wanted[n] > max(ceiling, least[n] / size)
+        for n, size in sizes.items()
+    )
     notes = []
     if clamped:
+        floor = "the sparsity of their own zeros" if any(least.values()) else "a sparsity of 0"
         notes.append(
-            f"{clamped} of {len(sizes)} layers were held at a sparsity of 0 or of {ceiling:g}; "
-            f"the others were moved by {low:+.4f} to keep the total"
+            f"{clamped} of {len(sizes)} layers were held at {floor} or of "
+            f"{ceiling:g}; the others were moved by {low:+.4f} to keep the total"
         )
     return Allotment(counts, notes)

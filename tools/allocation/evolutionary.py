@@ -10,7 +10,8 @@ from torch import Tensor
 
 from prunewright.state import InputError
 from prunewright.state.config import Options
-from prunewright.tools.allocation.counts import Allotment, exact_counts
+from prunewright.tools.allocation.blocks import layer_bounds
+from prunewright.tools.allocation.counts import Allotment, Bounds, exact_counts
 from prunewright.tools.criteria import CRITERIA, prune_mask
 from prunewright.tools.perplexity import TOKENS_AT_ONCE, Head, Progress, hidden_states
 from prunewright.tools.profiling import statistics_of
@@ -76,11 +77,9 @@ def allocate(
             f"{2 * windows.numel() + generation:,} tokens with the start: raise it, or lower "
             "offspring, survivors, windows or screen"
         )
-    sizes = {name: layer.numel for name, layer in bench.loaded.layers.items()}
-    start = exact_counts(
-        dict.fromkeys(sizes, request.target), sizes, request.target, request.max_layer_sparsity
-    )
-    caps = {name: int(request.max_layer_sparsity * size) for name, size in sizes.items()}
+    bounds = layer_bounds(bench)
+    sizes = bounds.sizes
+    start = exact_counts(dict.fromkeys(sizes, request.target), bounds, request.target)
     unit = max(1, round(options.level * bench.loaded.prunable / len(sizes)))
     trials = _Trials(bench, windows, progress)
     before = bench.tokens["allocation"]
@@ -88,7 +87,7 @@ def allocate(
         trials.remember_dense()
         found = search(
             start.counts,
-            caps,
+            bounds,
             unit,
             lambda counts, index: trials.divergence(counts, index, screen),
             random.Random(f"{request.seed}/evolutionary"),
@@ -114,7 +113,7 @@ def allocate(
 
 def search(
     start: Mapping[str, int],
-    caps: Mapping[str, int],
+    bounds: Bounds,
     unit: int,
     fitness: Fitness,
     draw: random.Random,
@@ -134,7 +133,7 @@ def search(
 
     Args:
         start: zeros of each layer; every allocation keeps their sum.
-        caps: the most of each layer.
+        bounds: of the layers.
         unit: weights that a switch moves from one layer to another.
         fitness: lower is better.
         draw: makes all choices.
@@ -148,7 +147,7 @@ def search(
     parent = dict(start)
     first = best = fitness(parent, None)
     for number in range(rounds):
-        children = _children(parent, caps, unit, draw, offspring, swaps)
+        children = _children(parent, bounds, unit, draw, offspring, swaps)
         screened = [(fitness(child, number % windows), i) for i, child in enumerate(children)]
         finalists = [children[index] for _, index in sorted(screened)[:survivors]]
         for child in finalists:
@@ -162,7 +161,7 @@ def search(
 
 def _children(
     parent: dict[str, int],
-    caps: Mapping[str, int],
+    bounds: Bounds,
     unit: int,
     draw: random.Random,
     offspring: int,
@@ -172,7 +171,7 @@ def _children(
     children: list[dict[str, int]] = []
     for _ in range(offspring):
         for _ in range(_DRAWS):
-            child = _mutate(parent, caps, unit, draw, swaps)
+            child = _mutate(parent, bounds, unit, draw, swaps)
             if child != parent and child not in children:
                 children.append(child)
                 break
@@ -180,13 +179,13 @@ def _children(
 
 
 def _mutate(
-    parent: dict[str, int], caps: Mapping[str, int], unit: int, draw: random.Random, swaps: int
+    parent: dict[str, int], bounds: Bounds, unit: int, draw: random.Random, swaps: int
 ) -> dict[str, int]:
     """Some level switches: one layer gets a unit of weights back that another one gives."""
-    child = dict(parent)
+    child, least, most = dict(parent), bounds.least, bounds.most
     for _ in range(min(draw.randint(1, swaps), draw.randint(1, swaps))):
-        lower = [name for name in child if child[name] >= unit]
-        higher = [name for name in child if child[name] + unit <= caps[name]]
+        lower = [name for name in child if child[name] - unit >= least[name]]
+        higher = [name for name in child if child[name] + unit <= most[name]]
         if lower and higher:
             child[draw.choice(lower)] -= unit
             child[draw.choice(higher)] += unit

@@ -60,6 +60,11 @@ def allocate(
             f"the run in {path} is of another model: its layers are of other sizes than those of "
             f"{bench.request.model}"
         )
+    if fewer := [name for name, count in counts.items() if count < bench.dense_zeros[name]]:
+        raise InputError(
+            f"the run in {path} is of another model: {fewer[0]} has more zeros of its own in "
+            f"{bench.request.model} than that run ended with"
+        )
     sparsity = sum(counts.values()) / bench.loaded.prunable
     if abs(sparsity - bench.request.target) > NEAR:
         raise InputError(

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from prunewright.state.config import Options
-from prunewright.tools.allocation.counts import Allotment, total_count
+from prunewright.tools.allocation.blocks import layer_bounds
+from prunewright.tools.allocation.counts import Allotment
 from prunewright.tools.criteria import CRITERIA, split_experts
 from prunewright.tools.perplexity import Progress
 from prunewright.tools.profiling import statistics_of
@@ -38,17 +39,22 @@ def allocate(bench: Workbench, _: GlobalOptions, progress: Progress | None = Non
         def scores() -> list[Tensor]:
             statistics = statistics_of(name, activations, gradients)
             dense = layers[name].matrix(bench.loaded.dense(layers[name]))
-            return [score(part, stats) for part, stats in split_experts(dense, statistics)]
+            parts = split_experts(dense, statistics)
+            if not bounds.least[name]:
+                return [score(part, stats) for part, stats in parts]
+            return [score(part, stats)[part != 0] for part, stats in parts]
 
         return scores
 
-    sizes = {name: layer.numel for name, layer in layers.items()}
-    ceiling = request.max_layer_sparsity
-    total = total_count(request.target, sizes, ceiling)
-    caps = {name: int(ceiling * size) for name, size in sizes.items()}
-    counts = lowest_counts({name: scores_of(name) for name in layers}, caps, total, progress)
-    full = [name for name in layers if counts[name] == caps[name]]
-    shares = {name: counts[name] / sizes[name] for name in layers}
+    bounds = layer_bounds(bench)
+    least, most, ceiling = bounds.least, bounds.most, bounds.ceiling
+    # The layers' own zeros are given; the rest is ranked.
+    rooms = {name: most[name] - least[name] for name in layers}
+    total = bounds.total(request.target) - sum(least.values())
+    taken = lowest_counts({name: scores_of(name) for name in layers}, rooms, total, progress)
+    counts = {name: least[name] + count for name, count in taken.items()}
+    full = [name for name in layers if counts[name] == most[name]]
+    shares = {name: counts[name] / layer.numel for name, layer in layers.items()}
     notes = [
         "global: one ranking by the saliency of fisher; sparsities from "
         f"{min(shares.values()):.3f} to {max(shares.values()):.3f}"

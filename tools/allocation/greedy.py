@@ -4,7 +4,8 @@ import math
 from itertools import pairwise
 
 from prunewright.state.config import Options
-from prunewright.tools.allocation.counts import Allotment, exact_counts
+from prunewright.tools.allocation.blocks import layer_counts
+from prunewright.tools.allocation.counts import Allotment
 from prunewright.tools.perplexity import Progress
 from prunewright.tools.profiling import (
     crowded_costs,
@@ -56,12 +57,7 @@ def allocate(bench: Workbench, _: GreedyOptions, progress: Progress | None = Non
         wanted[name] = start + taken
         predicted += price * taken * layers[name].numel
         budget -= taken * layers[name].numel
-    found = exact_counts(
-        wanted,
-        {name: layer.numel for name, layer in layers.items()},
-        request.target,
-        request.max_layer_sparsity,
-    )
+    found = layer_counts(bench, wanted)
     words = (
         f"greedy: predicted rise of the loss {predicted:.4f} nats a token; sparsities from "
         f"{min(wanted.values()):.3f} to {max(wanted.values()):.3f}"

@@ -3,6 +3,7 @@
 import math
 
 from prunewright.state.config import Options
+from prunewright.tools.allocation.blocks import layer_counts
 from prunewright.tools.allocation.counts import Allotment
 from prunewright.tools.perplexity import Progress
 from prunewright.tools.workbench import Workbench
@@ -16,8 +17,10 @@ def allocate(bench: Workbench, _: UniformOptions, progress: Progress | None = No
     """The floor of the target in each layer, as Wanda's code takes it (arXiv 2306.11695).
 
     So no layer is above the target, and the total is below it by less than one weight a layer.
+    Where some have more zeros of their own, the others are pruned as much less.
     """
-    target = bench.request.target
-    return Allotment(
-        {n: math.floor(target * layer.numel) for n, layer in bench.loaded.layers.items()}, []
-    )
+    target, layers = bench.request.target, bench.loaded.layers
+    counts = {name: math.floor(target * layer.numel) for name, layer in layers.items()}
+    if all(bench.dense_zeros[name] <= count for name, count in counts.items()):
+        return Allotment(counts, [])
+    return layer_counts(bench, dict.fromkeys(layers, target))

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from prunewright.state.config import CriterionName
 from prunewright.tools.criteria import fisher, gblm, magnitude, obs, sparsegpt, wanda
-from prunewright.tools.masks import Group, nm_mask, unstructured_mask
+from prunewright.tools.masks import (
+    Group,
+    count_zeros,
+    even_shares,
+    nm_mask,
+    unstructured_mask,
+    zero_places,
+)
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,8 @@ def prune_mask(
         weight: dense weights [outputs, inputs], or [experts, outputs, inputs].
         statistics: the layer's, with the same leading dimension.
         criterion: which weights go.
-        pruned: number of weights to prune (unstructured); experts share it equally.
+        pruned: number of weights to prune, those that are zero already included (unstructured);
+            experts share it equally.
         pattern: ``(keep_n, group_m)`` instead.
 
     Raises:
@@ -131,21 +139,34 @@ def prune_mask(
         raise ValueError("give the number of weights to prune, or a pattern")
     rule = CRITERIA[criterion]
     matrices = split_experts(weight, statistics)
+    shares = expert_shares(pruned, [matrix for matrix, _ in matrices])
     masks = []
-    for index, (matrix, stats) in enumerate(matrices):
-        scores = rule.score(matrix, stats)
+    for share, (matrix, stats) in zip(shares, matrices, strict=True):
+        scores, own = rule.score(matrix, stats), zero_places(matrix)
         if pattern is not None:
-            masks.append(nm_mask(scores, *pattern))
+            masks.append(nm_mask(scores, *pattern, own))
         else:
-            assert pruned is not None
-            share = expert_share(pruned, index, len(matrices))
-            masks.append(unstructured_mask(scores, share, rule.group))
+            assert share is not None
+            masks.append(unstructured_mask(scores, share, rule.group, own))
     return masks[0] if weight.ndim == 2 else torch.stack(masks)
 
 
-def expert_share(pruned: int, index: int, experts: int) -> int:
-    """How many of a layer's pruned weights one of its experts gives: equal, to one weight."""
-    return pruned * (index + 1) // experts - pruned * index // experts
+def expert_shares(pruned: int | None, experts: list[Tensor]) -> list[int | None]:
+    """How many of a layer's pruned weights each of its experts gives; None if no count is given.
+
+    Equal, to one weight, but for experts that have more zeros already (`even_shares`).
+
+    Raises:
+        ValueError: more are zero already than shall be pruned.
+    """
+    if pruned is None:
+        return [None] * len(experts)
+    least = torch.tensor([count_zeros(expert) for expert in experts])
+    if pruned < (zeros := int(least.sum())):
+        total = sum(expert.numel() for expert in experts)
+        words = f", {zeros} of which are zero already" if zeros else ""
+        raise ValueError(f"cannot prune {pruned} of {total} weights{words}")
+    return list(even_shares(pruned, least).tolist())
 
 
 def split_experts(

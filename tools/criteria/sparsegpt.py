@@ -13,7 +13,7 @@ changes nothing. With 0 it is SparseGPT as published.
 import torch
 from torch import Tensor
 
-from prunewright.tools.masks import Group, nm_mask, unstructured_mask
+from prunewright.tools.masks import Group, even_shares, nm_mask, unstructured_mask, zero_places
 
 GROUP: Group = "layer"
 PANEL = 128
@@ -47,7 +47,8 @@ def prune(
     Args:
         weight: dense [outputs, inputs].
         gram: X^T X over the calibration tokens [inputs, inputs], up to a factor, float32.
-        pruned: number of weights to prune; each panel gives its share.
+        pruned: number of weights to prune, those that are zero already included; each panel gives
+            its share.
         pattern: ``(keep_n, group_m)`` instead.
         factors: what each output's error weighs when rows compete [outputs]; None: all the same.
         dampings: shares of the mean diagonal of the matrix, tried one after another.
@@ -74,21 +75,28 @@ def prune(
     if inputs % group:
         raise ValueError(f"{inputs} inputs do not divide into groups of {group}")
     panel = max(panel // group, 1) * group
-    for start in range(0, inputs, panel):
-        end = min(start + panel, inputs)
+    own = zero_places(weight)
+    panels = [(start, min(start + panel, inputs)) for start in range(0, inputs, panel)]
+    shares: list[int] = []
+    if pruned is not None:
+        least = [0 if own is None else int(own[:, start:end].sum()) for start, end in panels]
+        sizes = torch.tensor([end - start for start, end in panels])
+        shares = even_shares(pruned, torch.tensor(least), sizes).tolist()
+    for index, (start, end) in enumerate(panels):
         part, corner = work[:, start:end], factor[start:end, start:end]
         scale = corner.diagonal()
         if pruned is not None:
-            share = pruned * end // inputs - pruned * start // inputs
             price = (part / scale).square()
             if factors is not None:
                 price *= factors.unsqueeze(1)
-            mask[:, start:end] = unstructured_mask(price, share, "layer")
+            zero = None if own is None else own[:, start:end]
+            mask[:, start:end] = unstructured_mask(price, shares[index], "layer", zero)
         errors = torch.empty_like(part)
         for j in range(end - start):
             if pattern is not None and j % group == 0:
                 now = (part[:, j : j + group] / scale[j : j + group]).square()
-                mask[:, start + j : start + j + group] = nm_mask(now, *pattern)
+                at = slice(start + j, start + j + group)
+                mask[:, at] = nm_mask(now, *pattern, None if own is None else own[:, at])
             errors[:, j] = part[:, j] * mask[:, start + j] / scale[j]
             part[:, j:].addr_(errors[:, j], corner[j, j:], alpha=-1)
         work[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
