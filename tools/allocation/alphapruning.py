@@ -86,10 +86,12 @@ def hill_exponent(matrix: Tensor) -> float | None:
         matrix: weights [outputs, inputs] or transposed.
 
     Returns:
-        The exponent; None where e_k is 0 or no eigenvalue is above it.
+        The exponent; None where e_k is 0, no eigenvalue is above it, or all weights are zero.
     """
     matrix = matrix.float().cpu()
     matrix = matrix[matrix.any(dim=1)][:, matrix.any(dim=0)]
+    if not matrix.numel():
+        return None
     values = torch.linalg.svdvals(matrix).double().square().sort().values
     upper = values[len(values) // 2 :]
     logs = (upper / upper[0]).log().sum()
