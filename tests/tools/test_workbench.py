@@ -239,6 +239,49 @@ def test_any_sequence_of_masks_leaves_the_dense_bits_and_positive_zeros(
         assert bench.zeros() == zeros
 
 
+@pytest.mark.parametrize("criterion", ["wanda", "magnitude"])
+def test_any_history_is_exact_with_zeros_that_were_there_before(
+    criterion: str, bench_of: Bench, pico_models: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(pico_models("MixtralConfig"), directory)
+    file = directory / "model.safetensors"
+    draws, generator = random.Random(7), torch.Generator().manual_seed(7)
+    stored = {key: tensor.clone() for key, tensor in load_file(file).items()}
+    for key in stored:
+        if "_proj" in key or ".w" in key:
+            density = draws.choice([0.0, 0.3, 0.6])
+            stored[key] *= torch.rand(stored[key].shape, generator=generator) >= density  # or -0.0
+            stored[key][: len(stored[key]) // draws.choice([2, 4])] = 0
+    save_file(stored, file, {"format": "pt"})
+    bench = bench_of(model=str(directory), criterion=criterion)
+    dense = weights(bench)
+    parameters = {n: ly.parameter for n, ly in bench.loaded.layers.items()}
+    own = {n: int((dense[p] == 0).sum()) for n, p in parameters.items()}
+    assert bench.dense_zeros == own
+    revision, counts = DENSE, dict(own)
+    for _ in range(12):
+        changed = {
+            name: draws.choice(
+                [own[name], draws.randint(own[name], dense[parameters[name]].numel())]
+            )
+            for name in draws.sample(list(own), 3)
+        }
+        counts |= changed
+        revision = bench.prune(revision, DENSE, changed)
+        bench.sync(revision, undoable=draws.random() < 0.5)
+        assert bench.zeros() == counts
+        assert set(bench.store.manifest(revision)) == {n for n in own if counts[n] > own[n]}
+        for name, parameter in parameters.items():
+            live, before = bench.loaded.weight(bench.loaded.layers[name]), dense[parameter]
+            assert int((live == 0).sum()) == counts[name]
+            kept = live != 0
+            assert torch.equal(live[kept], before[kept])
+    assert bench.prune(revision, DENSE, own) == DENSE
+    bench.sync(DENSE)
+    assert_same(weights(bench), dense)
+
+
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))
 @pytest.mark.parametrize("family", ["LlamaConfig", "MixtralConfig"])
 def test_what_is_remembered_changes_no_result(bench_of: Bench, family: str, criterion: str) -> None:
