@@ -256,7 +256,7 @@ def _near(observation: Observation) -> bool:
 
 def _back(layer: LayerProfile, prunable: int, unit: float, form: str) -> str:
     """Gain of giving the last 0.05 back, as a rate like the cost; - for a dense layer."""
-    given = min(COST_DELTAS[0], layer.sparsity)
+    given = min(COST_DELTAS[0], layer.pruned)
     if given <= 0:
         return "-"
     rate = layer.regrow_gain[0] / (given * layer.parameters / prunable)
