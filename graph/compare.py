@@ -112,14 +112,17 @@ def plan_cells(config: ComparisonConfig, digests: Digests) -> list[Planned]:
                     name = resolve_agent(settled.agent).name
                     settled = settled.model_copy(update={"agent": name})
                 kind = method.resolved_kind
-                files = _agent_files(settled) if kind == "run" else {}
+                files = _agent_files(settled) if kind == "run" else _allocation_files(settled)
                 key = cell_key(kind, settled, config.evaluation, digests, files)
                 cells.append(Planned(method, seed, target, settled, key))
     return cells
 
 
 def _agent_files(config: PruneConfig) -> dict[str, str]:
-    """Hashes of the files that an agent's decisions follow from; what is missing, a run tells."""
+    """Hashes of the files that an agent's decisions follow from; what is missing, a run tells.
+
+    By their names, and a module by its own: where they lie says nothing.
+    """
     kind, _, name = config.agent.partition(":")
     paths: list[Path] = []
     if kind == "replay":
@@ -133,7 +136,14 @@ def _agent_files(config: PruneConfig) -> dict[str, str]:
         paths = [Path(found.origin)] if found is not None and found.origin else []
     if config.prompts is not None:
         paths += sorted(Path(config.prompts).expanduser().glob("*.md"))
-    return {str(path): sha256_file(path) for path in paths if path.is_file()}
+    return {path.name: sha256_file(path) for path in paths if path.is_file()}
+
+
+def _allocation_files(config: PruneConfig) -> dict[str, str]:
+    """As `_agent_files`, of the run that a baseline's allocation is taken from."""
+    kind, _, name = config.allocation.partition(":")
+    path = RunDirectory(Path(name).expanduser()).trace_file
+    return {path.name: sha256_file(path)} if kind == "from" and path.is_file() else {}
 
 
 class _Work:

@@ -45,6 +45,7 @@ from prunewright.tools.baseline import prune_once
 from prunewright.tools.rundir import RunDirectory
 from prunewright.tools.storage import write_atomic
 from prunewright.tools.trace import load_metrics
+from prunewright.tools.workbench import workbench
 
 _log = logging.getLogger("prunewright")
 
@@ -139,7 +140,7 @@ def resume(
         config = _changed(directory, changes)
         thread = directory.thread() or _new_thread()
         if config.agent == BASELINE:
-            return _prune_once(directory, config, thread, on_event)
+            return _prune_once(directory, directory.locate(config), thread, on_event)
         if directory.started:
             _check_database(directory, thread)
         reopen = config != directory.config()
@@ -176,7 +177,7 @@ def fork(
     parent = RunDirectory(run_directory)
     if parent.config().agent == BASELINE:
         raise InputError(f"{parent.path} holds a baseline: it has no steps to fork from")
-    config = _changed(parent, changes | {"out": None})
+    config = parent.locate(_changed(parent, changes | {"out": None}))
     check_agent(config.context)
     before = parent.thread()
     if before is None or step < 0:
@@ -201,7 +202,7 @@ def fork(
     try:
         with scratch.locked():
             history = state["history"] if state is not None else []
-            parent.branch(scratch, config, thread, history, revisions)
+            parent.branch(scratch, config, thread, history, revisions, directory.path)
             if chain:
                 _write_checkpoints(scratch, thread, chain)
             scratch.move(directory.path)  # the lock goes along
@@ -224,10 +225,7 @@ def _changed(directory: RunDirectory, changes: dict[str, Any]) -> PruneConfig:
     if changes:
         changed = validate_config(config.model_dump() | changes)
         if changed.request != config.request:
-            raise InputError(
-                "only who decides and how can change on a resumed or forked run (agent, guard, "
-                "max_steps ...); what defines it, such as model or target, needs a new run"
-            )
+            _check_moved(directory, config, changed)
         config = changed
     if not directory.begun_with(config.request):
         raise StoreError(
@@ -235,6 +233,28 @@ def _changed(directory: RunDirectory, changes: dict[str, Any]) -> PruneConfig:
             f"{directory.manifest_file} holds under request"
         )
     return config
+
+
+def _check_moved(directory: RunDirectory, before: PruneConfig, now: PruneConfig) -> None:
+    """Let nothing of a request change but where the model and the texts lie.
+
+    Raises:
+        InputError: something else changes, or what lies there has another content.
+    """
+    words = (
+        "only who decides and how can change on a resumed or forked run (agent, guard, "
+        "max_steps ...), and where the same model and texts lie; what defines it, such as model "
+        "or target, needs a new run"
+    )
+    same = now.request.identity() == before.request.identity()
+    if not same or not directory.manifest_file.exists():
+        raise InputError(words)
+    request = directory.locate(now.request)
+    with workbench(request, directory.path) as bench:
+        try:
+            directory.check(request, bench)
+        except StoreError as error:
+            raise InputError(f"{words}: {error}") from error
 
 
 def _checkpoints(directory: RunDirectory, thread: str, step: int) -> list[CheckpointTuple]:

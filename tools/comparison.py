@@ -152,8 +152,9 @@ def cell_key(
                 )
     return _key(
         kind=kind,
-        config=config.model_dump(mode="json", exclude={"out"}),
-        evaluation=evaluation.model_dump(mode="json"),
+        request=config.identity(),
+        context=_context(config),
+        evaluation=_without_paths(evaluation),
         model=digests.model(config.model),
         texts=[own, scored],
         questions=digests.questions(evaluation),
@@ -170,11 +171,25 @@ def dense_key(config: PruneConfig, evaluation: EvaluationOptions, digests: Diges
     return _key(
         kind="dense",
         config=config.model_dump(mode="json", include={"trust_remote_code", "dtype", "device"}),
-        evaluation=evaluation.model_dump(mode="json"),
+        evaluation=_without_paths(evaluation),
         model=digests.model(config.model),
         texts=digests.evaluation(evaluation),
         questions=digests.questions(evaluation),
     )
+
+
+def _context(config: PruneConfig) -> dict[str, Any]:
+    """Who decides and how, without the paths of files, which have hashes of their own."""
+    context = config.context.model_dump(mode="json", exclude={"out", "prompts"})
+    for name, kind in (("agent", "replay:"), ("allocation", "from:")):
+        if context[name].startswith(kind):
+            context[name] = kind
+    return context
+
+
+def _without_paths(evaluation: EvaluationOptions) -> dict[str, Any]:
+    each = {"texts": {"__all__": {"source"}}, "tasks": {"__all__": {"data", "examples"}}}
+    return evaluation.model_dump(mode="json", exclude=each)
 
 
 def _key(**parts: Any) -> str:

@@ -1,6 +1,5 @@
 """Loading a causal LM from the hub, a directory or the embedded package; safetensors only."""
 
-import hashlib
 import importlib.util
 import itertools
 import json
@@ -42,6 +41,7 @@ from prunewright.tools.checkpoint import (
 )
 from prunewright.tools.layers import Layer, find_layers
 from prunewright.tools.masks import INTEGERS
+from prunewright.tools.standing import settings_of, weights_digest
 from prunewright.tools.storage import canonical_json, sha256_bytes, sha256_file
 
 EMBEDDED = "embedded"
@@ -76,10 +76,7 @@ class LoadedModel:
 
         At once for a model that is to be pruned, whose dense weights are read again.
         """
-        digest = hashlib.sha256()
-        for file in weight_files(self.directory):
-            digest.update(sha256_file(file).encode())
-        return digest.hexdigest()
+        return weights_digest(weight_files(self.directory))
 
     @property
     def prunable(self) -> int:
@@ -129,11 +126,7 @@ class LoadedModel:
         """What the loaded model's outputs depend on: hashes of its files, dtype and device."""
         return {
             "model": self.fingerprint,
-            "settings": {
-                path.name: sha256_file(path)
-                for path in sorted(self.directory.glob("*.json"))
-                if not path.name.endswith(".index.json")
-            },
+            "settings": settings_of(self.directory),
             "dtype": str(self.dtype),
             "device": self.device.type,
         }
@@ -450,15 +443,15 @@ def resolve_dtype(dtype: str, directory: Path, device: torch.device) -> torch.dt
 
 
 def model_digest(name: str) -> str:
-    """sha256 over all files that a model is loaded from, tokenizer and code included.
+    """sha256 over all files that a model's outputs follow from, tokenizer and code included.
 
     Raises:
         InputError: no such model.
     """
     directory = resolve_directory(name)
-    suffixes = {".safetensors", ".json", ".model", ".txt", ".jinja", ".py"}
-    files = sorted(p for p in directory.iterdir() if p.suffix in suffixes and p.is_file())
-    return sha256_bytes(canonical_json([[p.name, sha256_file(p)] for p in files]))
+    weights = weights_digest(sorted(directory.glob("*.safetensors")))
+    settings = {name: sha256_file(directory / name) for name in settings_of(directory)}
+    return sha256_bytes(canonical_json([weights, settings]))
 
 
 def _locate_dense(loaded: LoadedModel, stored: dict[str, Path]) -> dict[str, Path]:

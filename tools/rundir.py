@@ -34,6 +34,7 @@ from prunewright.state import (
     validate_config,
 )
 from prunewright.tools.revisions import RevisionStore
+from prunewright.tools.standing import difference, settings_of
 from prunewright.tools.storage import (
     canonical_json,
     is_unfinished,
@@ -45,6 +46,7 @@ from prunewright.tools.storage import (
     write_atomic,
     write_json,
 )
+from prunewright.tools.texts import EMBEDDED
 from prunewright.tools.workbench import Workbench
 
 _PACKAGES = (
@@ -66,6 +68,7 @@ _PACKAGES = (
 
 
 _Stored = TypeVar("_Stored", ModelProfile, StepRecord, AppliedDecision, Spent)
+_Request = TypeVar("_Request", bound=PruneRequest)
 
 _STEP_FILE = re.compile(r"steps/\d{4,}-[a-z]+-([0-9a-f]{12})\.json")
 _traces: dict[Path, tuple[int, str]] = {}
@@ -164,6 +167,7 @@ class RunDirectory:
         thread: str,
         history: list[StepSummary],
         revisions: set[str],
+        final: Path,
     ) -> None:
         """Write what another run needs to go on from a step of this one, but for its database.
 
@@ -173,6 +177,7 @@ class RunDirectory:
             thread: its name.
             history: this run's steps that the other takes over.
             revisions: names of those that it needs.
+            final: where the other will lie.
 
         Raises:
             StoreError: a file is missing or damaged, or cannot be written.
@@ -193,7 +198,7 @@ class RunDirectory:
             other.write_trace(records)
         parent = {"directory": str(self.path), "thread": facts.get("thread"), "step": len(records)}
         write_json(
-            other.manifest_file, facts | {"thread": thread, "parent": parent} | _surroundings()
+            other.manifest_file, facts | {"thread": thread, "parent": parent} | _surroundings(final)
         )
         write_atomic(other.config_file, config.to_yaml().encode())
 
@@ -359,7 +364,9 @@ class RunDirectory:
             write_atomic(self.config_file, config.to_yaml().encode())
         write_json(
             self.manifest_file,
-            {"thread": thread, "values": values} | _facts(request, bench) | _surroundings(),
+            {"thread": thread, "values": values}
+            | _facts(request, bench)
+            | _surroundings(self.path),
         )
 
     def settle(self, thread: str, request: PruneRequest) -> PruneRequest:
@@ -379,12 +386,12 @@ class RunDirectory:
         if not self.config_file.exists():
             return request
         own = self.config().request
-        if own.identity() != request.identity():
+        if changed := difference(own.identity(), request.identity()):
             raise StoreError(
                 f"the request in the checkpoints of {self.path} is not that of {self.config_file} "
-                f"({_difference(own.identity(), request.identity())})"
+                f"({changed})"
             )
-        return own
+        return self.locate(own)
 
     def check(self, request: PruneRequest, bench: Workbench) -> None:
         """Refuse to go on with a run on another model, other texts or another request.
@@ -392,12 +399,14 @@ class RunDirectory:
         Raises:
             StoreError: saying what changed; or the manifest is missing or damaged.
         """
-        before = _completed(self.manifest())
-        for key, now in _facts(request, bench).items():
-            if key != "device" and before.get(key) != now:
+        before, now = _standing(self.manifest()), _standing(_facts(request, bench))
+        if before["model"].get("settings") is None:  # the first version did not note them
+            now["model"].pop("settings")
+        for key in now:
+            if changed := difference(before[key], now[key]):
                 raise StoreError(
                     f"the run in {self.path} cannot go on: its {key} is no longer what it "
-                    f"began with ({_difference(before.get(key), now)})"
+                    f"began with ({changed})"
                 )
 
     def thread(self) -> str | None:
@@ -421,7 +430,44 @@ class RunDirectory:
         """Whether the run, as far as it is recorded, was begun with this request."""
         if not self.manifest_file.exists():
             return True
-        return bool(_completed(self.manifest())["request"] == request.model_dump(mode="json"))
+        return bool(_standing(self.manifest())["request"] == request.identity())
+
+    def locate(self, request: _Request) -> _Request:
+        """The request with its paths as they are found now, from wherever it is looked at.
+
+        They are looked for as they stand; where the run's directory lies; and where they lie if
+        the project was moved or copied as a whole. What is found there is compared by its content
+        before it is used.
+        """
+        texts = {
+            name: self._find(getattr(request.texts, name))
+            for name in ("calibration", "guard", "test", "knowledge")
+        }
+        found = {
+            "model": self._find(request.model),
+            "texts": request.texts.model_copy(update=texts),
+        }
+        return request.model_copy(update=found)
+
+    def _find(self, source: str | None) -> str | None:
+        if source is None or source == EMBEDDED:
+            return source
+        with suppress(OSError, RuntimeError):  # no path at all
+            return next((str(p) for p in self._places(Path(source)) if p.exists()), source)
+        return source
+
+    def _places(self, source: Path) -> Iterator[Path]:
+        yield source.expanduser()
+        here = self.path.absolute()
+        if not source.is_absolute():
+            yield from (parent / source for parent in here.parents)
+        began = self.manifest().get("place") if self.manifest_file.exists() else None
+        if isinstance(began, dict):
+            absolute = Path(str(began.get("working"))) / source.expanduser()
+            there = Path(str(began.get("directory")))
+            for new, old in zip((here, *here.parents), (there, *there.parents), strict=False):
+                if absolute.is_relative_to(old):
+                    yield new / absolute.relative_to(old)
 
     def manifest(self) -> dict[str, Any]:
         """What the run stands on: hashes, versions, seeds.
@@ -603,6 +649,7 @@ def _facts(request: PruneRequest, bench: Workbench) -> dict[str, Any]:
         "model": {
             "name": request.model,
             "sha256": bench.loaded.fingerprint,
+            "settings": settings_of(bench.loaded.directory),
             "prunable_layers": len(bench.loaded.layers),
             "prunable_weights": bench.loaded.prunable,
             "zero_weights": sum(bench.dense_zeros.values()),
@@ -617,30 +664,38 @@ def _facts(request: PruneRequest, bench: Workbench) -> dict[str, Any]:
     }
 
 
-def _completed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """A manifest whose request has the keys, too, that did not exist when the run began."""
-    request = manifest.get("request")
+def _standing(facts: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same for a run to go on, of a manifest or of `_facts`.
+
+    Contents, not where they lie; a request has the keys, too, that did not exist when the run
+    began.
+    """
+    request = facts.get("request")
     with suppress(ValidationError):
-        request = PruneRequest.model_validate(request).model_dump(mode="json")
-    return manifest | {"request": request}
+        request = PruneRequest.model_validate(request).identity()
+    model, texts = facts.get("model"), facts.get("texts")
+    return {
+        "request": request,
+        "model": {k: v for k, v in model.items() if k != "name"} if isinstance(model, dict) else {},
+        "texts": {
+            role: text.get("sha256") if isinstance(text, dict) else None
+            for role, text in (texts if isinstance(texts, dict) else {}).items()
+        },
+        "seed": facts.get("seed"),
+        "dtype": facts.get("dtype"),
+    }
 
 
-def _surroundings() -> dict[str, Any]:
+def _surroundings(directory: Path) -> dict[str, Any]:
     """When and where a run is begun."""
     return {
+        "place": {"directory": str(directory.absolute()), "working": str(Path.cwd())},
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()}
         | {name: _version(name) for name in _PACKAGES},
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
     }
-
-
-def _difference(before: Any, now: Any) -> str:
-    if not isinstance(before, dict) or not isinstance(now, dict):
-        return f"was {before}, is {now}"
-    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    return ", ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in keys)
 
 
 def _version(package: str) -> str:

@@ -559,7 +559,7 @@ def _write_masked(weight: Tensor, dense: Tensor, bits: Tensor, scratch: Tensor) 
 
 def _stamps(request: PruneRequest, directory: Path) -> set[tuple[str, int, int]]:
     """Path, size and time of change of the files of a model and of the local texts."""
-    paths = [path for kind in ("*.safetensors", "*.json") for path in directory.glob(kind)]
+    paths = [path for kind in ("*.safetensors", "*.json", "*.py") for path in directory.glob(kind)]
     texts = request.texts
     for source in {texts.calibration, texts.guard, texts.test, texts.knowledge}:
         if source is not None and source != EMBEDDED:
