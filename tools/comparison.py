@@ -152,7 +152,7 @@ def cell_key(
                 )
     return _key(
         kind=kind,
-        request=config.identity(),
+        request=config.request.identity(),
         context=_context(config),
         evaluation=_without_paths(evaluation),
         model=digests.model(config.model),
