@@ -131,6 +131,8 @@ def profile(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
         if fresh and request.pattern_sparsity is not None:
             zeros = sum(bench.dense_zeros.values())
             check_model(request, bench.loaded, bench.pattern_gains(), zeros)
+        if _context(runtime).guard.max_knowledge_drop is not None:
+            bench.facts_hash()  # facts that cannot be used are refused before anything is scored
         values = ""
         if fresh:
             steps = math.ceil(request.target / request.step)

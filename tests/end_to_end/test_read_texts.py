@@ -47,6 +47,13 @@ def test_a_token_beyond_the_embedding_is_found_before_anything_is_scored(
     with pytest.raises(InputError, match=r"the test text, holds the token '<odd>' with the id 512"):
         run(config, tmp_path / "run", told.append)
     assert not any("perplexity" in str(event) or "activations" in str(event) for event in told)
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text(json.dumps({"question": "Is it <odd>?", "answers": ["Yes"]}))
+    known = pico_config | {"model": str(model), "guard": {"max_knowledge_drop": 0.1}}
+    known["texts"] = pico_config["texts"] | {"knowledge": str(facts), "facts": 1}
+    with pytest.raises(InputError, match="the question 1 holds the token '<odd>'"):
+        run(known, tmp_path / "known", told.append)
+    assert not any("perplexity" in str(event) or "activations" in str(event) for event in told)
     command = ["evaluate", str(model), "--text", str(text), "--windows", "4", "--length", "48"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 2
