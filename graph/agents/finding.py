@@ -133,7 +133,10 @@ def _problem(error: Exception, text: str) -> str:
         hint = ": JSON has no comments"
     elif place[0] in "]}" and before.endswith(","):
         hint = ": no comma before a closing bracket"
-    return f"not valid JSON: {error.msg} at character {error.pos}, before {_quote(place)}{hint}"
+    elif error.msg.startswith("Invalid control"):
+        hint = ": in a string it is written as an escape, such as \\n"
+    what = f"{error.msg.removesuffix(' at')} at character {error.pos}"
+    return f"not valid JSON: {what}, before {_quote(place)}{hint}"
 
 
 def _quote(text: str, *, last: bool = False) -> str:

@@ -176,6 +176,7 @@ def test_what_nobody_sees_around_an_object_is_not_worth_a_note(blank: str) -> No
         ('{"reasoning": "a", // why\n"layers": []}', "JSON has no comments"),
         ('{"reasoning": "a", "layers": [],}', "no comma before a closing bracket"),
         (raw_delta("NaN"), "NaN is no number in JSON"),
+        (answer().replace('"r"', '"a\nb"'), "written as an escape, such as \\n"),
         (answer().replace("{", '{"layers": [], ', 1), "the key 'layers' stands twice"),
         (answer() + answer(layers=[]), "2 different JSON objects, at characters 0, "),
         ("[" * 30_000 + '{"a":' * 30_000, "nested too deeply"),
