@@ -257,3 +257,52 @@ def test_an_observation_without_a_pattern_fixes_nothing(
     assert observation.smallest == 0
     assert isinstance(observation.profile, ModelProfile)
     assert observation.budget == observation.max_step
+
+
+def test_a_layer_with_zeros_of_its_own_gives_what_the_pattern_takes_beyond_them(
+    make_layer: MakeLayer, make_observation: MakeObservation
+) -> None:
+    own = {"pattern_cost": 0.01, "pattern_own": 0.2, "dense_sparsity": 0.2}
+    layers = [
+        make_layer(0, sparsity=0.2, **own),
+        make_layer(1, sparsity=0.5, patterned=True, **own),
+        make_layer(2, sparsity=0.5, pattern_cost=0.0, pattern_own=0.5, dense_sparsity=0.5),
+        make_layer(3, sparsity=0.0, pattern_cost=0.02),
+    ]
+    observation = make_observation(layers, target=0.5, sparsity=0.3, pattern="2:4", max_step=0.5)
+    names = [p.name for p in layers]
+    fixed = observation.fixed_deltas()
+    assert fixed is not None
+    assert list(fixed.values()) == pytest.approx([0.3, -0.3, 0.0, 0.5])
+    for delta in (0.5, 0.3):  # the pattern's, or what it comes to
+        asked = {names[0]: delta, names[1]: -delta, names[3]: 0.5}
+        answer = Decision(
+            reasoning="", layers=[LayerDelta(name=n, delta=d) for n, d in asked.items()]
+        )
+        decision, problems = check(answer, observation)
+        assert problems == []
+        assert [item.delta for item in decision.layers] == pytest.approx([0.3, -0.3, 0.5])
+    wrong = Decision(reasoning="", layers=[LayerDelta(name=names[2], delta=0.5)])
+    assert "it has the pattern in the dense model" in check(wrong, observation)[1][0]
+    words = str(prompt(observation)[1].content)
+    assert (
+        "cannot be given back, and the pattern adds as much less: mlp.down_proj 0-1 200, 2 500"
+        in (words)
+    )
+
+
+def test_zeros_of_the_dense_model_cannot_be_given_back(
+    make_layer: MakeLayer, make_observation: MakeObservation
+) -> None:
+    layers = [make_layer(i, sparsity=0.4, dense_sparsity=0.3) for i in range(4)]
+    observation = make_observation(layers, sparsity=0.4, target=0.6)
+    for delta, problems in ((-0.1, []), (-0.12, ["gives back more than 0.100"])):
+        answer = Decision(
+            reasoning="", layers=[LayerDelta(name=layers[0].name, delta=delta)], rebalance=True
+        )
+        found = check(answer, observation)[1]
+        assert len(found) == len(problems)
+        assert all(word in text for word, text in zip(problems, found, strict=True))
+    greedy = make_agent(PruneContext(agent="greedy"))[1].decide(observation)
+    assert all(item.delta >= -0.1 - 1e-9 for item in greedy.layers)
+    assert "cannot be given back: mlp.down_proj 0-3 300" in str(prompt(observation)[1].content)
