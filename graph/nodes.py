@@ -134,7 +134,7 @@ def profile(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
         if _context(runtime).guard.max_knowledge_drop is not None:
             bench.facts_hash()  # facts that cannot be used are refused before anything is scored
         values = ""
-        if fresh:
+        if fresh or run.forked_after() == step:
             steps = math.ceil(request.target / request.step)
             values = try_saving(run, bench, min(steps, _context(runtime).max_steps))
         run.begin(_thread(runtime), request, _context(runtime), bench, values)

@@ -426,6 +426,14 @@ class RunDirectory:
             raise StoreError(f"{self.manifest_file} is damaged: it names no thread")
         return thread
 
+    def forked_after(self) -> int | None:
+        """How many steps of another run this one took over; None if it is no fork."""
+        if not self.manifest_file.exists():
+            return None
+        parent = self.manifest().get("parent")
+        step = parent.get("step") if isinstance(parent, dict) else None
+        return step if isinstance(step, int) else None
+
     def begun_with(self, request: PruneRequest) -> bool:
         """Whether the run, as far as it is recorded, was begun with this request."""
         if not self.manifest_file.exists():

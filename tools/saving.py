@@ -73,15 +73,17 @@ def try_saving(run: RunDirectory, bench: Workbench, revisions: int) -> str:
             _check_reload(bench.loaded, scratch, trust_remote_code=bench.request.trust_remote_code)
         except PrunewrightError:
             raise
-        except OSError as error:
-            raise StoreError(
-                f"the pruned model could not be saved in {run.path}: {_reason(error)}. Nothing was "
-                "computed yet: mend that, or give another --out"
-            ) from error
         except Exception as error:  # whatever a family's own code raises
+            # The copies are gone by the time that this is read.
+            words = _reason(error).replace(str(scratch), str(bench.loaded.directory))
+            if isinstance(error, OSError) and error.errno is not None:
+                raise StoreError(
+                    f"the pruned model could not be saved in {run.path}: {words}. Nothing was "
+                    "computed yet: mend that, or give another --out"
+                ) from error
             raise InputError(
-                f"the model {bench.request.model} could not be saved once it is pruned: "
-                f"{_reason(error)}. Nothing was computed yet"
+                f"the model {bench.request.model} could not be saved and loaded again: {words}. "
+                "Nothing was computed yet"
             ) from error
     return words
 

@@ -13,9 +13,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prunewright.graph import baseline, resume, run
+from prunewright.graph import baseline, fork, resume, run
 from prunewright.graph.compare import compare
-from prunewright.state import StoreError
+from prunewright.state import InputError, StoreError
 from prunewright.tools.shards import merge
 
 
@@ -209,6 +209,28 @@ def test_too_little_room_is_refused_before_anything_is_scored(
     monkeypatch.setattr("prunewright.tools.workbench.window_losses", pytest.fail)
     with pytest.raises(StoreError, match=r"too little room.* 4,39\d(,\d{3}){3} of them"):
         act(settings, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fork_tries_to_save_in_its_own_directory(
+    store: Callable[..., Path], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    source = store()
+    run(settings, out=tmp_path / "run")
+    too_large(source)
+    with pytest.raises(StoreError, match="fork has too little room"):
+        fork(tmp_path / "run", 1, out=tmp_path / "fork")
+    (source / "samples.dat").unlink()
+    assert resume(tmp_path / "fork").metrics.status == "target_reached"
+
+
+def test_a_file_that_cannot_be_read_again_is_named(
+    store: Callable[..., Path], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    source = store()
+    (source / "generation_config.json").write_text("none")
+    with pytest.raises(InputError, match=f"'{source}/generation_config.json' is not a valid JSON"):
+        run(settings, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
