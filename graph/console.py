@@ -299,7 +299,7 @@ def print_metrics(screen: Screen, metrics: Metrics, directory: str, model: str |
             ("time", _time_words(metrics.seconds)),
             ("memory", f"{size(metrics.peak_memory_bytes)} at most"),
             ("masks", metrics.revision),
-            ("model", model or "none: no step was accepted"),
+            ("model", model or "none: it would be the dense one"),
             ("run", directory),
         ]
     )

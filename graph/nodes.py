@@ -378,7 +378,13 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     if update["status"] != "running":
         outcome = Outcome(
             status=update["status"],
-            reason=describe_ending(update["status"], records, context, request.target).reason,
+            reason=describe_ending(
+                update["status"],
+                records,
+                context,
+                request.target,
+                saved=record.revision != DENSE,
+            ).reason,
             method={"agent": record.agent, "criterion": request.criterion},
             revision=record.revision,
             steps=len(records),

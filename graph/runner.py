@@ -79,7 +79,7 @@ class RunResult:
 
     @property
     def model_directory(self) -> Path | None:
-        """The pruned model, a plain Hugging Face directory; None where no step was accepted."""
+        """The pruned model, a plain Hugging Face directory; None if it would be the dense one."""
         return RunDirectory(self.directory).model if self.metrics.saved else None
 
 

@@ -30,7 +30,7 @@ class Metrics(BaseModel):
     Attributes:
         status: why it ended; ``target_reached``, ``max_steps``, ``stalled`` or ``baseline``.
         reason: how it ended and what to do about it, in words; "" of a baseline.
-        saved: whether a model was saved; false where no step was accepted.
+        saved: whether a model was saved; false where it would be the dense one.
         method: agent or ``baseline`` with its allocation, and the criterion.
         revision: hash of the final masks.
         sparsity: fraction of exact zeros over all prunable weights.

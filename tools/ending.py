@@ -27,7 +27,6 @@ _ADVICE: dict[Kind, str] = {
     "weightless": "ask another agent",
     "idle": "ask another agent, or accept this sparsity",
 }
-NO_MODEL = "no step was accepted, so no model is saved: it would be the dense one"
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,12 @@ class Ending:
 
 
 def describe_ending(
-    status: Status, records: Sequence[StepRecord], context: PruneContext, target: float
+    status: Status,
+    records: Sequence[StepRecord],
+    context: PruneContext,
+    target: float,
+    *,
+    saved: bool,
 ) -> Ending:
     """How a run ended.
 
@@ -53,6 +57,7 @@ def describe_ending(
         records: its steps.
         context: who decided, and how.
         target: sparsity that was to be reached.
+        saved: whether there is a pruned model.
     """
     words = STATUS_WORDS[status]
     if status == "target_reached":
@@ -87,8 +92,10 @@ def describe_ending(
         words += f"; of {'its' if status == 'max_steps' else 'the last'} "
         words += f"{len(records) if status == 'max_steps' else len(lost)} steps {', '.join(parts)}"
     words += f": {'; '.join(advice)}"
-    if not any(r.verdict == "accepted" for r in records):
-        words += f". As {NO_MODEL}"
+    if not saved:
+        accepted = any(r.verdict == "accepted" for r in records)
+        why = "As all was given back" if accepted else "As no step was accepted"
+        words += f". {why}, no model is saved: it would be the dense one"
     return Ending(words, tuple(f"{key}={value}" for key, value in settings.items()))
 
 

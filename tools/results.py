@@ -52,8 +52,8 @@ def finish(
 ) -> Metrics:
     """Measure the test text, save and verify the model, write card, metrics and report.
 
-    No model is saved where no step was accepted: it would be the dense one. May run again after a
-    crash: the model directory appears whole or not at all.
+    No model is saved that would be the dense one. May run again after a crash: the model
+    directory appears whole or not at all.
 
     Raises:
         PrunewrightError: the saved model does not reload to the same sparsity and losses.

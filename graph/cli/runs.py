@@ -380,7 +380,8 @@ def _report(session: Session, screen: Screen, result: "RunResult") -> NoReturn:
         head = ("Ended before the target: ", "yellow")
         words = f"{reason}. Sparsity {metrics.sparsity:.4f}."
         config = RunDirectory(result.directory).config()
-        found = describe_ending(cast(Status, metrics.status), records, config, config.target)
+        status = cast(Status, metrics.status)
+        found = describe_ending(status, records, config, config.target, saved=metrics.saved)
         settings = " ".join(f"--set {setting}" for setting in found.settings)
         if settings:
             run = shlex.quote(str(result.directory))

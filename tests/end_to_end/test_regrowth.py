@@ -108,7 +108,9 @@ def test_a_model_that_gives_back_everything_is_the_dense_one(
     assert metrics.revision == DENSE
     assert metrics.sparsity == 0
     assert metrics.perplexity.guard.final == metrics.perplexity.guard.dense
-    check_saved(config, tmp_path / "run", {})
+    assert not metrics.saved
+    assert "As all was given back, no model is saved" in metrics.reason
+    assert not (tmp_path / "run" / "model").exists()
 
 
 Submit = Callable[[dict[str, Any]], dict[str, Any]]
