@@ -322,6 +322,9 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     asked = min(request.step, max(0.0, request.target - state["sparsity"]))
     record = _record(state, run.read_applied(state["applied"]), asked)
     record, at_end = _whole_layers(_with_own_zeros(record, run), run, request)
+    if record.step == 0:  # what holds of the whole run is told once
+        notes = [*run.read_profile(record.profile).notes, *record.notes]
+        record = record.model_copy(update={"notes": notes})
     if state["history"]:
         record = record.model_copy(update={"previous": state["history"][-1]["record"]})
     summary: StepSummary = {

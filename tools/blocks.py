@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from prunewright.state import InputError
-from prunewright.tools.layers import Layer, find_blocks
+from prunewright.tools.layers import Layer, named_blocks
 from prunewright.tools.models import LoadedModel
 from prunewright.tools.observe import OnProduct, ProductObserver
 from prunewright.tools.perplexity import Progress, hidden_states
@@ -91,7 +91,7 @@ class BlockRunner:
             InputError: the model does more between its blocks than handing hidden states on.
         """
         self._loaded = loaded
-        self.blocks = list(find_blocks(loaded.model)[1])
+        self.blocks = [block for _, block in named_blocks(loaded.model)]
         self.first: list[Tensor] = []
         self._calls: list[list[_Call]] = []
         for index, window in enumerate(windows):

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from prunewright.tools.perplexity import Head, Progress, hidden_states
+from prunewright.tools.perplexity import Head, Progress, hidden_states, tolerance
 from prunewright.tools.questions import FactQuestion, shown_form
 from prunewright.tools.tokens import check_ids, start_tokens
 
+CHECKED = 64
+"""Tokens that a cached pass is compared on with a whole one."""
 AT_ONCE = 16
 """Facts that are scored in one batch."""
 
@@ -20,15 +22,17 @@ class Continuations:
     The keys and values of the last sequence are kept, so the examples in front of each question,
     and a question in front of each of its choices, run through the model once. Logits are made
     for the answer's tokens alone. Models whose state cannot be cut back to a shared beginning
-    (recurrent ones) compute each sequence whole.
+    (recurrent ones), or whose logits differ with such a cache from those without, compute each
+    sequence whole.
     """
 
     def __init__(self, model: PreTrainedModel, head: Head) -> None:
         self._model = model
         self._head = head
-        self._reuses = not getattr(model, "_is_stateful", False)
+        self._reuses = False
         self._cache = DynamicCache()
         self._cached: list[int] = []
+        self._reuses = not getattr(model, "_is_stateful", False) and self._cache_agrees()
 
     def log_probabilities(self, context: Sequence[int], continuation: Sequence[int]) -> Tensor:
         """Log-probabilities [continuation] of tokens after a context, in nats, and in float32.
@@ -59,6 +63,24 @@ class Continuations:
             found.append(int(self._logits([*context, *found], 1).argmax()))
         return found
 
+    def _cache_agrees(self) -> bool:
+        """Whether logits with a cache that was cut back are those of a whole pass."""
+        config = self._model.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)
+        count = min(CHECKED, limit) if isinstance(limit, int) else CHECKED
+        ids = [(7 * i + 1) % min(512, config.vocab_size) for i in range(count)]
+        last = count // 4
+        whole = self._logits(ids, last)
+        self._reuses = True
+        try:
+            self._logits([*ids[: -2 * last], *ids[:last]], 1)
+            parts = self._logits(ids, last)
+        except Exception:  # a family that needs a cache of its own fails its own way
+            return False
+        finally:
+            self._cache, self._cached = DynamicCache(), []
+        return bool((whole - parts).abs().max() <= tolerance(self._model, whole))
+
     @torch.no_grad()
     def _logits(self, ids: list[int], last: int) -> Tensor:
         """Logits [last, vocabulary] after the last tokens of a sequence, float32."""
@@ -79,7 +101,7 @@ class Continuations:
         else:
             whole = self._model(input_ids=new, **{"use_cache": False, **options}).logits
             logits = whole[0, -last:].float()
-        self._cached = ids
+        self._cached = ids if self._reuses else []
         return logits
 
 

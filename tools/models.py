@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from prunewright.state import InputError, StoreError
+<<<<<<< HEAD
 from prunewright.tools.cache import CopyInUse, cache_directory, copy_file
 from prunewright.tools.checkpoint import (
     Stored,
@@ -42,6 +43,11 @@ from prunewright.tools.checkpoint import (
 from prunewright.tools.layers import Layer, find_layers
 from prunewright.tools.masks import INTEGERS
 from prunewright.tools.standing import settings_of, weights_digest
+=======
+from prunewright.tools.layers import Layer
+from prunewright.tools.masks import INTEGERS
+from prunewright.tools.reach import PassError, used_layers
+>>>>>>> cb8a8cb (Layers are what a pass uses: batched and stacked products, routers by path, shared ones once)
 from prunewright.tools.storage import canonical_json, sha256_bytes, sha256_file
 
 EMBEDDED = "embedded"
@@ -65,8 +71,13 @@ class LoadedModel:
     directory: Path
     device: torch.device
     dtype: torch.dtype
+<<<<<<< HEAD
     extra_tensors: dict[str, Path] = field(default_factory=dict)
     """The file of each stored tensor that the live model has no place for, by its stored name."""
+=======
+    notes: list[str] = field(default_factory=list)
+    """What must be told of any run with it, such as weights that are left dense."""
+>>>>>>> cb8a8cb (Layers are what a pass uses: batched and stacked products, routers by path, shared ones once)
     _files: dict[str, Path] = field(default_factory=dict)
     _copy: CopyInUse | None = None
 
@@ -162,7 +173,8 @@ def load_model(
     Args:
         name: ``embedded``, a local directory, or a hub name.
         dtype: ``auto`` takes half precision where the device computes in it fast: the stored
-            dtype if it is a half precision, else bfloat16.
+            dtype if it is a half precision, else bfloat16; but float32 if the model's code cannot
+            be run in that.
         device: ``auto`` takes CUDA, then MPS, then the CPU.
         trust_remote_code: run Python code that the model brings.
         keep_dense: make sure that `LoadedModel.dense` can read every layer back; a model whose
@@ -189,15 +201,38 @@ def load_model(
     if hasattr(model, "set_experts_implementation"):
         # Only the eager form multiplies expert by expert, where each product can be observed.
         model.set_experts_implementation("eager")
+    try:
+        layers, left_dense = used_layers(model)
+    except PassError as error:
+        if chosen == torch.float32:
+            raise InputError(f"the model {name} cannot be run: {error}") from error
+        if dtype != "auto":
+            raise InputError(
+                f"the model {name} cannot be run in {chosen}: {error}. Try dtype=float32"
+            ) from error
+        del found, model
+        loaded = load_model(
+            name,
+            dtype="float32",
+            device=device,
+            trust_remote_code=trust_remote_code,
+            keep_dense=keep_dense,
+        )
+        loaded.notes.append(f"computed in float32, as it cannot be run in {chosen}: {error}")
+        return loaded
     loaded = LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        layers=find_layers(model),
+        layers=layers,
         name=name,
         directory=directory,
         device=place,
         dtype=chosen,
+<<<<<<< HEAD
         extra_tensors=extras,
+=======
+        notes=[f"left dense: {left_dense}"] if left_dense else [],
+>>>>>>> cb8a8cb (Layers are what a pass uses: batched and stacked products, routers by path, shared ones once)
     )
     _check_values(loaded)
     _check_causal(loaded)

@@ -17,7 +17,7 @@ from torch import Tensor
 from prunewright.state import PruneRequest
 from prunewright.tools import reconstruction
 from prunewright.tools.criteria import CRITERIA
-from prunewright.tools.layers import Layer, find_blocks, find_layers
+from prunewright.tools.layers import Layer, find_layers, left_dense, named_blocks
 from prunewright.tools.masks import unstructured_mask
 from prunewright.tools.models import model_skeleton, resolve_device, resolve_dtype
 from prunewright.tools.perplexity import TOKENS_AT_ONCE
@@ -52,6 +52,8 @@ class Plan(BaseModel):
         layers: prunable layers.
         parameters: all parameters.
         prunable: weights of the prunable layers.
+        left_dense: what of the blocks' weights is in none by its structure; a pass of the model,
+            which a run begins with, may leave more.
         stored: bytes of the weight files by dtype; empty while they are not on this machine.
         weights: bytes of the weights in memory.
         disk: ``model`` (saved at the end), ``masks`` (each layer once, with its kept weights where
@@ -86,6 +88,7 @@ class Plan(BaseModel):
     layers: int
     parameters: int
     prunable: int
+    left_dense: str
     stored: dict[str, int]
     weights: int
     disk: dict[str, int]
@@ -170,6 +173,7 @@ def make_plan(request: PruneRequest, out: Path = Path()) -> Plan:
         layers=len(layers),
         parameters=shape.parameters,
         prunable=shape.prunable,
+        left_dense=left_dense(model, layers, {})[0],
         stored=_stored(directory),
         weights=shape.parameters * dtype.itemsize,
         disk=disk,
@@ -239,7 +243,7 @@ def _shape(model: torch.nn.Module, layers: dict[str, Layer]) -> _Shape:
     routed = sum(ly.numel for ly in layers.values() if "experts" in ly.projection.split("."))
     prunable = sum(layer.numel for layer in layers.values())
     return _Shape(
-        blocks=len(find_blocks(model)[1]),
+        blocks=len(named_blocks(model)),
         width=config.hidden_size,
         inner=max(max(_outputs_inputs(layer)) for layer in layers.values()),
         vocabulary=config.vocab_size,
@@ -355,8 +359,7 @@ def _matrix(layers: dict[str, Layer]) -> tuple[int, int]:
 
 
 def _outputs_inputs(layer: Layer) -> tuple[int, int]:
-    first, second = layer.shape[-2:]
-    return (second, first) if layer.transposed else (first, second)
+    return layer.outputs, layer.inputs
 
 
 def _available(device: torch.device) -> int:

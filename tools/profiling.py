@@ -19,12 +19,19 @@ from prunewright.state import InputError
 from prunewright.state.config import CriterionName
 from prunewright.state.profile import COST_DELTAS, LayerProfile, ModelProfile
 from prunewright.tools.criteria import CRITERIA, LayerStatistics, fisher, split_experts
+<<<<<<< HEAD
 from prunewright.tools.layers import Layer, find_blocks
 from prunewright.tools.masks import count_zeros, kth_lowest, nm_mask
+=======
+from prunewright.tools.layers import Layer, named_blocks
+from prunewright.tools.masks import kth_lowest, nm_mask
+>>>>>>> cb8a8cb (Layers are what a pass uses: batched and stacked products, routers by path, shared ones once)
 from prunewright.tools.models import LoadedModel
 from prunewright.tools.observe import ProductObserver
 from prunewright.tools.perplexity import TOKENS_AT_ONCE, Head, Progress, hidden_states
 
+NAMED = 6
+"""Layers that a note names."""
 SAMPLE = 2**16
 """Weights of a layer that percentiles and loss costs are estimated on; all, if it has fewer."""
 CROWDING = 2.0
@@ -68,11 +75,13 @@ class Gradients:
         gradient_square: E[d_i^2] by layer, float32 [outputs] or [experts, outputs].
         weight_gradient_square: mean over samples of (dL_i/dW)^2 by layer, float32, in the form
             [..., outputs, inputs]; empty unless it was asked for.
+        notes: what a reader must know, such as layers that no gradient reached.
     """
 
     mean_absolute: dict[str, float]
     gradient_square: dict[str, Tensor]
     weight_gradient_square: dict[str, Tensor]
+    notes: list[str]
 
 
 def statistics_of(
@@ -109,7 +118,9 @@ def measure_activations(
         norms = torch.linalg.vector_norm(tokens, dim=0, dtype=torch.float32)
         index = expert or 0
         squares[layer.name][index] += norms.to(squares[layer.name].dtype).square()
-        counts[layer.name][index] += len(tokens)
+        # A batched product gives an expert zeros in place of the tokens that are not its own.
+        seen = len(tokens) if expert is None else int(tokens.ne(0).any(dim=1).sum())
+        counts[layer.name][index] += seen
 
     with ProductObserver(_weights(loaded), on_product):
         for index, window in enumerate(windows):
@@ -117,19 +128,15 @@ def measure_activations(
             if progress is not None:
                 progress("activations", index + 1, len(windows))
     means = {n: squares[n] / counts[n].clamp(min=1).unsqueeze(1) for n in loaded.layers}
-    orphans = _fill_unseen(loaded, means, counts)
-    if orphans:
+    seen = {name: count > 0 for name, count in counts.items()}
+    if orphans := _fill_unseen(loaded, means, seen):
         raise InputError(
             f"{orphans[0]} took part in no product that could be observed while the model ran: "
             "this model has a kind of layer that is not supported"
         )
     return Activations(
         {name: _finished(means[name], layer, "inputs") for name, layer in loaded.layers.items()},
-        [
-            f"{name}: {int((count == 0).sum())} of {len(count)} saw no calibration token"
-            for name, count in counts.items()
-            if bool((count == 0).any())
-        ],
+        _notes("{} saw no calibration token and count as the mean of their like", seen),
     )
 
 
@@ -159,7 +166,7 @@ def measure_gradients(
         InputError: a gradient is not finite.
     """
     model = loaded.model
-    squares, counts = _accumulators(loaded, inputs=False)
+    squares, _ = _accumulators(loaded, inputs=False)
     sums = dict.fromkeys(loaded.layers, 0.0)
     kept = {n: torch.zeros(ly.shape) for n, ly in loaded.layers.items()} if by_weight else {}
     tokens = windows.shape[1] - 1
@@ -169,7 +176,6 @@ def measure_gradients(
             rows = gradient.reshape(-1, gradient.shape[-1])
             norms = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32)
             squares[layer.name][expert or 0] += norms.to(squares[layer.name].dtype).square()
-            counts[layer.name][expert or 0] += len(rows)
 
         if outputs.requires_grad:
             outputs.register_hook(on_gradient)
@@ -205,11 +211,20 @@ def measure_gradients(
     for name, value in sums.items():
         if not math.isfinite(value):
             means[name].fill_(value)  # refused below
-    _fill_unseen(loaded, means, counts)
+    reached = {name: (mean != 0).any(dim=1) for name, mean in means.items()}
+    absolute = {name: torch.tensor([[value / len(windows)]]) for name, value in sums.items()}
+    known = {name: (mean != 0).flatten() for name, mean in absolute.items()}
+    # Exactly zero is not free but unknown: a weight that only chooses, say, has no gradient.
+    for values, there in ((means, reached), (absolute, known)):
+        _fill_from_afar(loaded, values, there, _fill_unseen(loaded, values, there))
     return Gradients(
-        {name: value / len(windows) for name, value in sums.items()},
+        {name: float(value) for name, value in absolute.items()},
         {name: _finished(means[name], ly, "gradients") for name, ly in loaded.layers.items()},
         {name: loaded.layers[name].matrix(values) for name, values in kept.items()},
+        _notes(
+            "{} got no gradient and count as the mean of their like",
+            {name: there & known[name] for name, there in reached.items()},
+        ),
     )
 
 
@@ -232,7 +247,7 @@ def _backward(model: PreTrainedModel, head: Head, ids: Tensor) -> None:
 def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
     """Recompute each block's activations in the backward pass, in evaluation mode too."""
     with ExitStack() as stack:
-        for block in find_blocks(model)[1]:
+        for _, block in named_blocks(model):
             stack.enter_context(_recomputed(block))
         yield
 
@@ -345,7 +360,7 @@ def build_profile(
             )
             for i, (layer, s, g, cost, gain, sparsity) in enumerate(rows)
         ],
-        notes=activations.notes,
+        notes=[*loaded.notes, *activations.notes, *gradients.notes],
     )
 
 
@@ -585,30 +600,63 @@ def _accumulators(
 
 
 def _fill_unseen(
-    loaded: LoadedModel, means: dict[str, Tensor], counts: dict[str, Tensor]
+    loaded: LoadedModel, means: dict[str, Tensor], seen: dict[str, Tensor]
 ) -> list[str]:
-    """Give what no token reached the mean of what stands beside it; name what has nothing beside.
+    """Give what was not seen the mean of what stands beside it; name what has nothing beside.
 
     Beside an expert of a fused tensor stand the others; beside an expert that is a module of its
-    own, the layers of its block with the same last name and shape.
+    own, those of its block.
+
+    Args:
+        loaded: the model.
+        means: values [experts or 1, n] by layer, written in place.
+        seen: [experts or 1] by layer.
     """
     orphans = []
     for name, layer in loaded.layers.items():
-        seen = counts[name] > 0
-        if bool(seen.all()):
+        if bool(seen[name].all()):
             continue
-        beside = [means[name][seen]] + [
-            means[n][counts[n] > 0]
+        beside = [
+            means[n][seen[n]]
             for n, other in loaded.layers.items()
-            if (other.block, other.shape) == (layer.block, layer.shape)
-            and n.rpartition(".")[2] == name.rpartition(".")[2]
-            and n != name
+            if (other.block, other.form, other.kind) == (layer.block, layer.form, layer.kind)
         ]
         if sum(map(len, beside)) == 0:
             orphans.append(name)
         else:
-            means[name][~seen] = torch.cat(beside).mean(dim=0)
+            means[name][~seen[name]] = torch.cat(beside).mean(dim=0)
     return orphans
+
+
+def _fill_from_afar(
+    loaded: LoadedModel, means: dict[str, Tensor], seen: dict[str, Tensor], names: list[str]
+) -> None:
+    """Give layers that have nothing beside them the mean of the other blocks', or of all layers."""
+    if not names:
+        return
+    anywhere = [means[n][seen[n]].mean().item() for n in loaded.layers if bool(seen[n].any())]
+    for name in names:
+        layer = loaded.layers[name]
+        like = [
+            means[n][seen[n]]
+            for n, other in loaded.layers.items()
+            if (other.form, other.kind) == (layer.form, layer.kind)
+        ]
+        if sum(map(len, like)):
+            means[name][:] = torch.cat(like).mean(dim=0)
+        elif anywhere:
+            means[name].fill_(sum(anywhere) / len(anywhere))
+
+
+def _notes(words: str, seen: dict[str, Tensor]) -> list[str]:
+    """One sentence on what was not seen; none where all was."""
+    parts = [
+        name if len(there) == 1 else f"{int((~there).sum())} of {len(there)} in {name}"
+        for name, there in seen.items()
+        if not bool(there.all())
+    ]
+    more = f" and {len(parts) - NAMED} more" if len(parts) > NAMED else ""
+    return [words.format(", ".join(parts[:NAMED]) + more)] if parts else []
 
 
 def _finished(values: Tensor, layer: Layer, what: str) -> Tensor:
@@ -623,7 +671,7 @@ def _finished(values: Tensor, layer: Layer, what: str) -> Tensor:
             f"the {what} of {layer.name} are not finite: the model is broken, or its dtype is too "
             "narrow for it (try bfloat16 or float32)"
         )
-    return values if len(layer.shape) == 3 else values[0]
+    return values if len(layer.form) == 3 else values[0]
 
 
 def _wide(device: torch.device) -> torch.dtype:

@@ -128,6 +128,131 @@ def _write_report(run: RunDirectory) -> None:
         )
 
 
+<<<<<<< HEAD
+=======
+def save_model(run: RunDirectory, bench: Workbench, outcome: Outcome, metrics: Metrics) -> None:
+    """Save the live model as a plain Hugging Face directory, reload it and compare.
+
+    Raises:
+        PrunewrightError: sparsity or losses differ after reloading.
+        StoreError: cannot write.
+    """
+    scratch = run.path / ".saving"
+    # What a process left that was killed while saving.
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        try:
+            scratch.mkdir(parents=True)
+            bench.loaded.model.save_pretrained(scratch)
+            bench.loaded.tokenizer.save_pretrained(scratch)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise StoreError(
+                f"cannot save the model into {run.path}: {error}. The run is kept: free some "
+                f"space, then: prunewright resume {run.path}"
+            ) from error
+        card = scratch / "README.md"
+        write_atomic(card, model_card(bench.request, metrics).encode())
+        for file in scratch.glob("*.safetensors"):
+            file.chmod(card.stat().st_mode)  # safetensors writes for the owner alone
+        _verify(scratch, bench, outcome)
+        if run.model.exists():
+            shutil.rmtree(run.model)
+        scratch.rename(run.model)
+        _log.info("the model is saved, reloaded and checked: %s", run.model)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _verify(directory: Path, bench: Workbench, outcome: Outcome) -> None:
+    saved = load_model(
+        str(directory),
+        dtype=str(bench.loaded.dtype).removeprefix("torch."),
+        device=str(bench.loaded.device),
+        trust_remote_code=bench.request.trust_remote_code,
+        keep_dense=False,
+    )
+    layers = bench.loaded.layers
+    zeros = {name: count_zeros(saved.weight(layer)) for name, layer in layers.items()}
+    if zeros != bench.zeros():
+        raise PrunewrightError(f"the model saved in {directory} reloads with other zeros")
+    count = min(VERIFY_WINDOWS, len(bench.windows.guard))
+    again = window_losses(saved.model, Head(saved.model), bench.windows.guard[:count])
+    expected = outcome.guard_losses[:count]
+    if any(not math.isclose(a, b, rel_tol=1e-3) for a, b in zip(again, expected, strict=True)):
+        raise PrunewrightError(
+            f"the model saved in {directory} reloads with other losses: {again}, not {expected}"
+        )
+
+
+def model_card(request: PruneRequest, metrics: Metrics) -> str:
+    """The README.md of a saved model: base model, method, numbers, and what zeros do not give."""
+    base = "SmolLM2-135M-Instruct" if request.model == EMBEDDED else request.model
+    front = yaml.safe_dump(
+        {
+            "library_name": "transformers",
+            "base_model": base,
+            "tags": ["pruning", "sparse", "prunewright", request.criterion],
+        },
+        sort_keys=False,
+    )
+    ppl = metrics.perplexity
+    recipe = yaml.safe_dump(request.model_dump(mode="json"), sort_keys=False)
+    return f"""---
+{front}---
+# {base.rpartition("/")[2]}, pruned to {metrics.sparsity:.1%}
+
+Pruned with Prunewright after training, without retraining: {metrics.sparsity:.2%} of the weights
+in the decoder blocks' linear layers are exactly zero. Embeddings, norms and the head are dense.
+
+| | dense | pruned |
+|---|---|---|
+| perplexity, guard text | {ppl.guard.dense:.3f} | {ppl.guard.final:.3f} |
+| perplexity, test text ({request.texts.test}) | {ppl.test.dense:.3f} | {ppl.test.final:.3f} |
+
+Method: {_method_words(metrics.method)}, criterion {request.criterion_words};
+{metrics.steps} steps, {metrics.rollbacks} rolled back; ended because: {metrics.status}.
+Masks: `{metrics.revision}`.
+
+Zeros alone make a model neither smaller on disk nor faster: that takes a storage format or a
+runtime that uses them.{_pattern_words(request.pattern, whole=metrics.status != BASELINE)}
+
+## Recipe
+
+```yaml
+{recipe}```
+"""
+
+
+def _pattern_words(pattern: str, *, whole: bool) -> str:
+    """What is known of runtimes for an N:M pattern; the sources stand in the project's README.
+
+    Args:
+        pattern: of the request.
+        whole: whether a run chose the layers that take it, so that others are dense.
+    """
+    if pattern == "unstructured":
+        return ""
+    chosen = f" Each layer is dense or {pattern} as a whole." if whole else ""
+    if pattern != "2:4":
+        return f"{chosen} NVIDIA's sparse tensor cores take 2:4, not {pattern}: it is for research."
+    return f"""{chosen}
+
+2:4 is the pattern of NVIDIA's sparse tensor cores (Ampere and later; cuSPARSELt, CUTLASS). This
+directory is stored dense: it runs no faster until each 2:4 layer is converted, in PyTorch by
+`torch.sparse.to_sparse_semi_structured`. vLLM and llm-compressor no longer support 2:4."""
+
+
+def _method_words(method: dict[str, str]) -> str:
+    """Who or what shared the target out over the layers."""
+    words = method["agent"]
+    if "allocation" in method:
+        words += f", allocation {method['allocation']}"
+    if method.get("allocation_options", "{}") != "{}":
+        words += f" {method['allocation_options']}"
+    return words
+
+
+>>>>>>> cb8a8cb (Layers are what a pass uses: batched and stacked products, routers by path, shared ones once)
 def peak_memory() -> int:
     """Largest resident size of this process so far, in bytes."""
     # Linux counts the process that started this one in ru_maxrss; VmHWM begins anew with exec.

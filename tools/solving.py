@@ -216,7 +216,7 @@ def _solve(
         masks.append(mask)
         weights.append(found)
     mask, found = (torch.stack(masks), torch.stack(weights)) if fused else (masks[0], weights[0])
-    return Solved(layer.matrix(mask), layer.matrix(found.to(dense.dtype))), notes
+    return Solved(layer.stored(mask), layer.stored(found.to(dense.dtype))), notes
 
 
 def _sweep(

@@ -74,6 +74,7 @@ def _print_plan(screen: Screen, config: PruneConfig, plan: "Plan", agent: str) -
                 f"{plan.layers} in {plan.blocks} blocks, {plan.prunable:,} prunable of "
                 f"{plan.parameters:,} parameters",
             ),
+            *([("left dense", plan.left_dense)] if plan.left_dense else []),
             ("stored", stored or "weights not on this machine yet"),
             ("loaded", f"{console.size(plan.weights)} in {plan.dtype} on {plan.device}"),
             *console.request_rows(config),

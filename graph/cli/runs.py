@@ -322,7 +322,8 @@ def _live(
                     "loaded",
                     f"{facts['dtype']} on {facts['device']}, {model['prunable_layers']} layers, "
                     f"{model['prunable_weights']:,} prunable weights{before}",
-                )
+                ),
+                *(("note", words) for words in facts.get("notes", [])),
             ]
         )
         if facts.get("values"):

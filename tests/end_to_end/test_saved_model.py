@@ -12,6 +12,7 @@ import torch
 import transformers
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaPreTrainedModel
 
 from prunewright.graph import resume, run
 from prunewright.state import PrunewrightError, load_config
@@ -59,9 +60,17 @@ def test_a_layer_that_is_kept_in_float32_keeps_its_own_values(
     reference_config: dict[str, Any],
     pico_models: Callable[..., Path],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        inner = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(inner.to(self.down_proj.weight.dtype)).to(x.dtype)  # type: ignore[no-any-return]
+
+    # As T5 keeps one of its layers.
+    monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules", ["down_proj"])
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
     model = tmp_path / "model"
-    shutil.copytree(pico_models("DeepseekV32Config"), model)
+    shutil.copytree(pico_models(), model)
     dense = load_file(model / "model.safetensors")
     # A checkpoint of mixed dtypes, too: the last block's tensors are stored as bfloat16.
     dense = {n: w.bfloat16() if "layers.1." in n else w for n, w in dense.items()}
@@ -70,7 +79,7 @@ def test_a_layer_that_is_kept_in_float32_keeps_its_own_values(
     found = run(reference_config | changes, tmp_path / "run")
     assert found.metrics.steps > 1
     saved = load_file(found.model_directory / "model.safetensors")
-    wide = [n for n in saved if "weights_proj" in n]
+    wide = [n for n in saved if "down_proj" in n]
     assert len(wide) == 2
     for name in wide:
         kept = saved[name] != 0

@@ -35,7 +35,8 @@ FORMS: dict[str, tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]] = {
 
 
 def layer_of(weight: Tensor, **values: Any) -> Layer:
-    return Layer("l", "l.weight", 0, "l", tuple(weight.shape), **values)
+    transposed = weight.shape[0] == 6
+    return Layer("l", "l.weight", 0, "l", tuple(weight.shape), transposed, **values)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -257,10 +257,13 @@ def test_an_expert_without_tokens_gets_the_mean_of_the_others(
     experts.forward = closed
     activations = measure_activations(loaded, windows)
     gradients = measure_gradients(loaded, Head(loaded.model), windows)
+    named = ", ".join(
+        f"1 of 4 in model.layers.1.mlp.experts.{p}" for p in ("gate_up_proj", "down_proj")
+    )
     assert activations.notes == [
-        f"model.layers.1.mlp.experts.{p}: 1 of 4 saw no calibration token"
-        for p in ("gate_up_proj", "down_proj")
+        f"{named} saw no calibration token and count as the mean of their like"
     ]
+    assert gradients.notes == [f"{named} got no gradient and count as the mean of their like"]
     for projection in ("gate_up_proj", "down_proj"):
         name = f"model.layers.1.mlp.experts.{projection}"
         for values in (activations.input_square[name], gradients.gradient_square[name]):
@@ -295,7 +298,9 @@ def test_an_expert_that_is_a_module_of_its_own_gets_the_mean_of_its_like(
     loaded.layers = find_layers(loaded.model)
     activations = measure_activations(loaded, windows)
     names = [f"model.layers.0.mlp.experts.{i}.up_proj" for i in range(3)]
-    assert activations.notes == [f"{names[1]}: 1 of 1 saw no calibration token"]
+    assert activations.notes == [
+        f"{names[1]} saw no calibration token and count as the mean of their like"
+    ]
     seen = [activations.input_square[n] for n in names]
     close(seen[1], (seen[0] + seen[2]) / 2, 1e-5)
 
