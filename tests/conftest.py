@@ -48,7 +48,7 @@ PICO: dict[str, dict[str, Any]] = {
         "n_heads": 4,
         "n_layers": 2,
         "max_seq_len": 256,
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {
             "hidden_size": 32,
             "ffn_hidden_size": 64,
@@ -84,6 +84,7 @@ PICO: dict[str, dict[str, Any]] = {
         "adapter_rank": 4,
     },
     "MambaConfig": {"state_size": 8, "expand": 2, "time_step_rank": 4},
+    "xLSTMConfig": {"num_blocks": 2, "num_heads": 4, "embedding_dim": 32, "chunk_size": 16},
     "HrmTextConfig": {"num_key_value_heads": 2},
     "OpenAIGPTConfig": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
     "Lfm2Config": {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},

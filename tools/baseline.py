@@ -93,7 +93,11 @@ def prune_once(
                     ),
                     applied=applied,
                     invalid_answers=[],
-                    notes=[*bench.loaded.notes, *notes, *bench.store.about(revision).get("notes", [])],
+                    notes=[
+                        *bench.loaded.notes,
+                        *notes,
+                        *bench.store.about(revision).get("notes", []),
+                    ],
                     profile="",
                     revision=revision,
                     candidate=revision,

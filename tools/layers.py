@@ -160,10 +160,14 @@ def named_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     kinds = {type(block) for block in main}
     stacks: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and {type(block) for block in module} <= kinds:
-            if len(module) and not any(path.startswith(f"{outer}.") for outer in (*stacks, name)):
-                stacks[path] = module
-    return [(f"{path}.{i}", block) for path, stack in stacks.items() for i, block in enumerate(stack)]
+        inside = any(path.startswith(f"{outer}.") for outer in (*stacks, name))
+        if not isinstance(module, nn.ModuleList) or not len(module) or inside:
+            continue
+        if {type(block) for block in module} <= kinds:
+            stacks[path] = module
+    return [
+        (f"{path}.{i}", block) for path, stack in stacks.items() for i, block in enumerate(stack)
+    ]
 
 
 def find_layers(model: nn.Module) -> dict[str, Layer]:
@@ -197,7 +201,7 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
 
 def _block_layers(
     block: nn.Module, prefix: str, index: int, experts: set[int]
-) -> Iterator[tuple[Layer, nn.Parameter]]:
+) -> Iterator[tuple[Layer, Tensor]]:
     for path, module in block.named_modules(remove_duplicate=False):
         name = f"{prefix}.{path}"
         if isinstance(module, nn.Linear | Conv1D):
@@ -211,7 +215,9 @@ def _block_layers(
             for key, parameter in module.named_parameters(recurse=False):
                 if _stacked(f"{path}.{key}", parameter):
                     # `weight` is the whole of its module, as a Linear's is.
-                    own, inside = (name, path) if key == "weight" else (f"{name}.{key}", f"{path}.{key}")
+                    own, inside = (
+                        (name, path) if key == "weight" else (f"{name}.{key}", f"{path}.{key}")
+                    )
                     shape = tuple(parameter.shape)
                     yield Layer(own, f"{name}.{key}", index, inside, shape, transposed), parameter
 

@@ -1,6 +1,6 @@
 """Watching every product of a prunable weight while a model runs, whatever module makes it.
 
-A `TorchFunctionMode` sees the calls of ``F.linear``, ``matmul``, ``einsum`` and the like themselves,
+A `TorchFunctionMode` sees the calls of ``F.linear``, ``matmul``, ``einsum`` and others themselves,
 so Linear, GPT-2's Conv1D, experts of a fused tensor one by one or in one batched product are
 observed in one way, and leaving the ``with`` block is all it takes to stop: there is no hook to
 forget on a module.
@@ -61,8 +61,12 @@ class _Product:
     left: Tensor
     right: Tensor
     make: Callable[[], Tensor]
-    restore: Callable[[Tensor], Tensor] = lambda outputs: outputs
+    restore: Callable[[Tensor], Tensor]
     ends: Tensor | None = None
+
+
+def _same(values: Tensor) -> Tensor:
+    return values
 
 
 def _transposed(values: Tensor) -> Tensor:
@@ -71,6 +75,10 @@ def _transposed(values: Tensor) -> Tensor:
 
 def _products(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[_Product]:
     """What a call multiplies, seen with its one factor as the weight, and with the other."""
+
+    def make() -> Tensor:
+        return cast(Tensor, func(*args, **kwargs))
+
     if func is torch.einsum:
         return _einsum(args)
     if func in _GROUPED:
@@ -78,20 +86,16 @@ def _products(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[
         ends = kwargs.get("offs", args[2] if len(args) > 2 else None)
         if not (isinstance(ends, Tensor) and left.ndim == 2 and right.ndim == 3):
             return []
-        return [_Product(left, right, lambda: cast(Tensor, func(*args, **kwargs)), ends=ends)]
+        return [_Product(left, right, make, _same, ends)]
     left, right = (
         args[position] if position < len(args) else kwargs.get(name)
         for position, name in _FACTORS[func]
     )
     if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
         return []
-
-    def make() -> Tensor:
-        return cast(Tensor, func(*args, **kwargs))
-
     if func is torch.nn.functional.linear:
-        return [_Product(left, _transposed(right), make)] if right.ndim == 2 else []
-    found = [_Product(left, right, make)] if right.ndim > 1 else []
+        return [_Product(left, _transposed(right), make, _same)] if right.ndim == 2 else []
+    found = [_Product(left, right, make, _same)] if right.ndim > 1 else []
     if left.ndim > 1 and right.ndim > 1:
         # Mamba's weight @ inputs: the transposed product is observed in its place.
         found.append(

@@ -53,6 +53,8 @@ class Head:
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocabulary] in float32."""
         assert self._head is not None
+        # Some families (Mamba) carry float32 from block to block in a model of half precision.
+        hidden = hidden.to(next(self._head.parameters()).dtype)
         logits: Tensor = self._head(hidden).float() * self._scale / self._divide
         return self._cap * torch.tanh(logits / self._cap) if self._cap else logits
 

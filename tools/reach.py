@@ -10,8 +10,9 @@ from prunewright.state import InputError
 from prunewright.tools.layers import Layer, find_layers, left_dense
 from prunewright.tools.observe import Use, UseObserver
 
-FEW, MANY = 8, 256
-"""Tokens of the pass that looks; of a second one, where the first has not reached everything."""
+FEW, MANY = 65, 256
+"""Tokens of the pass that looks, more than the 64 that recurrences take at a time; of a second
+one, where the first has not reached everything."""
 LEAST = 0.5
 """Share of the blocks' weights below which a model is refused."""
 

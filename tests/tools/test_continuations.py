@@ -39,6 +39,11 @@ def test_what_is_reused_changes_nothing(load: Load, family: str) -> None:
         assert (found[:, 1] >= found[:, 0]).all()
 
 
+@pytest.mark.parametrize("family", ["OpenAIGPTConfig", "Lfm2Config", "MambaConfig"])
+def test_a_family_without_such_a_cache_is_scored_whole(load: Load, family: str) -> None:
+    test_what_is_reused_changes_nothing(load, family)
+
+
 def test_a_shared_beginning_runs_once(load: Load) -> None:
     loaded = load()
     scorer = Continuations(loaded.model, Head(loaded.model))

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from prunewright.state import InputError
-from prunewright.tools.layers import Layer, find_blocks, find_layers
+from prunewright.tools.layers import Layer, find_blocks, find_layers, left_dense, named_blocks
 from prunewright.tools.models import LoadedModel
 
 Load = Callable[..., LoadedModel]
@@ -137,6 +137,68 @@ def test_routers_go_by_name_and_width_together() -> None:
     assert layers["body.blocks.1.conv"] == Layer(
         "body.blocks.1.conv", "body.blocks.1.conv.weight", 1, "conv", (8, 6), True
     )
+
+
+class Moe(nn.Module):
+    """Routers of other makers; the last two are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.ModuleDict({"proj": nn.Linear(8, 4)})
+        self.modality_router = nn.Linear(8, 3)
+        self.gate = nn.ModuleDict({"down_proj": nn.Linear(8, 6), "wg": nn.Linear(6, 4)})
+        self.classifier = nn.Linear(8, 4)  # as many outputs as experts, beside experts
+        self.experts = nn.ModuleList([nn.Linear(8, 4) for _ in range(4)])
+        self.gate_proj = nn.Linear(8, 16)
+        self.output_gate = nn.Linear(8, 8)
+
+
+def test_what_routes_tokens_goes_by_any_part_of_its_path() -> None:
+    model = nn.Module()
+    model.config = {"text_config": {"ffn_config": {"moe_num_experts": 4}}}  # type: ignore[assignment]
+    block = nn.ModuleDict({"mlp": Moe(), "attention": nn.ModuleDict({"k_proj": nn.Linear(8, 4)})})
+    model.layers = nn.ModuleList([block])
+    layers = find_layers(model)
+    assert [layer.projection for layer in layers.values()] == [
+        *(f"mlp.experts.{i}" for i in range(4)),
+        "mlp.gate_proj",
+        "mlp.output_gate",
+        "attention.k_proj",
+    ]
+    words, lost = left_dense(model, layers, {})
+    routers = 32 + 24 + 48 + 24 + 32
+    total = routers + 4 * 32 + 128 + 64 + 32
+    assert words.startswith(f"{routers / total:.2%} of the blocks' weights: mlp.gate.down_proj")
+    assert "mlp.router.proj (routes tokens)" in words
+    assert lost == 32 / total  # by width alone: its name says nothing
+
+
+def test_a_parameter_that_blocks_share_is_one_layer_and_tied_embeddings_are_none() -> None:
+    shared = nn.Linear(8, 8)
+    model = nn.Module()
+    model.embed = nn.Embedding(16, 8)
+    head = nn.Linear(8, 16)
+    head.weight = model.embed.weight
+    model.blocks = nn.ModuleList(
+        nn.ModuleDict({"own": nn.Linear(8, 8), "shared": shared, "head": head}) for _ in range(3)
+    )
+    layers = find_layers(model)
+    assert list(layers) == ["blocks.0.own", "blocks.0.shared", "blocks.1.own", "blocks.2.own"]
+
+
+def test_stacks_of_like_blocks_are_numbered_through() -> None:
+    model = nn.Module()
+    model.core = nn.ModuleList([Block() for _ in range(3)])
+    model.tower = nn.ModuleList([nn.Linear(4, 4)])
+    model.coda = nn.ModuleList([Block() for _ in range(2)])
+    assert [name for name, _ in named_blocks(model)] == [
+        "core.0",
+        "core.1",
+        "core.2",
+        "coda.0",
+        "coda.1",
+    ]
+    assert {layer.block for layer in find_layers(model).values()} == set(range(5))
 
 
 def test_blocks_are_the_outermost_list_with_the_most_weights() -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from prunewright.tools.layers import Layer
 from prunewright.tools.models import LoadedModel
-from prunewright.tools.observe import ProductObserver
+from prunewright.tools.observe import ProductObserver, UseObserver
 from prunewright.tools.perplexity import hidden_states
 
 Load = Callable[..., LoadedModel]
@@ -79,6 +79,90 @@ def test_experts_of_a_fused_tensor_are_told_apart() -> None:
     for expert, inputs in seen:
         assert expert is not None
         assert torch.equal(inputs, X * (expert + 1))
+
+
+E = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(2))
+B = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(3))
+
+# Each form computes B[e] @ E[e].T for every expert e, as [3, 5, 4].
+BATCHED: dict[str, tuple[Tensor, tuple[int, ...] | None, Callable[[Tensor], Tensor]]] = {
+    "bmm": (E, None, lambda w: torch.bmm(B, w.mT)),
+    "bmm method": (E, None, lambda w: B.bmm(w.transpose(1, 2))),
+    "baddbmm": (E, None, lambda w: torch.baddbmm(torch.zeros(3, 1, 4), B, w.mT)),
+    "matmul": (E, None, lambda w: B @ w.mT),
+    "stored transposed": (E.mT.contiguous(), None, lambda w: torch.bmm(B, w)),
+    "one above the other": (E.reshape(12, 8), (3, 4, 8), lambda w: B @ w.view(3, 4, 8).mT),
+    "weight first, a batch between": (E, None, lambda w: (w[:, None] @ B[:, None].mT).mT[:, 0]),
+    "einsum": (E, None, lambda w: torch.einsum("eti,eoi->eto", B, w)),
+    "einsum, weight first": (E, None, lambda w: torch.einsum("eoi,eti->teo", w, B).transpose(0, 1)),
+    "grouped": (
+        E,
+        None,
+        lambda w: torch.nn.functional.grouped_mm(
+            B.reshape(15, 8), w.mT, offs=torch.tensor([5, 10, 15], dtype=torch.int32)
+        ).view(3, 5, 4),
+    ),
+    "one by one": (E, None, lambda w: torch.stack([x @ m.t() for x, m in zip(B, w, strict=True)])),
+}
+
+
+@pytest.mark.parametrize("form", BATCHED)
+def test_each_expert_of_a_batched_product_is_seen_with_its_inputs_and_gradients(form: str) -> None:
+    stored, view, multiply = BATCHED[form]
+    weight = stored.clone().requires_grad_()
+    with UseObserver({"w": weight}) as uses:
+        multiply(weight)
+    use = uses.uses["w"]
+    assert use.transposed == (form == "stored transposed")
+    assert use.form == (view or tuple(stored.shape))
+    layer = Layer("w", "w", 0, "w", tuple(stored.shape), use.transposed, view)
+    inputs: dict[int | None, Tensor] = {}
+    gradients: dict[int | None, Tensor] = {}
+
+    def on_product(_: Layer, expert: int | None, x: Tensor, outputs: Tensor) -> None:
+        inputs[expert] = x.reshape(-1, 8)
+        torch.testing.assert_close(outputs.reshape(-1, 4), B[expert] @ E[expert].t())
+        outputs.register_hook(lambda g: gradients.__setitem__(expert, g.reshape(-1, 4)))
+
+    target = torch.arange(60.0).reshape(3, 5, 4)
+    with ProductObserver([(layer, weight)], on_product):
+        result = multiply(weight)
+        (result * target).sum().backward()
+    torch.testing.assert_close(result, torch.einsum("eti,eoi->eto", B, E))
+    assert set(inputs) == set(gradients) == {0, 1, 2}
+    for expert in range(3):
+        assert torch.equal(inputs[expert], B[expert])
+        assert torch.equal(gradients[expert], target[expert])
+    assert weight.grad is not None
+    expected = torch.einsum("eto,eti->eoi", target, B)
+    torch.testing.assert_close(layer.matrix(weight.grad), expected)
+
+
+def test_an_einsum_over_several_letters_is_one_matrix() -> None:
+    weight = torch.randn(6, 2, 4, generator=torch.Generator().manual_seed(0))
+    with UseObserver({"w": weight}) as uses:
+        torch.einsum("ti,ind->tnd", X, weight)
+    layer = Layer("w", "w", 0, "w", (6, 2, 4), uses.uses["w"].transposed, uses.uses["w"].form)
+    assert (layer.outputs, layer.inputs) == (8, 6)
+    seen: list[Tensor] = []
+    with ProductObserver([(layer, weight)], lambda *call: seen.append(call[3])):
+        result = torch.einsum("ti,ind->tnd", X, weight)
+    torch.testing.assert_close(result, torch.einsum("ti,ind->tnd", X, weight))
+    torch.testing.assert_close(seen[0].view(3, 2, 4), result)
+
+
+def test_a_part_of_a_matrix_is_no_matrix() -> None:
+    weights = {"rows": W.clone(), "columns": W.clone(), "both": W.clone()}
+    with UseObserver(weights) as observer:
+        functional.linear(X, weights["rows"][1:])
+        functional.linear(X[:, :3], weights["columns"][:, :3])
+        functional.linear(X, weights["both"])
+        weights["both"] @ torch.ones(6, 2)
+    assert {n: u.form for n, u in observer.uses.items()} == {
+        "rows": (),
+        "columns": (),
+        "both": (4, 6),
+    }
 
 
 def test_nothing_is_seen_outside_the_block() -> None:

@@ -305,6 +305,31 @@ def test_an_expert_that_is_a_module_of_its_own_gets_the_mean_of_its_like(
     close(seen[1], (seen[0] + seen[2]) / 2, 1e-5)
 
 
+def test_a_layer_without_a_gradient_counts_as_the_mean_of_its_like(
+    load: Load, windows: Tensor
+) -> None:
+    loaded = load()
+    for path in ("0.self_attn.k_proj", "0.mlp.gate_proj", "1.mlp.gate_proj"):
+        module = loaded.model.get_submodule(f"model.layers.{path}")
+        forward = module.forward
+        module.forward = lambda x, forward=forward: forward(x).detach()
+    gradients = measure_gradients(loaded, Head(loaded.model), windows)
+    unknown = [f"model.layers.{b}.{p}" for b, p in ((0, "mlp.gate_proj"), (1, "mlp.gate_proj"))]
+    first, second = (f"model.layers.{b}.self_attn.k_proj" for b in (0, 1))
+    assert gradients.notes == [
+        f"{', '.join([first, *unknown])} got no gradient and count as the mean of their like"
+    ]
+    g, squares = gradients.mean_absolute, gradients.gradient_square
+    assert g[first] == pytest.approx(g[second])
+    assert g[first] > 0
+    close(squares[first], squares[second], 1e-6)
+    known = [name for name in loaded.layers if name not in (first, *unknown)]
+    mean = sum(float(squares[name].mean()) for name in known) / len(known)
+    for name in unknown:
+        assert g[name] == pytest.approx(sum(g[n] for n in known) / len(known))
+        close(squares[name], torch.full((64,), mean), 1e-5)
+
+
 def test_statistics_that_are_not_finite_are_refused(load: Load, windows: Tensor) -> None:
     loaded = load()
     head = Head(loaded.model)
