@@ -321,10 +321,7 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     request, context, run = _request(state, runtime), _context(runtime), run_directory(runtime)
     asked = min(request.step, max(0.0, request.target - state["sparsity"]))
     record = _record(state, run.read_applied(state["applied"]), asked)
-    record, at_end = _whole_layers(_with_own_zeros(record, run), run, request)
-    if record.step == 0:  # what holds of the whole run is told once
-        notes = [*run.read_profile(record.profile).notes, *record.notes]
-        record = record.model_copy(update={"notes": notes})
+    record, at_end = _whole_layers(_with_model_notes(record, run), run, request)
     if state["history"]:
         record = record.model_copy(update={"previous": state["history"][-1]["record"]})
     summary: StepSummary = {
@@ -707,14 +704,16 @@ def _record(state: PruneState, outcome: AppliedDecision, asked: float) -> StepRe
     )
 
 
-def _with_own_zeros(record: StepRecord, run: RunDirectory) -> StepRecord:
-    """The first step's record with a note on the zeros that the model had before it."""
+def _with_model_notes(record: StepRecord, run: RunDirectory) -> StepRecord:
+    """The first step's record with what must be told of the model: zeros of its own, what stays
+    dense, what calibration did not reach."""
     if record.step:
         return record
-    layers = run.read_profile(record.profile).layers
+    profile = run.read_profile(record.profile)
+    layers = profile.layers
     zeros = sum(round(p.dense_sparsity * p.parameters) for p in layers)
     words = own_zeros_words(zeros, sum(p.parameters for p in layers))
-    notes = [*record.notes, words] if words else record.notes
+    notes = [*profile.notes, *record.notes, *([words] if words else [])]
     return record.model_copy(update={"notes": notes})
 
 

@@ -37,7 +37,7 @@ class BlockTokens:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._blocks = list(find_blocks(model)[1])
+        self._blocks = [block for _, block in named_blocks(model)]
         self._passed = 0
         self._handles: list[RemovableHandle] = []
 

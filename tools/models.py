@@ -27,7 +27,6 @@ from transformers import (
 )
 
 from prunewright.state import InputError, StoreError
-<<<<<<< HEAD
 from prunewright.tools.cache import CopyInUse, cache_directory, copy_file
 from prunewright.tools.checkpoint import (
     Stored,
@@ -40,14 +39,10 @@ from prunewright.tools.checkpoint import (
     unfused_words,
     weight_files,
 )
-from prunewright.tools.layers import Layer, find_layers
-from prunewright.tools.masks import INTEGERS
-from prunewright.tools.standing import settings_of, weights_digest
-=======
 from prunewright.tools.layers import Layer
 from prunewright.tools.masks import INTEGERS
 from prunewright.tools.reach import PassError, used_layers
->>>>>>> cb8a8cb (Layers are what a pass uses: batched and stacked products, routers by path, shared ones once)
+from prunewright.tools.standing import settings_of, weights_digest
 from prunewright.tools.storage import canonical_json, sha256_bytes, sha256_file
 
 EMBEDDED = "embedded"
@@ -71,13 +66,10 @@ class LoadedModel:
     directory: Path
     device: torch.device
     dtype: torch.dtype
-<<<<<<< HEAD
     extra_tensors: dict[str, Path] = field(default_factory=dict)
     """The file of each stored tensor that the live model has no place for, by its stored name."""
-=======
     notes: list[str] = field(default_factory=list)
     """What must be told of any run with it, such as weights that are left dense."""
->>>>>>> cb8a8cb (Layers are what a pass uses: batched and stacked products, routers by path, shared ones once)
     _files: dict[str, Path] = field(default_factory=dict)
     _copy: CopyInUse | None = None
 
@@ -205,12 +197,13 @@ def load_model(
         layers, left_dense = used_layers(model)
     except PassError as error:
         if chosen == torch.float32:
-            raise InputError(f"the model {name} cannot be run: {error}") from error
+            raise InputError(f"the model {name} cannot be run on text alone: {error}") from error
         if dtype != "auto":
             raise InputError(
-                f"the model {name} cannot be run in {chosen}: {error}. Try dtype=float32"
+                f"the model {name} cannot be run on text alone in {chosen}: {error}. "
+                "Try dtype=float32"
             ) from error
-        del found, model
+        del model
         loaded = load_model(
             name,
             dtype="float32",
@@ -228,11 +221,8 @@ def load_model(
         directory=directory,
         device=place,
         dtype=chosen,
-<<<<<<< HEAD
         extra_tensors=extras,
-=======
         notes=[f"left dense: {left_dense}"] if left_dense else [],
->>>>>>> cb8a8cb (Layers are what a pass uses: batched and stacked products, routers by path, shared ones once)
     )
     _check_values(loaded)
     _check_causal(loaded)

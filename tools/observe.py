@@ -195,9 +195,9 @@ class ProductObserver(TorchFunctionMode):
             ends = product.ends.tolist()
             parts = [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
             pieces = [outputs[part] for part in parts]
-            for owner, part, piece in zip(owners, parts, pieces, strict=True):
+            for (layer, expert), part, piece in zip(owners, parts, pieces, strict=True):
                 if len(piece):
-                    self._on_product(*owner, left[part], piece)
+                    self._on_product(layer, expert, left[part], piece)
             rest = outputs[ends[-1] :]
             return torch.cat([*pieces, rest]) if outputs.requires_grad else outputs
         if len(set(map(id, owners))) == 1 or product.right.ndim == 2:
@@ -209,8 +209,9 @@ class ProductObserver(TorchFunctionMode):
         index = torch.arange(len(owners)).view(shape).broadcast_to(batch).flatten().tolist()
         pieces = []
         for place, one in zip(itertools.product(*map(range, batch)), index, strict=True):
+            layer, expert = owners[one]
             pieces.append(outputs[place])
-            self._on_product(*owners[one], left[place], pieces[-1])
+            self._on_product(layer, expert, left[place], pieces[-1])
         return torch.stack(pieces).view(outputs.shape) if outputs.requires_grad else outputs
 
 

@@ -19,13 +19,8 @@ from prunewright.state import InputError
 from prunewright.state.config import CriterionName
 from prunewright.state.profile import COST_DELTAS, LayerProfile, ModelProfile
 from prunewright.tools.criteria import CRITERIA, LayerStatistics, fisher, split_experts
-<<<<<<< HEAD
-from prunewright.tools.layers import Layer, find_blocks
-from prunewright.tools.masks import count_zeros, kth_lowest, nm_mask
-=======
 from prunewright.tools.layers import Layer, named_blocks
-from prunewright.tools.masks import kth_lowest, nm_mask
->>>>>>> cb8a8cb (Layers are what a pass uses: batched and stacked products, routers by path, shared ones once)
+from prunewright.tools.masks import count_zeros, kth_lowest, nm_mask
 from prunewright.tools.models import LoadedModel
 from prunewright.tools.observe import ProductObserver
 from prunewright.tools.perplexity import TOKENS_AT_ONCE, Head, Progress, hidden_states

@@ -364,15 +364,9 @@ class RunDirectory:
             write_atomic(self.config_file, config.to_yaml().encode())
         write_json(
             self.manifest_file,
-<<<<<<< HEAD
-            {"thread": thread, "values": values}
+            {"thread": thread, "values": values, "notes": bench.loaded.notes}
             | _facts(request, bench)
             | _surroundings(self.path),
-=======
-            {"thread": thread, "notes": bench.loaded.notes}
-            | _facts(request, bench)
-            | _surroundings(),
->>>>>>> cb8a8cb (Layers are what a pass uses: batched and stacked products, routers by path, shared ones once)
         )
 
     def settle(self, thread: str, request: PruneRequest) -> PruneRequest:

@@ -407,7 +407,8 @@ def _difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) ->
 def _verify(directory: Path, bench: Workbench, losses: list[float]) -> None:
     saved = _load_again(bench, directory)
     try:
-        zeros = {name: count_zeros(saved.weight(layer)) for name, layer in saved.layers.items()}
+        layers = bench.loaded.layers
+        zeros = {name: count_zeros(saved.weight(layer)) for name, layer in layers.items()}
         if zeros != bench.zeros():
             raise PrunewrightError(f"the model saved in {directory} reloads with other zeros")
         count = min(VERIFY_WINDOWS, len(bench.windows.guard))

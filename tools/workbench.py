@@ -501,11 +501,7 @@ class Workbench:
                 )
             except ValueError as error:
                 raise InputError(f"{name} cannot be pruned so: {error}") from error
-<<<<<<< HEAD
-            masks[name] = self._beyond(name, layer.matrix(mask).cpu())
-=======
-            masks[name] = layer.stored(mask).cpu()
->>>>>>> cb8a8cb (Layers are what a pass uses: batched and stacked products, routers by path, shared ones once)
+            masks[name] = self._beyond(name, layer.stored(mask).cpu())
             if progress is not None:
                 progress("masks", index + 1, len(names))
         return masks

@@ -246,7 +246,7 @@ class _Trials:
             mask = prune_mask(
                 layer.matrix(dense), statistics, self._bench.request.criterion, pruned=count
             )
-            self._bench.try_mask(name, layer.matrix(mask), dense)
+            self._bench.try_mask(name, layer.stored(mask), dense)
             self._at[name] = count
 
 
