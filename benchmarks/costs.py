@@ -117,7 +117,7 @@ def time_rollbacks(bench: Workbench, records: list[StepRecord]) -> dict[str, Any
     times: dict[str, list[float]] = {"whole": [], "part": [], "reload": []}
     for _ in range(ROUNDS):
         for label, candidate in (("whole", whole), ("part", part)):
-            bench.sync(candidate, undoable=True)
+            bench.sync(candidate)
             times[label].append(seconds_of(lambda: bench.sync(old)))
         times["reload"].append(
             seconds_of(lambda: load_model(str(bench.loaded.directory), dtype=dtype))

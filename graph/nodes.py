@@ -244,7 +244,7 @@ def apply_prune(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdat
                     state["revision"], state["gradient_revision"], counts, _progress(runtime)
                 )
                 notes = [*notes, *bench.store.about(candidate).get("notes", [])]
-                bench.sync(candidate, undoable=True)
+                bench.sync(candidate)
                 now = bench.sparsities()
                 applied = {name: now[name] - earlier[name] for name in counts}
                 update["candidate"] = candidate

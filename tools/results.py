@@ -61,7 +61,7 @@ def finish(
     """
     began = time.perf_counter()
     tokens_before = dict(bench.tokens)
-    dense = perplexity(bench.test_losses(DENSE, progress, undoable=True))
+    dense = perplexity(bench.test_losses(DENSE, progress))
     final = perplexity(bench.test_losses(outcome.revision, progress))
     if not math.isfinite(final):
         raise PrunewrightError(

@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -62,9 +61,6 @@ class Workbench:
         self.head = Head(self.loaded.model)
         self.store = RevisionStore(Path())
         self._at: Manifest = {}
-        self._left: dict[str, tuple[str | None, Tensor]] = {}
-        """Digest and weights that layers had before an undoable `sync`; None stands for the dense
-        ones."""
         self._zeros = {
             name: count_zeros(self.loaded.weight(ly)) for name, ly in self.loaded.layers.items()
         }
@@ -87,13 +83,8 @@ class Workbench:
         """Whether a file that the model or a local text was read from has changed since."""
         return self._stamps != _stamps(self.request, self.loaded.directory)
 
-    def sync(self, revision: str, *, undoable: bool = False) -> None:
+    def sync(self, revision: str) -> None:
         """Bring the live weights to a revision, touching only the layers that differ.
-
-        Args:
-            revision: which.
-            undoable: keep the weights that are replaced, if there is room, until statistics or the
-                test text are measured, so that the way back takes no time.
 
         Raises:
             StoreError: a manifest or mask is missing or damaged, or of another model; the weights
@@ -105,58 +96,30 @@ class Workbench:
                 f"revision {revision} belongs to another model: it prunes {min(unknown)}, which "
                 f"{self.request.model} does not have"
             )
-        names = [n for n in self.loaded.layers if target.get(n) != self._at.get(n)]
-        back = {n for n in names if n in self._left and self._left[n][0] == target.get(n)}
-        layers = [self.loaded.layers[name] for name in names if name not in back]
+        layers = [ly for n, ly in self.loaded.layers.items() if target.get(n) != self._at.get(n)]
         # All of them read and checked before any weight changes.
         stored = {
             layer.name: self._stored(target[layer.name], layer)
             for layer in layers
             if layer.name in target
         }
-        for name in back:
-            self._exchange(name, target.get(name), self._left[name][1])
-        room = undoable and _room(layers, self.loaded)
         largest = max((self.loaded.weight(layer).nbytes for layer in layers), default=0)
         scratch = torch.empty(largest, dtype=torch.uint8)
         for layer, dense in zip(layers, self.loaded.dense_layers(layers), strict=True):
-            digest = target.get(layer.name)
-            weight = self.loaded.weight(layer)
-            if room and self._at.get(layer.name) != "":
-                self._left.pop(layer.name, None)  # its memory is used again
-                weight = torch.empty_like(weight)
-            else:
-                self._at[layer.name] = ""  # should this be interrupted, the next sync mends it
+            digest, weight = target.get(layer.name), self.loaded.weight(layer)
+            self._at[layer.name] = ""  # should this be interrupted, the next sync mends it
             if digest is None:
                 weight.copy_(dense)
             else:
                 _write_stored(weight, dense, stored.pop(layer.name), scratch)
-            self._exchange(layer.name, digest, weight)
-
-    def _let_go(self) -> None:
-        """Drop the weights that were kept for the way back."""
-        if self._left:
-            self._left.clear()
-            _release_memory()
-
-    def _exchange(self, name: str, digest: str | None, weight: Tensor) -> None:
-        """Make a tensor the live weights of a layer, those of a digest; keep the ones it had."""
-        layer = self.loaded.layers[name]
-        live, at = self.loaded.weight(layer), self._at.get(name)
-        self._at[name] = ""  # no revision's: an interrupt from here on is mended by the next sync
-        if live is not weight:
-            self._left.pop(name, None)
-            if at != "":
-                self._left[name] = (at, live)
-        self.loaded.model.get_parameter(layer.parameter).data = weight
-        key = (name, digest)
-        if key not in self._counted:
-            self._counted[key] = count_zeros(weight)
-        self._zeros[name] = self._counted[key]
-        if digest is None:
-            self._at.pop(name)
-        else:
-            self._at[name] = digest
+            key = (layer.name, digest)
+            if key not in self._counted:
+                self._counted[key] = count_zeros(weight)
+            self._zeros[layer.name] = self._counted[key]
+            if digest is None:
+                self._at.pop(layer.name)
+            else:
+                self._at[layer.name] = digest
 
     def _stored(self, digest: str, layer: Layer) -> StoredLayer:
         found, dtype = self.store.read(digest, layer.shape), self.loaded.weight(layer).dtype
@@ -204,7 +167,6 @@ class Workbench:
         """Input statistics at a revision."""
         if self._activations is None or self._activations[0] != revision:
             self.sync(revision)
-            self._let_go()
             measured = measure_activations(self.loaded, self.windows.calibration, progress)
             self._activations = (revision, measured)
             self.tokens["calibration"] += self.windows.calibration.numel()
@@ -214,7 +176,6 @@ class Workbench:
         """Gradient statistics at a revision."""
         if self._gradients is None or self._gradients[0] != revision:
             self.sync(revision)
-            self._let_go()
             windows = self.windows.calibration[: self.request.texts.windows.gradient]
             measured = measure_gradients(
                 self.loaded,
@@ -299,13 +260,9 @@ class Workbench:
             self._facts = hash_questions(drawn), pairs
         return self._facts
 
-    def test_losses(
-        self, revision: str, progress: Progress | None = None, *, undoable: bool = False
-    ) -> list[float]:
-        """Mean loss of each test window at a revision, nats a token; ``undoable``: as in `sync`."""
-        self.sync(revision, undoable=undoable)
-        if not undoable:
-            self._let_go()
+    def test_losses(self, revision: str, progress: Progress | None = None) -> list[float]:
+        """Mean loss of each test window at a revision, nats a token."""
+        self.sync(revision)
         self.tokens["test"] += self.windows.test.numel()
         return window_losses(self.loaded.model, self.head, self.windows.test, progress)
 
@@ -342,7 +299,6 @@ class Workbench:
             masks = self._masks(revision, gradient_revision, counts, progress)
             return self.store.put(manifest, masks, about)
         wanted = self._wanted(revision, gradient_revision, counts, progress)
-        self._let_go()
         ran = BlockTokens(self.loaded.model)
         try:
             self._at |= dict.fromkeys(wanted, "")  # no revision's, so that the sync restores them
@@ -516,17 +472,6 @@ def _own_memory(loaded: LoadedModel) -> None:
     if loaded.device.type == "cpu":
         for tensor in (*loaded.model.parameters(), *loaded.model.buffers()):
             tensor.data = tensor.data.clone()
-
-
-def _room(layers: list[Layer], loaded: LoadedModel) -> bool:
-    """Whether second weights of some layers fit beside the live ones with as much to spare.
-
-    Never on an accelerator, whose memory is what a user is short of.
-    """
-    if loaded.device.type != "cpu":
-        return False
-    size = sum(loaded.weight(layer).nbytes for layer in layers)
-    return int(psutil.virtual_memory().available) > 2 * size
 
 
 def _write_stored(weight: Tensor, dense: Tensor, stored: StoredLayer, scratch: Tensor) -> None:

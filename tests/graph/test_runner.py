@@ -73,11 +73,11 @@ def test_each_node_computes_in_a_thread_that_ends_with_it(
     others_alive: list[bool] = []
     sync = Workbench.sync
 
-    def watched(bench: Workbench, revision: str, *, undoable: bool = False) -> None:
+    def watched(bench: Workbench, revision: str) -> None:
         here = threading.current_thread()
         others_alive.append(any(other.is_alive() for other in threads if other is not here))
         threads.append(here)
-        sync(bench, revision, undoable=undoable)
+        sync(bench, revision)
 
     monkeypatch.setattr(Workbench, "sync", watched)
     run(pico_config, out=tmp_path / "run")

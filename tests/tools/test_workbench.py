@@ -4,10 +4,8 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -70,14 +68,6 @@ def counts_at(bench: Workbench, sparsity: float) -> dict[str, int]:
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert set(one) == set(other)
     assert [n for n in one if not torch.equal(one[n], other[n])] == []
-
-
-@pytest.fixture(params=["room", "no room"])
-def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whether the machine has memory for second weights of the layers that change."""
-    if request.param == "no room":
-        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    return str(request.param)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -143,8 +133,8 @@ def test_masks_follow_the_criterion_from_the_dense_weights(
         assert bool((worst_gone <= best_kept * (1 + 1e-5)).all())
 
 
-def test_only_layers_that_differ_are_touched_and_a_rollback_reads_nothing(
-    bench_of: Bench, memory: str, monkeypatch: pytest.MonkeyPatch
+def test_only_layers_that_differ_are_touched(
+    bench_of: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = bench_of()
     half = {n: bench.loaded.layers[n].numel // 2 for n in (GATE, DOWN)}
@@ -164,30 +154,20 @@ def test_only_layers_that_differ_are_touched_and_a_rollback_reads_nothing(
     monkeypatch.setattr(bench.loaded, "dense_layers", noted)
     others = {n: ly for n, ly in bench.loaded.layers.items() if n not in (GATE, DOWN)}
     pointers = {n: bench.loaded.weight(ly).data_ptr() for n, ly in others.items()}
-    for revision, undoable, touched, back in (
-        (one, True, [GATE], False),
-        (both, True, [DOWN], False),
-        (both, True, [], False),
-        (one, False, [DOWN], True),
-        (DENSE, False, [GATE], True),
-        (DENSE, False, [], False),
-        (both, False, [GATE, DOWN], True),
+    for revision, touched in (
+        (one, [GATE]),
+        (both, [DOWN]),
+        (both, []),
+        (one, [DOWN]),
+        (DENSE, [GATE]),
+        (both, [GATE, DOWN]),
     ):
         read.clear()
-        bench.sync(revision, undoable=undoable)
-        assert read == ([] if back and memory == "room" else touched)
-    bench.activations(both)  # what is measured has the memory to itself
-    read.clear()
-    bench.sync(one)
-    assert read == [DOWN]
-    bench.sync(both)  # nobody asked for a way back
-    read.clear()
-    bench.sync(one)
-    assert read == [DOWN]
+        bench.sync(revision)
+        assert read == touched
     assert pointers == {n: bench.loaded.weight(ly).data_ptr() for n, ly in others.items()}
 
 
-@pytest.mark.usefixtures("memory")
 def test_the_way_to_a_revision_does_not_matter(bench_of: Bench) -> None:
     bench = bench_of()
     first = bench.prune(DENSE, DENSE, counts_at(bench, 0.2))
@@ -195,15 +175,14 @@ def test_the_way_to_a_revision_does_not_matter(bench_of: Bench) -> None:
     third = bench.prune(DENSE, DENSE, {GATE: 100})
     seen: dict[str, dict[str, Tensor]] = {}
     order = (second, third, DENSE, first, second, first, third, second, DENSE)
-    for index, revision in enumerate(order):
-        bench.sync(revision, undoable=index % 3 != 1)
+    for revision in order:
+        bench.sync(revision)
         assert_same(weights(bench), seen.setdefault(revision, weights(bench)))
     fresh = bench_of()
     fresh.sync(second)
     assert_same(weights(fresh), seen[second])
 
 
-@pytest.mark.usefixtures("memory")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_any_sequence_of_masks_leaves_the_dense_bits_and_positive_zeros(
     dtype: str, bench_of: Bench, pico_models: Callable[..., Path], tmp_path: Path
@@ -227,7 +206,7 @@ def test_any_sequence_of_masks_leaves_the_dense_bits_and_positive_zeros(
             revisions[bench.store.put({}, masks)] = masks
     draws = random.Random(3)
     for revision in [*draws.choices(list(revisions), k=40), DENSE]:
-        bench.sync(revision, undoable=draws.random() < 0.7)
+        bench.sync(revision)
         zeros = {}
         for name, layer in bench.loaded.layers.items():
             expected = stored[layer.parameter].to(getattr(torch, dtype))
@@ -269,7 +248,7 @@ def test_any_history_is_exact_with_zeros_that_were_there_before(
         }
         counts |= changed
         revision = bench.prune(revision, DENSE, changed)
-        bench.sync(revision, undoable=draws.random() < 0.5)
+        bench.sync(revision)
         assert bench.zeros() == counts
         assert set(bench.store.manifest(revision)) == {n for n in own if counts[n] > own[n]}
         for name, parameter in parameters.items():
@@ -438,7 +417,6 @@ def test_a_revision_of_another_model_is_refused(bench_of: Bench) -> None:
     assert_same(weights(bench), before)
 
 
-@pytest.mark.usefixtures("memory")
 def test_an_interrupt_in_the_middle_is_mended_by_the_next_sync(
     bench_of: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -461,13 +439,12 @@ def test_an_interrupt_in_the_middle_is_mended_by_the_next_sync(
     with monkeypatch.context() as patch:
         patch.setattr(module, "_write_masked", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            bench.sync(second, undoable=True)
+            bench.sync(second)
     bench.sync(first)
     assert_same(weights(bench), expected)
     assert bench.zeros() == counts_at(bench, 0.3)
 
 
-@pytest.mark.usefixtures("memory")
 def test_what_is_written_over_live_weights_never_comes_back(bench_of: Bench) -> None:
     bench = bench_of()
     first = bench.prune(DENSE, DENSE, counts_at(bench, 0.3))
@@ -478,7 +455,7 @@ def test_what_is_written_over_live_weights_never_comes_back(bench_of: Bench) -> 
         for name, layer in bench.loaded.layers.items():
             gone = torch.ones(layer.shape, dtype=torch.bool)
             bench.try_mask(name, gone, bench.loaded.dense(layer))
-        bench.sync(revision, undoable=True)
+        bench.sync(revision)
     bench.sync(first)
     assert_same(weights(bench), expected)
 
