@@ -1,6 +1,7 @@
 """Start, resume and fork runs in this process: what the command line and notebooks call."""
 
 import logging
+import shlex
 import shutil
 import sqlite3
 import uuid
@@ -43,7 +44,6 @@ from prunewright.state.schema import Status
 from prunewright.tools.allocation import resolve_allocation
 from prunewright.tools.baseline import prune_once
 from prunewright.tools.rundir import RunDirectory
-from prunewright.tools.storage import write_atomic
 from prunewright.tools.trace import load_metrics
 from prunewright.tools.workbench import workbench
 
@@ -135,15 +135,20 @@ def resume(
     """
     directory = RunDirectory(run_directory)
     if directory.config().agent == BASELINE and directory.metrics_file.exists():
+        if changes:
+            _tell_unused(directory)
         return RunResult(directory.path, load_metrics(directory))
     with directory.locked():
         config = _changed(directory, changes)
+        if edited := directory.edited():
+            words = "%s was edited since the run was last at work, which goes on with it: %s"
+            _log.warning(words, directory.config_file, edited)
         thread = directory.thread() or _new_thread()
         if config.agent == BASELINE:
             return _prune_once(directory, directory.locate(config), thread, on_event)
         if directory.started:
             _check_database(directory, thread)
-        reopen = config != directory.config()
+        reopen = bool(edited) or config != directory.config()
         return _drive(directory, config, thread, on_event, reviewer, reopen=reopen)
 
 
@@ -209,6 +214,16 @@ def fork(
             return _drive(scratch, config, thread, on_event, reviewer)
     finally:
         shutil.rmtree(half, ignore_errors=True)
+
+
+def _tell_unused(directory: RunDirectory) -> None:
+    """Say that a finished run takes no changes."""
+    _log.warning(
+        "the run in %s is finished: nothing of it is changed. To go on from an earlier step: "
+        "prunewright fork %s --step N --set ...; for another target begin a new run",
+        directory.path,
+        shlex.quote(str(directory.path)),
+    )
 
 
 def _remove_half_forks(folder: Path) -> None:
@@ -466,7 +481,7 @@ def _drive(
         reviewer: as for `run`.
         reopen: go on with a run that has ended before its target.
     """
-    context = config.context.model_copy(update={"out": str(directory.path)})
+    context = directory.locate(config.context).model_copy(update={"out": str(directory.path)})
     options: RunnableConfig = {
         "configurable": {"thread_id": thread},
         "recursion_limit": 6 * config.max_steps + 10,
@@ -481,14 +496,15 @@ def _drive(
         # and the checkpoint after it.
         status = state.values.get("status", "running")
         if status == "target_reached" or (status != "running" and not reopen):
+            if config != directory.config():
+                _tell_unused(directory)
             return RunResult(directory.path, load_metrics(directory))
-        check_agent(config.context)
+        check_agent(context)
         if status != "running":
             _check_open(directory, cast(PruneState, state.values), config)
             graph.update_state(options, _reopened(status), as_node="reflect")
             directory.metrics_file.unlink(missing_ok=True)
-        if directory.config() != config:
-            write_atomic(directory.config_file, config.to_yaml().encode())
+        directory.keep(config)
         # JSON, as Studio sends it: the state holds plain values only.
         request: Any = config.request.model_dump(mode="json")
         _log_begin(directory, config, "goes on" if started else "begins")

@@ -68,7 +68,7 @@ _PACKAGES = (
 
 
 _Stored = TypeVar("_Stored", ModelProfile, StepRecord, AppliedDecision, Spent)
-_Request = TypeVar("_Request", bound=PruneRequest)
+_Settings = TypeVar("_Settings", PruneRequest, PruneContext, PruneConfig)
 
 _STEP_FILE = re.compile(r"steps/\d{4,}-[a-z]+-([0-9a-f]{12})\.json")
 _traces: dict[Path, tuple[int, str]] = {}
@@ -198,7 +198,10 @@ class RunDirectory:
             other.write_trace(records)
         parent = {"directory": str(self.path), "thread": facts.get("thread"), "step": len(records)}
         write_json(
-            other.manifest_file, facts | {"thread": thread, "parent": parent} | _surroundings(final)
+            other.manifest_file,
+            facts
+            | {"thread": thread, "parent": parent, "context": _decides(config)}
+            | _surroundings(final),
         )
         write_atomic(other.config_file, config.to_yaml().encode())
 
@@ -366,6 +369,7 @@ class RunDirectory:
             self.manifest_file,
             {"thread": thread, "values": values, "notes": bench.loaded.notes}
             | _facts(request, bench)
+            | {"context": _decides(self.config())}
             | _surroundings(self.path),
         )
 
@@ -409,6 +413,35 @@ class RunDirectory:
                     f"began with ({changed})"
                 )
 
+    def edited(self) -> str:
+        """What config.yaml says otherwise of who decides and how than when the run was at work.
+
+        In words; "" if nothing, or where that is not recorded.
+        """
+        before = self.manifest().get("context") if self.manifest_file.exists() else None
+        return difference(before, _decides(self.config())) if isinstance(before, dict) else ""
+
+    def keep(self, config: PruneConfig) -> None:
+        """Store the configuration that the run goes on with.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        if self.config() != config:
+            write_atomic(self.config_file, config.to_yaml().encode())
+        if self.edited():
+            write_json(self.manifest_file, self.manifest() | {"context": _decides(config)})
+
+    def departure(self, other: "RunDirectory") -> str:
+        """What this run stands on otherwise than another, in words; "" if one is not recorded.
+
+        Raises:
+            StoreError: a manifest is damaged.
+        """
+        if not (self.manifest_file.exists() and other.manifest_file.exists()):
+            return ""
+        return difference(_standing(other.manifest()), _standing(self.manifest()))
+
     def thread(self) -> str | None:
         """The run's thread; None if it was stopped before anything was computed.
 
@@ -440,22 +473,28 @@ class RunDirectory:
             return True
         return bool(_standing(self.manifest())["request"] == request.identity())
 
-    def locate(self, request: _Request) -> _Request:
-        """The request with its paths as they are found now, from wherever it is looked at.
+    def locate(self, settings: _Settings) -> _Settings:
+        """The settings with their paths as they are found now, from wherever it is looked at.
 
         They are looked for as they stand; where the run's directory lies; and where they lie if
         the project was moved or copied as a whole. What is found there is compared by its content
         before it is used.
         """
-        texts = {
-            name: self._find(getattr(request.texts, name))
-            for name in ("calibration", "guard", "test", "knowledge")
-        }
-        found = {
-            "model": self._find(request.model),
-            "texts": request.texts.model_copy(update=texts),
-        }
-        return request.model_copy(update=found)
+        found: dict[str, Any] = {}
+        if isinstance(settings, PruneRequest):
+            texts = {
+                name: self._find(getattr(settings.texts, name))
+                for name in ("calibration", "guard", "test", "knowledge")
+            }
+            found["model"] = self._find(settings.model)
+            found["texts"] = settings.texts.model_copy(update=texts)
+        if isinstance(settings, PruneContext):
+            found["prompts"] = self._find(settings.prompts)
+            for name, kinds in (("agent", ("replay", "exchange")), ("allocation", ("from",))):
+                kind, _, path = getattr(settings, name).partition(":")
+                if kind in kinds:
+                    found[name] = f"{kind}:{self._find(path)}"
+        return settings.model_copy(update=found)
 
     def _find(self, source: str | None) -> str | None:
         if source is None or source == EMBEDDED:
@@ -670,6 +709,11 @@ def _facts(request: PruneRequest, bench: Workbench) -> dict[str, Any]:
         "dtype": str(bench.loaded.dtype).removeprefix("torch."),
         "device": str(bench.loaded.device),
     }
+
+
+def _decides(config: PruneConfig) -> dict[str, Any]:
+    """Who decides and how, as JSON values, but for the directory."""
+    return config.context.model_dump(mode="json", exclude={"out"})
 
 
 def _standing(facts: dict[str, Any]) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def make_agent(context: PruneContext, spent: Spent | None = None) -> tuple[str, 
         return name, found(**_options(name, found, context.agent_options))
     kind, _, path = name.partition(":")
     if kind == "replay":
-        return name, ReplayAgent(path)
+        return name, ReplayAgent(path, context.out)
     if kind == "exchange":
         return name, ExchangeAgent(path, context.agent_options)
     return name, LLMAgent(

@@ -17,6 +17,9 @@ MAX_TRACE = 256 * 2**20
 TOLERANCE = 1e-4
 """Difference of sparsity from the recorded one that is noted."""
 
+_MOST = 600
+"""Characters that are told of what differs."""
+
 
 class ReplayAgent:
     """Gives each step the decision that a trace holds for it, rolled back or empty ones too.
@@ -25,17 +28,18 @@ class ReplayAgent:
         notes: where the run is no longer the one that the trace recorded.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, run: str | Path | None = None) -> None:
         """Read the trace.
 
         Args:
             path: a trace.jsonl, or the directory of a run.
+            run: the directory of the run that repeats it.
 
         Raises:
             InputError: no such file, or not a trace; the message names the line.
         """
-        path = Path(path).expanduser()
-        self._path = path / "trace.jsonl" if path.is_dir() else path
+        self._path = _trace(path)
+        self._run = run
         self._records = _read(self._path)
         self.notes: list[str] = []
 
@@ -75,6 +79,12 @@ class ReplayAgent:
                     )
 
     def _differences(self, observation: Observation, record: StepRecord) -> list[str]:
+        other = other_standing(self._path, self._run) if self._run is not None else ""
+        if other and not any(other in earlier.notes for earlier in observation.history):
+            return [other, *self._deviations(observation, record)]
+        return self._deviations(observation, record)
+
+    def _deviations(self, observation: Observation, record: StepRecord) -> list[str]:
         before = record.sparsity_before
         if not abs(observation.sparsity - before) <= TOLERANCE:
             return [
@@ -88,6 +98,31 @@ class ReplayAgent:
                 "configuration or another machine"
             ]
         return []
+
+
+def other_standing(path: str | Path, run: str | Path) -> str:
+    """What a run stands on otherwise than the one whose trace it repeats, in words.
+
+    Args:
+        path: as for `ReplayAgent`.
+        run: the directory of the run that repeats it.
+
+    Returns:
+        "" where both stand on the same, or where no manifest lies beside the trace.
+
+    Raises:
+        StoreError: a manifest is damaged.
+    """
+    found = RunDirectory(run).departure(RunDirectory(_trace(path).parent))
+    if not found:
+        return ""
+    found = found if len(found) <= _MOST else f"{found[:_MOST]}..."
+    return f"replay: this run does not stand on what the trace's did: {found}"
+
+
+def _trace(path: str | Path) -> Path:
+    path = Path(path).expanduser()
+    return path / "trace.jsonl" if path.is_dir() else path
 
 
 def _read(path: Path) -> list[StepRecord]:

@@ -308,12 +308,16 @@ def _live(
     directory: Path,
     records: list[StepRecord] | None = None,
 ) -> Iterator[Live]:
+    from prunewright.graph.agents.replay import other_standing
     from prunewright.tools.rundir import RunDirectory
-    from prunewright.tools.storage import read_json
 
     def loaded(dense: float | None) -> None:
-        facts = read_json(directory / "manifest.json")
+        facts = RunDirectory(directory).manifest()
         model, windows = facts["model"], config.texts.windows
+        told = facts.get("notes")
+        notes = [str(words) for words in told] if isinstance(told, list) else []
+        if config.agent.startswith("replay:"):
+            notes.append(other_standing(config.agent.partition(":")[2], directory))
         zeros = model.get("zero_weights", 0) / model["prunable_weights"]
         before = f", {zeros:.2%} of them zero already" if zeros >= NEGLIGIBLE else ""
         screen.pairs(
@@ -323,7 +327,7 @@ def _live(
                     f"{facts['dtype']} on {facts['device']}, {model['prunable_layers']} layers, "
                     f"{model['prunable_weights']:,} prunable weights{before}",
                 ),
-                *(("note", words) for words in facts.get("notes", [])),
+                *(("note", words) for words in notes if words),
             ]
         )
         if facts.get("values"):

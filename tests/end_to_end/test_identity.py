@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from prunewright.graph import baseline, fork, resume, run
+from prunewright.graph.cli import app
 from prunewright.graph.compare import plan_cells
 from prunewright.state import InputError, StoreError
 from prunewright.state.comparison import validate_comparison
 from prunewright.tools.comparison import Digests
+from prunewright.tools.rundir import RunDirectory
 
 WORDS = [f"the {n} birds of the {n * 7} hills sang {n * n} songs." for n in range(400)]
 
@@ -29,14 +32,20 @@ def project(
     (place / "data" / "own.txt").write_text("\n".join(WORDS))
     monkeypatch.chdir(place)
 
+    begin(config(), "runs/one")
+    monkeypatch.chdir(tmp_path)
+    return place
+
+
+def begin(settings: dict[str, Any], out: str) -> None:
+    """Run one step."""
+
     def stop(mode: str, event: dict[str, Any]) -> None:
         if mode == "updates" and "reflect" in event:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(config(), out="runs/one", on_event=stop)
-    monkeypatch.chdir(tmp_path)
-    return place
+        run(settings, out=out, on_event=stop)
 
 
 def config() -> dict[str, Any]:
@@ -150,3 +159,39 @@ def test_cells_of_a_comparison_are_named_by_content(
     assert keys() == before
     Path("data/own.txt").write_text("\n".join(reversed(WORDS)))
     assert not set(keys()) & set(before)
+
+
+def test_a_replay_of_a_run_on_something_else_is_told_once(project: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(project / "models" / "pico", tmp_path / "other"))
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 0.01}))
+    resume(project / "runs" / "one")
+    recorded = f"replay:{project / 'runs' / 'one'}"
+    file = tmp_path / "config.yaml"
+    texts = {"windows": config()["texts"]["windows"]}
+    changes = {"agent": recorded, "model": str(other), "texts": texts}
+    file.write_text(yaml.safe_dump(config() | changes))
+    result = CliRunner().invoke(app, ["run", "-c", str(file), "-o", str(tmp_path / "again")])
+    assert result.exit_code == 0, result.output
+    shown = " ".join(result.output.split())
+    words = "this run does not stand on what the trace's did: model.settings.config.json.rms_norm"
+    assert shown.index(words) < shown.index("dense perplexity")
+    first, *rest = RunDirectory(tmp_path / "again").read_trace()
+    assert words in first.notes[0]
+    assert "texts.calibration was" in first.notes[0]
+    assert not any("does not stand" in note for record in rest for note in record.notes)
+
+
+def test_a_replay_goes_on_where_it_was_moved_to(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    resume("runs/one")
+    begin(config() | {"agent": "replay:runs/one"}, "runs/again")
+    shutil.copytree(project, tmp_path / "moved")
+    monkeypatch.chdir("/")
+    shutil.rmtree(project)
+    metrics = resume(tmp_path / "moved" / "runs" / "again").metrics
+    assert metrics.status == "target_reached"
+    records = RunDirectory(tmp_path / "moved" / "runs" / "again").read_trace()
+    assert not any("replay" in note for record in records for note in record.notes)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 
 from prunewright.graph import resume, run
@@ -65,15 +66,19 @@ def trace(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (path / "trace.jsonl").read_text().splitlines()]
 
 
-def test_a_finished_run_is_only_reported(reference: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_only_reported(
+    reference: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     out = Path(shutil.copytree(reference, tmp_path / "run"))
     before = contents(out)
     again = resume(out)
     assert again.metrics.model_dump(mode="json") == json.loads(
         (reference / "metrics.json").read_text()
     )
-    # Neither a missing key of an LLM nor a change matters to a run that has ended.
+    # Neither a missing key of an LLM nor a change matters to a run that has ended; it is told.
+    assert not caplog.text
     assert resume(out, agent="google_genai:gemini-3-flash-preview").metrics == again.metrics
+    assert "is finished: nothing of it is changed" in caplog.text
     assert contents(out) == before
 
 
@@ -113,6 +118,24 @@ def test_other_changes_are_refused_and_change_nothing(
         resume(stopped, **change)
     assert words in str(caught.value)
     assert contents(stopped) == before
+
+
+def test_who_decides_edited_into_the_config_file_is_told_once(
+    stopped: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = stopped / "config.yaml"
+    changes = {"agent": "zscore", "agent_options": {}, "max_steps": 3}
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | changes))
+    assert resume(stopped).metrics.status == "max_steps"
+    assert "config.yaml was edited since the run was last at work" in caplog.text
+    assert "agent was import:scripted_agents:HarmfulOnce, is zscore" in caplog.text
+    caplog.clear()
+    resume(stopped)
+    assert not caplog.text
+    # What an edit lets go on goes on, as with --set.
+    file.write_text(file.read_text().replace("max_steps: 3", "max_steps: 9"))
+    assert resume(stopped).metrics.status == "target_reached"
+    assert "max_steps was 3, is 9" in caplog.text
 
 
 def test_a_target_edited_into_the_config_file_is_refused(stopped: Path) -> None:
