@@ -1,41 +1,13 @@
-"""What earlier steps teach about the predicted costs: factors by projection and by depth."""
+"""What earlier steps came to for what was predicted of them, by projection and by depth."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-
-import numpy as np
 
 from prunewright.state import LayerProfile, ModelProfile, StepRecord
 
 DEPTHS = ("early", "middle", "late")
 """The thirds of a model's blocks."""
-SPREAD = 0.5
-"""How far a group's factor is believed to lie from the overall one: relative, one sigma."""
-MISFIT = 0.1
-"""Relative error of a measured step beside its noise: what no factor by group explains."""
-
-
-@dataclass(frozen=True)
-class Correction:
-    """Measured over predicted cost, each with its standard error.
-
-    Attributes:
-        overall: of all measured steps together; (1, 0) without any.
-        projections: factor of each projection relative to ``overall``.
-        depths: factor of each third of the blocks relative to ``overall``.
-    """
-
-    overall: tuple[float, float] = (1.0, 0.0)
-    projections: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    depths: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-
-    def factor(self, projection: str, depth: str) -> float:
-        """Measured over predicted cost expected of a layer; within 4 times of the overall one."""
-        unknown = (1.0, 0.0)
-        own = self.projections.get(projection, unknown)[0]
-        relative = own + self.depths.get(depth, unknown)[0] - 1
-        return self.overall[0] * min(max(relative, 0.25), 4.0)
+ALL = "all"
 
 
 def depth_of(block: int, blocks: int) -> str:
@@ -60,40 +32,37 @@ def predicted_costs(deltas: Mapping[str, float], profile: ModelProfile) -> dict[
     return costs
 
 
-def correct(records: Sequence[StepRecord]) -> Correction:
-    """Factors from the measured steps, rolled-back ones included.
+def ratios(records: Sequence[StepRecord]) -> dict[str, tuple[float, float]]:
+    """Measured over predicted cost with its standard error: of all steps, and of kinds of layers.
 
-    Each step gives one equation: its measured rise of the loss, y = log(1 + change), is the sum
-    over its cells of predicted cost times overall * (1 + u_projection + v_depth). Solved as a
-    ridge regression: u and v are Gaussian around 0 with `SPREAD`, an equation's error is its
-    noise on the guard and `MISFIT`.
+    A step's ratio is its measured rise of the loss, log(1 + change), over what was predicted for
+    it; a kind of layers has the mean of the steps' ratios, weighted by what each predicted for that
+    kind. The error is the larger of the guard's noise and the spread between the steps.
+
+    Returns:
+        By `ALL`, projection and depth; empty without a measured step that was predicted to cost
+        something. Rolled-back steps count.
     """
-    steps = [r for r in records if r.change is not None and sum(r.predicted_costs.values()) > 0]
-    if not steps:
-        return Correction()
-    measured = np.array([math.log1p(r.change or 0.0) for r in steps])
-    totals = np.array([sum(r.predicted_costs.values()) for r in steps])
-    overall = max(float(measured.sum() / totals.sum()), 0.05)
-    noise = np.array([r.change_stderr or 0.0 for r in steps])
-    overall_error = float(np.sqrt((noise**2).sum()) / totals.sum())
-    projections = sorted({cell.rpartition("@")[0] for r in steps for cell in r.predicted_costs})
-    columns = [*projections, *DEPTHS]
-    design = np.zeros((len(steps), len(columns)))
-    for row, record in zip(design, steps, strict=True):
+    weights: dict[str, list[tuple[float, float, float]]] = {}
+    for record in records:
+        total = sum(record.predicted_costs.values())
+        if record.change is None or total <= 0:
+            continue
+        ratio, noise = math.log1p(record.change) / total, (record.change_stderr or 0.0) / total
+        shares = {ALL: total}
         for cell, cost in record.predicted_costs.items():
-            projection, _, depth = cell.rpartition("@")
-            row[projections.index(projection)] += overall * cost
-            row[len(projections) + DEPTHS.index(depth)] += overall * cost
-    sigma = np.sqrt(noise**2 + (MISFIT * overall * totals) ** 2) + 1e-12
-    scaled = design / sigma[:, None]
-    normal = scaled.T @ scaled + np.eye(len(columns)) / SPREAD**2
-    covariance = np.linalg.inv(normal)
-    found = covariance @ (scaled.T @ ((measured - overall * totals) / sigma))
-    errors = np.sqrt(np.diag(covariance))
-    pairs = [(1.0 + float(u), float(e)) for u, e in zip(found, errors, strict=True)]
-    count = len(projections)
-    return Correction(
-        (overall, overall_error),
-        dict(zip(projections, pairs[:count], strict=True)),
-        dict(zip(DEPTHS, pairs[count:], strict=True)),
-    )
+            for kind in cell.rsplit("@", 1):
+                shares[kind] = shares.get(kind, 0.0) + cost
+        for kind, share in shares.items():
+            if share > 0:  # a kind that gave weights back says nothing of what taking costs
+                weights.setdefault(kind, []).append((share, ratio, noise))
+    return {kind: _mean(steps) for kind, steps in weights.items()}
+
+
+def _mean(steps: list[tuple[float, float, float]]) -> tuple[float, float]:
+    """Weighted mean of ratios and its error; each step is a weight, a ratio and its noise."""
+    whole, count = sum(weight for weight, _, _ in steps), len(steps)
+    mean = sum(weight * ratio for weight, ratio, _ in steps) / whole
+    noise = math.sqrt(sum((weight * error) ** 2 for weight, _, error in steps)) / whole
+    spread = sum((weight * (ratio - mean)) ** 2 for weight, ratio, _ in steps)
+    return mean, max(noise, math.sqrt(spread * count / max(count - 1, 1)) / whole)

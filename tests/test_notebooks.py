@@ -91,7 +91,7 @@ def test_swap_the_agent_compares_runs_of_several_agents(
     runs = {path.name: RunDirectory(path) for path in (tmp_path / "runs").iterdir()}
     assert {name: run.config().agent for name, run in runs.items()} == {
         "greedy": "greedy",
-        "adaptive": "adaptive",
+        "zscore": "zscore",
         "gemini's-stand-in": "google_genai:gemini-3-flash-preview",
         "uniform": "baseline",
     }
@@ -110,7 +110,7 @@ def test_swap_the_agent_compares_runs_of_several_agents(
 
 def test_explore_a_trace_forks_from_the_middle_of_a_run(execute: Execute, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "runs" / "first")
-    shown, printed = execute("explore_a_trace", out=str(run.path), agent="adaptive", target=0.2)
+    shown, printed = execute("explore_a_trace", out=str(run.path), agent="greedy", target=0.2)
     assert pictures(shown) == 4
     assert "the steps up to there are the same: True" in printed
     (other,) = [path for path in run.path.parent.iterdir() if path != run.path]
@@ -118,7 +118,7 @@ def test_explore_a_trace_forks_from_the_middle_of_a_run(execute: Execute, tmp_pa
     middle = len(run.read_trace()) // 2
     assert fork.manifest()["parent"]["step"] == middle >= 1
     agents = [record.agent for record in fork.read_trace()]
-    assert agents[:middle] == ["adaptive"] * middle
+    assert agents[:middle] == ["greedy"] * middle
     assert set(agents[middle:]) == {"random"}
     for found in (run, fork):
         test = load_metrics(found).perplexity.test.final

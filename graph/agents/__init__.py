@@ -10,7 +10,6 @@ from typing import Any
 
 from prunewright.graph.agents.base import Agent, InvalidAnswerError, Observation, Refusal
 from prunewright.graph.agents.controls import (
-    AdaptiveAgent,
     GreedyAgent,
     RandomAgent,
     UniformAgent,
@@ -35,7 +34,6 @@ __all__ = [
 
 CONTROLS: dict[str, type[Agent]] = {
     "greedy": GreedyAgent,
-    "adaptive": AdaptiveAgent,
     "zscore": ZScoreAgent,
     "random": RandomAgent,
     "uniform": UniformAgent,
@@ -80,6 +78,8 @@ def resolve_agent(name: str, options: Mapping[str, Any] | None = None) -> Resolv
     if name.startswith("import:"):
         _imported(name)
         return ResolvedAgent(name, "the user's own class")
+    if name == "adaptive":
+        raise InputError("the agent 'adaptive' no longer exists, as it was no better: use greedy")
     if ":" not in name:
         raise InputError(
             f"unknown agent {name!r}{_hint(name)}; known: auto, {', '.join(CONTROLS)}, "

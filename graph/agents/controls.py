@@ -2,12 +2,11 @@
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
 from prunewright.graph.agents.base import Observation
-from prunewright.graph.correction import correct, depths_of
 from prunewright.state import COST_DELTAS, Decision, LayerDelta, LayerProfile
 from prunewright.state.decision import MAX_CHANGE
 
@@ -29,20 +28,13 @@ class GreedyAgent:
     layers are taken and given back as a whole, by their price.
     """
 
-    def factor(self, observation: Observation) -> Callable[[LayerProfile], float]:
-        """By how much the predicted cost of a layer is multiplied."""
-        return lambda _: 1.0
-
     def decide(self, observation: Observation) -> Decision:
         """The cheapest slices that fill the budget; with a pattern, whole layers."""
-        factor = self.factor(observation)
         if observation.pattern_sparsity is not None:
-            return _settled(observation, _cheapest_whole(observation, factor), factor)
+            return _settled(observation, _cheapest_whole(observation))
         prunable = {p.name: p.parameters for p in observation.profile.layers}
         slices = [
-            piece
-            for layer in observation.profile.layers
-            for piece in _slices(layer, factor(layer), observation)
+            piece for layer in observation.profile.layers for piece in _slices(layer, observation)
         ]
         slices.sort()
         budget = _budget(observation)
@@ -58,22 +50,18 @@ class GreedyAgent:
             deltas[piece.name] = deltas.get(piece.name, 0.0) + taken
             budget -= taken * prunable[piece.name]
         deltas = {name: delta for name, delta in deltas.items() if abs(delta) > 1e-9}
-        return _settled(observation, deltas, factor)
+        return _settled(observation, deltas)
 
 
-def _settled(
-    observation: Observation, deltas: dict[str, float], factor: Callable[[LayerProfile], float]
-) -> Decision:
-    """The decision with the change that the corrected costs predict for it."""
-    loss = sum(factor(p) * p.cost_of(deltas.get(p.name, 0.0)) for p in observation.profile.layers)
+def _settled(observation: Observation, deltas: dict[str, float]) -> Decision:
+    """The decision with the change that the costs predict for it."""
+    loss = sum(p.cost_of(deltas.get(p.name, 0.0)) for p in observation.profile.layers)
     back = sum(delta < 0 for delta in deltas.values())
     words = f"Lowest predicted cost a weight: {len(deltas) - back} layers pruned further"
     return _decision(deltas, f"{words}, {back} given weights back.", math.expm1(min(loss, 50.0)))
 
 
-def _cheapest_whole(
-    observation: Observation, factor: Callable[[LayerProfile], float]
-) -> dict[str, float]:
+def _cheapest_whole(observation: Observation) -> dict[str, float]:
     """With a pattern: the cheapest layers that fill the budget, pruned ones thought given back.
 
     Where that would gain no sparsity, because what is given back is not filled again, layers are
@@ -83,10 +71,7 @@ def _cheapest_whole(
     layers = [p for p in observation.profile.layers if fixed[p.name]]
     size = {p.name: abs(fixed[p.name]) * p.parameters for p in layers}
     price = {
-        p.name: factor(p)
-        * abs(p.cost_of(fixed[p.name]))
-        / size[p.name]
-        / (HESITATION if p.patterned else 1.0)
+        p.name: abs(p.cost_of(fixed[p.name])) / size[p.name] / (HESITATION if p.patterned else 1.0)
         for p in layers
     }
     order = sorted(price, key=lambda name: (price[name], name))
@@ -102,19 +87,6 @@ def _cheapest_whole(
     return deltas if gain > 0 else _fill(observation, order)
 
 
-class AdaptiveAgent(GreedyAgent):
-    """`GreedyAgent` on costs that are corrected by what earlier steps really cost.
-
-    The factors by projection and by depth are those of `graph.correction.correct`.
-    """
-
-    def factor(self, observation: Observation) -> Callable[[LayerProfile], float]:
-        """Measured over predicted cost of a layer's kind."""
-        correction = correct(observation.history)
-        depths = depths_of(observation.profile)
-        return lambda layer: correction.factor(layer.projection, depths[layer.name])
-
-
 class _Slice(NamedTuple):
     """Part of a layer's sparsity, at its price: loss for a weight, nats."""
 
@@ -125,11 +97,11 @@ class _Slice(NamedTuple):
     width: float
 
 
-def _slices(layer: LayerProfile, factor: float, observation: Observation) -> Iterator[_Slice]:
+def _slices(layer: LayerProfile, observation: Observation) -> Iterator[_Slice]:
     """The slices of a layer that may change in this step."""
     room = min(observation.max_delta, observation.max_layer_sparsity - layer.sparsity)
     back = min(observation.max_delta, layer.pruned)
-    scale = factor / layer.parameters
+    scale = 1 / layer.parameters
     price = 0.0
     for start, end in _steps(room):
         # A later slice never goes before an earlier one of its layer.

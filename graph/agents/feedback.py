@@ -5,7 +5,7 @@ from statistics import median
 
 from prunewright.graph.agents.base import Observation, quote_name
 from prunewright.graph.agents.table import by_blocks, with_heads
-from prunewright.graph.correction import DEPTHS, Correction, correct, depth_of
+from prunewright.graph.correction import ALL, DEPTHS, depth_of, ratios
 from prunewright.state import StepRecord
 
 ROLLBACKS = 2
@@ -31,7 +31,7 @@ def compile_feedback(observation: Observation) -> str:
         lines.append(f"{why} It was {_layers(observation, record)}")
     lines += _last(observation, records[-1])
     if costs:
-        lines += _ratios(observation, correct(records))
+        lines += _ratios(observation, ratios(records))
     return "\n".join(lines)
 
 
@@ -114,20 +114,18 @@ def _layers(observation: Observation, record: StepRecord) -> str:
     return by_blocks(observation.profile.layers, shown, ITEMS)
 
 
-def _ratios(observation: Observation, found: Correction) -> list[str]:
+def _ratios(observation: Observation, found: dict[str, tuple[float, float]]) -> list[str]:
     """Measured over predicted cost: overall, by projection and by depth, with its error."""
-    overall, error = found.overall
-    if not found.projections:
+    if not found:
         return []
     blocks = 1 + max(p.block for p in observation.profile.layers)
     spans = {depth: [b for b in range(blocks) if depth_of(b, blocks) == depth] for depth in DEPTHS}
-    groups = [(quote_name(key), value) for key, value in found.projections.items()]
-    groups += [
-        (f"blocks {span[0]}-{span[-1]}", found.depths[depth])
-        for depth, span in spans.items()
-        if span and depth in found.depths
-    ]
-    parts = [f"{name} {overall * ratio:.2f} ± {overall * e:.1f}" for name, (ratio, e) in groups]
+    names = {depth: f"blocks {span[0]}-{span[-1]}" for depth, span in spans.items() if span}
+    kinds = sorted(found.keys() - {ALL, *DEPTHS})
+    groups = [(quote_name(kind), kind) for kind in kinds]
+    groups += [(name, depth) for depth, name in names.items() if depth in found]
+    parts = [f"{name} {found[kind][0]:.2f} ± {found[kind][1]:.2f}" for name, kind in groups]
+    overall, error = found[ALL]
     return [
         f"Measured over predicted cost, of all steps: {overall:.2f} ± {error:.2f}; "
         + ", ".join(parts)

@@ -56,7 +56,7 @@ def trace(result: RunResult) -> list[StepRecord]:
     return RunDirectory(result.directory).read_trace()
 
 
-@pytest.mark.parametrize("agent", ["greedy", "adaptive", "zscore", "random", "uniform"])
+@pytest.mark.parametrize("agent", ["greedy", "zscore", "random", "uniform"])
 def test_each_control_ends_at_the_target_with_whole_layers(
     config: dict[str, Any], agent: str, tmp_path: Path
 ) -> None:

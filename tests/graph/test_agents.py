@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from records import record
 
 from prunewright.graph.agents import (
     Agent,
@@ -23,7 +22,6 @@ from prunewright.graph.agents import (
     resolve_agent,
 )
 from prunewright.graph.agents.controls import (
-    AdaptiveAgent,
     GreedyAgent,
     RandomAgent,
     UniformAgent,
@@ -39,7 +37,6 @@ from prunewright.state import (
     LayerProfile,
     ModelProfile,
     PruneContext,
-    StepRecord,
     check_decision,
 )
 from prunewright.state.config import DEFAULT_AGENT
@@ -47,7 +44,7 @@ from prunewright.state.config import DEFAULT_AGENT
 if TYPE_CHECKING:
     from tests.graph.conftest import FakeGemini
 
-CONTROLS: list[type[Agent]] = [GreedyAgent, AdaptiveAgent, ZScoreAgent, RandomAgent, UniformAgent]
+CONTROLS: list[type[Agent]] = [GreedyAgent, ZScoreAgent, RandomAgent, UniformAgent]
 
 MakeObservation = Callable[..., Observation]
 MakeLayer = Callable[..., LayerProfile]
@@ -78,7 +75,6 @@ def test_auto_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "kind"),
     [
         ("greedy", GreedyAgent),
-        ("adaptive", AdaptiveAgent),
         ("zscore", ZScoreAgent),
         ("random", RandomAgent),
         ("uniform", UniformAgent),
@@ -99,6 +95,7 @@ def test_controls_by_name(name: str, kind: type[Agent]) -> None:
         ("gemini-3-flash-preview", "did you mean google_genai:gemini-3-flash-preview?"),
         ("gpt", "unknown agent 'gpt'; known: auto, "),
         ("", "unknown agent ''"),
+        ("adaptive", "no longer exists, as it was no better: use greedy"),
         ("local:embedded", "no longer exists: serve the model (Ollama, llama.cpp, vLLM)"),
         (":", "not of the form provider:model"),
         ("google_genai:", "not of the form provider:model"),
@@ -505,30 +502,6 @@ def test_greedy_gives_back_where_weights_have_become_dear(
     assert set(taken) == {"0", "2", "3"}
     change = math.log1p(decision.expected_ppl_change or 0)
     assert change == pytest.approx(2 * 0.20 - 0.70)
-
-
-def measured_step(costs: dict[str, float], rise: float) -> StepRecord:
-    return record(predicted_costs=costs, change=math.expm1(rise), change_stderr=1e-5)
-
-
-def test_adaptive_learns_which_kind_of_layer_costs_more_than_predicted(
-    make_layer: MakeLayer, make_observation: MakeObservation
-) -> None:
-    flat = {"loss_cost": (0.1, 0.2, 0.3)}
-    layers = [
-        make_layer(block, projection=kind, name=f"{block}.{kind}", **flat)
-        for block in (0, 1)
-        for kind in ("up", "down")
-    ]
-    history = (
-        measured_step({"up@early": 0.05, "up@middle": 0.05}, 0.30),
-        measured_step({"down@early": 0.05, "down@middle": 0.05}, 0.10),
-    )
-    observation = make_observation(layers, max_step=0.05)
-    kinds = {i.name for i in AdaptiveAgent().decide(replace(observation, history=history)).layers}
-    assert kinds == {"0.down", "1.down"}
-    # Without history it is greedy.
-    assert AdaptiveAgent().decide(observation) == GreedyAgent().decide(observation)
 
 
 def test_a_control_may_name_thousands_of_layers(

@@ -200,12 +200,12 @@ def test_ask_before_the_first_profile(
     from prunewright.tools.workbench import Workbench
 
     def fail(*_: Any) -> None:
-        raise AgentError("no profile at all")
+        raise KeyboardInterrupt
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(Workbench, "profile", fail)
-        assert invoke("run", "-c", config_file, "-o", out).exit_code == 1
+        assert invoke("run", "-c", config_file, "-o", out).exit_code == 130
     result = invoke("ask", out)
     assert result.exit_code == 2
     words = " ".join(result.stderr.split())

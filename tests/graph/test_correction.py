@@ -1,19 +1,11 @@
-"""What measured steps teach about predicted costs, against costs whose truth is known."""
+"""Measured over predicted costs, against ratios worked out by hand."""
 
 import math
-import random
 
-import numpy as np
 import pytest
 from records import record
 
-from prunewright.graph.correction import (
-    DEPTHS,
-    Correction,
-    correct,
-    depth_of,
-    predicted_costs,
-)
+from prunewright.graph.correction import depth_of, predicted_costs, ratios
 from prunewright.state import LayerProfile, ModelProfile, StepRecord
 
 
@@ -23,65 +15,42 @@ def step(costs: dict[str, float], rise: float | None, stderr: float = 1e-4) -> S
     return record(change=change, change_stderr=stderr, predicted_costs=costs)
 
 
-def test_without_measured_steps_nothing_is_corrected() -> None:
+def test_without_measured_steps_there_is_no_ratio() -> None:
     for records in ([], [step({"up@early": 0.1}, None)], [step({}, 0.1)]):
-        found = correct(records)
-        assert found == Correction()
-        assert found.factor("up", "early") == 1.0
+        assert ratios(records) == {}
 
 
-def test_one_step_sets_the_overall_ratio_alone() -> None:
-    found = correct([step({"up@early": 0.01, "down@late": 0.01}, 0.03)])
-    assert found.overall[0] == pytest.approx(1.5)
-    assert found.factor("up", "early") == pytest.approx(1.5)
-    assert found.factor("never", "seen") == pytest.approx(1.5)
-
-
-def test_the_true_factors_are_found_from_varied_steps() -> None:
-    """Steps of one kind of layer at a time tell what each kind really costs."""
-    kinds, middle = {"q": 0.6, "up": 1.0, "down": 1.5}, 0.8
-    records = []
-    for kind, truth in kinds.items():
-        for depth, slope in zip(DEPTHS, (0.2, 0.0, -0.2), strict=True):
-            records.append(step({f"{kind}@{depth}": 0.02}, 0.02 * middle * (truth + slope)))
-    found = correct(records)
-    for kind, truth in kinds.items():
-        for depth, slope in zip(DEPTHS, (0.2, 0.0, -0.2), strict=True):
-            assert found.factor(kind, depth) == pytest.approx(middle * (truth + slope), rel=0.05)
-
-
-def test_it_is_the_ridge_regression_that_it_says() -> None:
-    """Against the same posterior found by least squares on stacked equations."""
-    draw = random.Random(0)
-    cells = [f"{p}@{d}" for p in ("q", "up") for d in DEPTHS]
+def test_steps_of_one_kind_at_a_time_tell_what_each_kind_costs() -> None:
     records = [
-        step({c: draw.uniform(0.001, 0.02) for c in cells}, draw.uniform(0.01, 0.1), 0.003)
-        for _ in range(5)
+        step({"q@early": 0.02}, 0.01),
+        step({"q@late": 0.02}, 0.014),
+        step({"up@early": 0.02}, 0.03),
     ]
-    y = np.array([math.log1p(r.change or 0) for r in records])
-    totals = np.array([sum(r.predicted_costs.values()) for r in records])
-    c = y.sum() / totals.sum()
-    rows, right = [], []
-    for measured, rise, total in zip(records, y, totals, strict=True):
-        sigma = math.hypot(0.003, 0.1 * c * total)
-        q, up = (sum(v for k, v in measured.predicted_costs.items() if k[:-5].startswith(p))
-                 for p in ("q", "up"))  # fmt: skip
-        by_depth = [
-            sum(v for k, v in measured.predicted_costs.items() if k.endswith(f"@{d}"))
-            for d in DEPTHS
-        ]
-        rows.append([c * value / sigma for value in (q, up, *by_depth)])
-        right.append((rise - c * total) / sigma)
-    rows += (np.eye(5) / 0.5).tolist()
-    u = np.linalg.lstsq(np.array(rows), np.array(right + [0.0] * 5), rcond=None)[0]
-    found = correct(records)
-    assert [v - 1 for v, _ in found.projections.values()] == pytest.approx(u[:2], abs=1e-9)
-    assert [v - 1 for v, _ in found.depths.values()] == pytest.approx(u[2:], abs=1e-9)
+    found = ratios(records)
+    assert {kind: value for kind, (value, _) in found.items()} == pytest.approx(
+        {"all": 0.9, "q": 0.6, "up": 1.5, "early": 1.0, "late": 0.7}
+    )
 
 
-def test_a_factor_stays_within_four_times_of_the_overall_one() -> None:
-    found = Correction((0.5, 0.1), {"a": (-3.0, 1.0), "b": (9.0, 1.0)}, {})
-    assert (found.factor("a", "early"), found.factor("b", "late")) == (0.125, 2.0)
+def test_a_step_counts_for_a_kind_by_what_it_predicted_of_it() -> None:
+    mixed = step({"q@early": 0.03, "up@early": 0.01}, 0.08)  # twice as dear as predicted
+    alone = step({"up@early": 0.03}, 0.03)
+    found = ratios([mixed, alone])
+    assert found["q"][0] == pytest.approx(2.0)
+    assert found["up"][0] == pytest.approx((0.01 * 2 + 0.03 * 1) / 0.04)
+
+
+def test_what_only_gave_weights_back_says_nothing_of_its_kind() -> None:
+    found = ratios([step({"q@early": 0.03, "up@late": -0.01}, 0.02)])
+    assert set(found) == {"all", "q", "early"}
+
+
+def test_the_error_is_the_guards_noise_or_the_spread_whichever_is_larger() -> None:
+    (value, error) = ratios([step({"q@early": 0.02}, 0.02, stderr=0.004)])["q"]
+    assert (value, error) == pytest.approx((1.0, 0.2))
+    even = ratios([step({"q@early": 0.02}, 0.02 * r) for r in (0.5, 1.0, 1.5)])["q"]
+    # Equal weights: the standard error of the mean of 0.5, 1 and 1.5.
+    assert even == pytest.approx((1.0, 0.5 / math.sqrt(3)), rel=1e-3)
 
 
 def test_costs_by_projection_and_depth_add_up_to_the_predicted_change() -> None:

@@ -1,6 +1,5 @@
 """What an agent is told of its earlier steps."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,6 @@ from prunewright.graph.agents.feedback import (
     last_changes,
     percent,
 )
-from prunewright.graph.correction import correct
 from prunewright.state import Decision, StepRecord
 
 Told = Callable[..., list[str]]
@@ -49,8 +47,6 @@ def test_before_the_first_step(told: Told) -> None:
 
 
 def test_one_accepted_step(told: Told) -> None:
-    found = correct([record()])
-    up, down = (found.projections[f"mlp.{name}_proj"] for name in ("up", "down"))
     *lines, ratios = told(record())
     assert lines == [
         "Earlier steps, in per cent: sparsity that the model gained, change of the perplexity, "
@@ -61,18 +57,12 @@ def test_one_accepted_step(told: Told) -> None:
         "You expected +1.2 % of it.",
         "Your reasoning then: Cheap layers.",
     ]
-    # log(1.02) nats were measured, 0.01 predicted.
-    assert found.overall[0] == pytest.approx(math.log(1.02) / 0.01)
-    assert ratios.startswith("Measured over predicted cost, of all steps: 1.98 ± 0.10; ")
-    parts = ratios.partition("; ")[2].split(", ")
-    assert parts == [
-        f"mlp.down_proj {1.98026 * down[0]:.2f} ± {1.98026 * down[1]:.1f}",
-        f"mlp.up_proj {1.98026 * up[0]:.2f} ± {1.98026 * up[1]:.1f}",
-        *(
-            f"blocks {block}-{block} {1.98026 * ratio:.2f} ± {1.98026 * error:.1f}"
-            for block, (ratio, error) in enumerate(found.depths.values())
-        ),
-    ]
+    # log(1.02) nats were measured, with an error of 0.001 / 1.02, and 0.01 predicted. One step says
+    # the same of all that it touched.
+    kinds = ("mlp.down_proj", "mlp.up_proj", "blocks 0-0", "blocks 1-1")
+    assert ratios == "Measured over predicted cost, of all steps: 1.98 ± 0.10; " + ", ".join(
+        f"{kind} 1.98 ± 0.10" for kind in kinds
+    )
 
 
 def test_what_was_rolled_back_keeps_its_layers_and_why(told: Told) -> None:
