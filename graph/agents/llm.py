@@ -211,42 +211,20 @@ class LLMAgent:
                     "keeps its HTTP client where redirects of it cannot be forbidden"
                 )
             remarks.append(f"the client of {provider} may follow redirects and read without bound")
-        self._setup(name, model, asking, spent or Spent(), run, remarks)
-        self._base_url = str(options.get("base_url") or "")
-        self._seconds = max([asking.timeout, *_timeouts(options)])
-
-    @classmethod
-    def from_model(
-        cls, model: BaseChatModel, asking: AskingOptions | None = None, name: str = "chat model"
-    ) -> "LLMAgent":
-        """An agent that asks a chat model made elsewhere."""
-        agent = cls.__new__(cls)
-        agent._setup(name, model, asking or AskingOptions(), Spent(), "RUN_DIR", [])
-        return agent
-
-    def _setup(
-        self,
-        name: str,
-        model: BaseChatModel,
-        asking: AskingOptions,
-        spent: Spent,
-        run: str,
-        remarks: list[str],
-    ) -> None:
         self.name = name
         self.calls = 0
         self.tokens = 0
         self.notes: list[str] = []
-        self._base_url = ""
-        self._seconds = asking.timeout
+        self._base_url = str(options.get("base_url") or "")
+        self._seconds = max([asking.timeout, *_timeouts(options)])
         self._asking = asking
-        self._spent = spent
+        self._spent = spent or Spent()
         self._run = run
         self._remarks = remarks
         self._backoff = wait_exponential_jitter(
             initial=asking.wait, max=MAX_WAIT, jitter=asking.wait
         )
-        known = _PROVIDERS.get(name.partition(":")[0])
+        known = _PROVIDERS.get(provider)
         # Every one of these says how an answer ended.
         self._known = known is not None
         self._body = ""
