@@ -136,13 +136,16 @@ class _RunSaver(SqliteSaver):
     def _checked(self, found: CheckpointTuple) -> CheckpointTuple:
         checkpoint: Any = found.checkpoint
         parts = ("channel_values", "channel_versions", "versions_seen")
-        form = isinstance(checkpoint, dict) and isinstance(found.metadata, dict)
+        metadata: Any = found.metadata
+        form = isinstance(checkpoint, dict) and isinstance(metadata, dict)
+        form = form and isinstance(metadata.get("step"), int)
         if not form or not all(isinstance(checkpoint.get(part), dict) for part in parts):
             raise self._damaged("it holds something else than checkpoints")
-        values = checkpoint["channel_values"]
-        own = {name: value for name, value in values.items() if name in PruneUpdate.__annotations__}
+        writes = [{name: value} for _, name, value in found.pending_writes or ()]
         try:
-            _STATE.validate_python(own, strict=True)
+            for values in (checkpoint["channel_values"], *writes):
+                own = {k: v for k, v in values.items() if k in PruneUpdate.__annotations__}
+                _STATE.validate_python(own, strict=True)
         except ValidationError as error:
             raise self._damaged(problem_words(error, "state", most=3)) from error
         return found

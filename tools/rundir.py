@@ -76,7 +76,11 @@ _traces: dict[Path, tuple[int, str]] = {}
 
 
 class RunDirectory:
-    """Paths and files of one run."""
+    """Paths and files of one run.
+
+    Raises:
+        InputError: nothing can lie at that path, or nobody may look there.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -88,6 +92,12 @@ class RunDirectory:
         self.model = self.path / "model"
         self.lock_file = self.path / ".lock"
         self.holder_file = self.path / ".lock-holder"
+        try:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                self.config_file.stat()
+        except (OSError, ValueError) as error:
+            words = error.strerror if isinstance(error, OSError) else error
+            raise InputError(f"{self.path} cannot hold a run: {words}") from error
 
     @contextmanager
     def begun(self, config: PruneConfig) -> Iterator[None]:

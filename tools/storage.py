@@ -150,11 +150,11 @@ def appearing(path: Path, *, directory: bool = False) -> Iterator[Path]:
         InputError: something is there; an empty directory may be, where one is made.
         StoreError: it cannot be written.
     """
-    if path.exists() and not (directory and path.is_dir() and not any(path.iterdir())):
-        raise InputError(f"{path} exists and is not empty: give another place")
-    remove_unfinished(path.parent)
     scratch = path.with_name(unfinished_name())
     try:
+        if path.exists() and not (directory and path.is_dir() and not any(path.iterdir())):
+            raise InputError(f"{path} exists and is not empty: give another place")
+        remove_unfinished(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
         if directory:
             scratch.mkdir()
@@ -173,4 +173,5 @@ def appearing(path: Path, *, directory: bool = False) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)

@@ -79,7 +79,7 @@ class Session:
         """The command that goes on with the run; None if there is nothing to go on with."""
         if self.again is not None:
             return self.again
-        if self.run is None or not (self.run / "config.yaml").is_file():
+        if self.run is None or not os.path.isfile(self.run / "config.yaml"):  # noqa: PTH113 - never raises
             return None
         return f"prunewright resume {shlex.quote(str(self.run))}"
 
@@ -174,6 +174,11 @@ def _unforeseen(error: Exception) -> str:
     short = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate")
     if isinstance(error, MemoryError) or any(s in str(error).lower() for s in short):
         return f"{_MEMORY_ADVICE}.\n({console.one_line(text, 300)})"
+    if isinstance(error, OSError) and error.filename is not None:
+        return (
+            f"cannot use {error.filename}: {error.strerror}. Give another path, free some space "
+            "or mend the permissions"
+        )
     return (
         f"{text}\nThis was not foreseen. For the traceback: prunewright --debug COMMAND, or "
         "PRUNEWRIGHT_DEBUG=1"

@@ -358,6 +358,24 @@ def test_a_full_disk_loses_nothing(
     assert json.loads(resumed.stdout)["revision"] == json.loads(straight.stdout)["revision"]
 
 
+def test_a_path_that_nothing_can_lie_at_is_told(
+    config_file: Path, tmp_path: Path, pico_models: Callable[..., Path]
+) -> None:
+    long, below = tmp_path / ("n" * 300), config_file / "below"
+    read = [["show"], ["resume"], ["watch"], ["gc"], ["ask"], ["fork", "--step", "1"], ["report"]]
+    tried = [[*command, long] for command in read]
+    tried += [["run", "-c", config_file, "-o", long], ["baseline", "-c", config_file, "-o", long]]
+    tried += [["evaluate", long, "--text", "embedded"], ["pack", long, tmp_path / "packed"]]
+    tried += [["pack", pico_models(), place] for place in (long, below)]
+    for command in tried:
+        result = invoke(*command)
+        assert result.exit_code in (1, 2), command
+        words = "cannot write" if below in command else "File name too long"
+        assert words in flat(result.stderr), command
+        assert "not foreseen" not in result.stderr, command
+    assert config_file.is_file()
+
+
 def test_too_little_memory_becomes_advice(config_file: Path, tmp_path: Path, agents: str) -> None:
     result = invoke("run", "-c", config_file, "-o", tmp_path / "run", "-a", f"{agents}Hungry")
     assert result.exit_code == 1
