@@ -1,5 +1,6 @@
 """The README.md of a saved model: where it comes from, how it was pruned, what that came to."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from prunewright.state import PruneConfig
 from prunewright.state.config import BASELINE
 from prunewright.state.metrics import NEGLIGIBLE, Metrics
 from prunewright.tools.models import EMBEDDED
-from prunewright.tools.storage import read_json
 
 _EMBEDDED_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _LICENSE_KEYS = ("license", "license_name", "license_link")
@@ -91,7 +91,8 @@ def hub_name(name: str, directory: Path) -> str | None:
 
 
 def _config(directory: Path) -> dict[str, Any]:
-    content = read_json(directory / "config.json")
+    # Not `read_json`: some hold Infinity.
+    content = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     return content if isinstance(content, dict) else {}
 
 

@@ -3,7 +3,6 @@
 import errno
 import functools
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -38,6 +37,7 @@ from prunewright.tools.standing import difference, settings_of
 from prunewright.tools.storage import (
     canonical_json,
     is_unfinished,
+    parse_json,
     put_into_words,
     read_json,
     remove_unfinished,
@@ -647,7 +647,7 @@ class RunDirectory:
                 raise ValueError("its last line is cut off")
             records = [StepRecord.model_validate_json(line) for line in lines]
             for number, (line, record) in enumerate(zip(lines, records, strict=True)):
-                if record.step != number or not self.holds(number, "record", json.loads(line)):
+                if record.step != number or not self.holds(number, "record", parse_json(line)):
                     raise ValueError(f"line {number + 1} is not what the step's record holds")
             return records
         except OSError as error:

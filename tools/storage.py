@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -128,14 +129,33 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, (text + "\n").encode("utf-8", "backslashreplace"))
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of JSON of ours, which holds finite numbers only.
+
+    Raises:
+        ValueError: it is no such JSON.
+    """
+    try:
+        return json.loads(text, parse_constant=_finite, parse_float=_finite)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return value
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file of a run directory.
 
     Raises:
-        StoreError: missing, unreadable or not JSON.
+        StoreError: missing, unreadable or not JSON, or a number is not finite.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise StoreError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:

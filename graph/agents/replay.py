@@ -1,6 +1,5 @@
 """The decisions of an earlier trace, so that a run repeats without its LLM."""
 
-import json
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -9,6 +8,7 @@ from prunewright.graph.agents.base import Observation
 from prunewright.state import AgentError, Decision, InputError, StepRecord
 from prunewright.state.config import problem_words
 from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.storage import parse_json
 
 MAX_LINE = 8 * 2**20
 """Bytes of one line of a trace; a step of 4,096 layers takes less than three million."""
@@ -137,11 +137,7 @@ def _read(path: Path) -> list[StepRecord]:
                 where = f"cannot replay {path}, line {len(records) + 1}"
                 if len(line) > MAX_LINE:
                     raise InputError(f"{where}: it is longer than {MAX_LINE:,} bytes")
-                records.append(_record(line, where))
-                if not RunDirectory(path.parent).holds(
-                    len(records) - 1, "record", json.loads(line)
-                ):
-                    raise InputError(f"{where}: it is damaged: the step's record holds another")
+                records.append(_record(line, len(records), path.parent, where))
                 if records[-1].step != len(records) - 1:
                     raise InputError(
                         f"{where}: it holds step {records[-1].step}, not {len(records) - 1}"
@@ -153,10 +149,12 @@ def _read(path: Path) -> list[StepRecord]:
     return records
 
 
-def _record(line: bytes, where: str) -> StepRecord:
+def _record(line: bytes, step: int, directory: Path, where: str) -> StepRecord:
     try:
         record = StepRecord.model_validate_json(line)
         record.decision.model_dump_json()  # lone surrogates are legal JSON that no file can hold
+        if not RunDirectory(directory).holds(step, "record", parse_json(line)):
+            raise InputError(f"{where}: it is damaged: the step's record holds another")
         return record
     except ValidationError as error:
         problems = problem_words(error, "line", most=4)

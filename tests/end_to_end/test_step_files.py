@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +100,33 @@ def test_a_flip_in_what_is_reported_is_named(finished: Path, tmp_path: Path) -> 
             if name == "trace.jsonl":
                 with pytest.raises(InputError, match=r"line \d+.*(damaged|holds step|not a step)"):
                     run({"agent": f"replay:{out}"}, out=tmp_path / "replay")
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e400", "[" * 100_000])
+def test_a_number_that_is_not_finite_is_damage(number: str, finished: Path, tmp_path: Path) -> None:
+    """Also in a run from somebody else, whose steps have no files to compare with."""
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    for path in out.glob("steps/*"):
+        if "-record-" in path.name or "-metrics-" in path.name:
+            path.unlink()
+    metrics, trace, manifest = (
+        out / name for name in ("metrics.json", "trace.jsonl", "manifest.json")
+    )
+    whole = metrics.read_text()
+    metrics.write_text(re.sub(r'("final": )[\d.]+', rf"\g<1>{number}", whole, count=1))
+    with pytest.raises(StoreError, match=r"metrics\.json is damaged"):
+        read_story(RunDirectory(out))
+    metrics.write_text(whole)
+    manifest.write_text(f'{{"notes": {number}, {manifest.read_text()[1:]}')
+    with pytest.raises(StoreError, match=r"manifest\.json is damaged"):
+        fork(out, 1, out=tmp_path / "forked")
+    trace.write_text(
+        re.sub(r'("\S+@early":)[-\d.e]+', rf"\g<1>{number}", trace.read_text(), count=1)
+    )
+    with pytest.raises(StoreError, match=r"trace\.jsonl is damaged"):
+        RunDirectory(out).read_trace()
+    with pytest.raises(InputError, match=r"line 1.*(not a step)"):
+        run({"agent": f"replay:{out}"}, out=tmp_path / "replay")
 
 
 def test_a_checkpoint_cannot_name_a_file_elsewhere(finished: Path, tmp_path: Path) -> None:
