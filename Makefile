@@ -23,7 +23,7 @@ demo: install
 	$(BIN)/prunewright run --config configs/demo.yaml --out $(OUT)
 
 test: demo
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 # The server of LangGraph Studio, for this machine only.
 studio: install

@@ -38,6 +38,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "pack": storing.pack_command,
     "unpack": storing.unpack_command,
     "gc": storing.gc_command,
+    "config": planning.config_command,
     "plan": planning.plan_command,
 }
 for _name, _command in _COMMANDS.items():

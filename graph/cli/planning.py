@@ -1,5 +1,6 @@
-"""`plan`."""
+"""Before a run: `config` and `plan`."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +20,21 @@ from prunewright.graph.cli.options import (
 from prunewright.graph.cli.session import Session, quiet_transformers
 from prunewright.graph.console import Screen
 from prunewright.state import InputError, PruneConfig, load_config
+from prunewright.state.reference import reference
 
 if TYPE_CHECKING:
     from prunewright.tools.plan import Plan
+
+
+def config_command(ctx: typer.Context, _json: JsonOption = False) -> None:
+    """Print every key of the configuration with its meaning, type, bounds and default, as YAML.
+
+    Redirect it to a file, edit that, and give it to `--config`. With --json its JSON schema.
+    """
+    session: Session = ctx.obj
+    session.emit(PruneConfig.model_json_schema())
+    if not session.json:
+        sys.stdout.write(reference())
 
 
 def plan_command(

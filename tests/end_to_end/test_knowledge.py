@@ -77,10 +77,8 @@ def test_a_fall_is_rolled_back_though_the_perplexity_holds(
     assert first.candidate_knowledge is not None
     drop = first.knowledge_dense - first.candidate_knowledge
     assert drop > 0.001
-    assert first.reason == (
-        f"the right answers to the facts became less likely by {drop:.3f} nats a token than the "
-        "dense model finds them, more than guard.max_knowledge_drop 0.001"
-    )
+    assert f"less likely by {drop:.4f} nats a token than the dense model" in first.reason
+    assert first.reason.endswith("more than guard.max_knowledge_drop 0.001")
     for record in records:
         assert record.candidate_knowledge is not None
         fell = dense - record.candidate_knowledge > 0.001

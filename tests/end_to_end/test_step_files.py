@@ -90,11 +90,22 @@ def test_a_flip_in_what_a_run_goes_on_from_is_named(
     assert resume(out).metrics.steps == 12
 
 
+def values_of(path: Path) -> object:
+    """What a JSON file, or each line of it, holds; None if it is damaged."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return list(map(json.loads, text.splitlines() if path.suffix == ".jsonl" else [text]))
+    except ValueError:
+        return None
+
+
 def test_a_flip_in_what_is_reported_is_named(finished: Path, tmp_path: Path) -> None:
     for seed in range(10):
         for name in ("trace.jsonl", "metrics.json"):
             out = Path(shutil.copytree(finished, tmp_path / f"{name}-{seed}"))
             flip(out / name, seed)
+            if values_of(out / name) == values_of(finished / name):
+                continue  # an E in place of an e, say: nothing that is read has changed
             with pytest.raises(StoreError, match=rf"{name} is damaged"):
                 read_story(RunDirectory(out))
             if name == "trace.jsonl":

@@ -154,6 +154,6 @@ def test_a_layer_of_another_dtype_is_refused(
     with workbench(request, tmp_path / "run") as ours:
         bench.store = ours.store
     dense = {n: bench.loaded.weight(layer).clone() for n, layer in bench.loaded.layers.items()}
-    with pytest.raises(Exception, match=r"torch\.float32.*loaded in torch\.bfloat16"):
+    with pytest.raises(Exception, match=r"torch\.float32.*loaded as torch\.bfloat16"):
         bench.sync(revision)
     assert all(torch.equal(dense[n], bench.loaded.weight(bench.loaded.layers[n])) for n in dense)
