@@ -131,9 +131,7 @@ def test_a_thread_keeps_its_request(pico_config: dict[str, Any], tmp_path: Path)
     options: Any = {"configurable": {"thread_id": "one"}}
     graph.invoke(start, options, context=context, interrupt_before=["apply_prune"])
     other, _ = halves(pico_config | {"target": 0.2}, tmp_path / "run")
-    with pytest.raises(
-        Exception, match=r"request in the checkpoints.*was 0\.3, is 0\.2"
-    ):
+    with pytest.raises(Exception, match=r"request in the checkpoints.*was 0\.3, is 0\.2"):
         graph.invoke(other, options, context=context)
 
 
