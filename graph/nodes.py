@@ -136,6 +136,7 @@ def profile(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
         values = ""
         if fresh or run.forked_after() == step:
             steps = math.ceil(request.target / request.step)
+            bench.check_blocks()
             values = try_saving(run, bench, min(steps, _context(runtime).max_steps))
         run.begin(_thread(runtime), request, _context(runtime), bench, values)
         before = dict(bench.tokens)
@@ -705,15 +706,16 @@ def _record(state: PruneState, outcome: AppliedDecision, asked: float) -> StepRe
 
 
 def _with_model_notes(record: StepRecord, run: RunDirectory) -> StepRecord:
-    """The first step's record with what must be told of the model: zeros of its own, what stays
-    dense, what calibration did not reach."""
+    """The first step's record with what must be told of the model: what is saved of it, zeros of
+    its own, what stays dense, what calibration did not reach."""
     if record.step:
         return record
     profile = run.read_profile(record.profile)
     layers = profile.layers
     zeros = sum(round(p.dense_sparsity * p.parameters) for p in layers)
     words = own_zeros_words(zeros, sum(p.parameters for p in layers))
-    notes = [*profile.notes, *record.notes, *([words] if words else [])]
+    told = [run.manifest().get("values", ""), words]
+    notes = [*profile.notes, *record.notes, *filter(None, told)]
     return record.model_copy(update={"notes": notes})
 
 

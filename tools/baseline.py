@@ -60,7 +60,9 @@ def prune_once(
         if parse_pattern(request.pattern) is None:
             check_target(bench)
         bench.forget_statistics()  # those of an earlier baseline of this process
-        run.begin(thread, request, config.context, bench, try_saving(run, bench, revisions=1))
+        bench.check_blocks()
+        values = try_saving(run, bench, revisions=1)
+        run.begin(thread, request, config.context, bench, values)
         if begun is not None:
             begun()
         tokens = dict(bench.tokens)
@@ -71,7 +73,7 @@ def prune_once(
             counts, notes = allotment.counts, allotment.notes
         allocated = time.perf_counter()
         words = own_zeros_words(sum(bench.dense_zeros.values()), bench.loaded.prunable)
-        notes = [words, *notes] if words else notes
+        notes = [*filter(None, [values, words]), *notes]
         before = bench.guard_losses(DENSE, progress)
         dense_sparsity = bench.sparsity()
         revision = bench.prune(DENSE, DENSE, counts, progress)

@@ -48,7 +48,7 @@ class BlockTokens:
 
     def __enter__(self) -> "BlockTokens":
         def after(_: nn.Module, __: Any, outputs: Any) -> None:
-            states: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
+            states = _states(outputs)
             self._passed += states.shape[0] * states.shape[1]
 
         self._handles = [block.register_forward_hook(after) for block in self._blocks]
@@ -190,8 +190,13 @@ class BlockRunner:
             outputs = block(*call.rest, hidden_states=hidden, **call.keywords)
         else:
             outputs = block(hidden, *call.rest, **call.keywords)
-        states: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
-        return states
+        return _states(outputs)
+
+
+def _states(outputs: Any) -> Tensor:
+    """The hidden states in what a block returns: alone, or first of several."""
+    states: Tensor = outputs if isinstance(outputs, Tensor) else outputs[0]
+    return states
 
 
 def _equal(call: _Call, first: _Call) -> bool:

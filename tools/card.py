@@ -55,7 +55,7 @@ the head are dense.
 | perplexity, test text ({config.texts.test}) | {ppl.test.dense:.3f} | {ppl.test.final:.3f} |
 
 Method: {_method_words(metrics.method)}, criterion {config.criterion_words};
-{metrics.steps} steps, {metrics.rollbacks} rolled back; ended because: {metrics.status}.
+{_steps_words(metrics)}.
 Masks: `{metrics.revision}`.
 
 Zeros alone make a model neither smaller on disk nor faster: that takes a storage format or a
@@ -117,6 +117,12 @@ def license_of(directory: Path) -> dict[str, str]:
     return {
         key: value for key in _LICENSE_KEYS if isinstance(value := found.get(key), str) and value
     }
+
+
+def _steps_words(metrics: Metrics) -> str:
+    if not metrics.reason:
+        return "one shot"
+    return f"{metrics.steps} steps, {metrics.rollbacks} rolled back; {metrics.reason}"
 
 
 def _dense_words(metrics: Metrics) -> str:

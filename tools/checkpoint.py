@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -38,6 +39,10 @@ from prunewright.state import InputError
 from prunewright.tools.layers import find_blocks
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_COPIES = re.compile(
+    r"consolidated|model\.\w+(-\d+-of-\d+)?\.safetensors|.*-of-\d+\.\w+\.safetensors"
+)
+"""The same weights once more: in their makers' own form, or a variant such as ``model.fp16``."""
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _POINTER = b"version https://git-lfs"
 
@@ -126,6 +131,14 @@ def read_configuration(directory: Path) -> dict[str, Any]:
                 _quantised_words(directory, f"it holds {name}")
                 + f". If its weights are plain, remove {name}"
             )
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("dtype", "torch_dtype"):
+            named = part.get(key)
+            if named is not None and not isinstance(getattr(torch, str(named), None), torch.dtype):
+                raise InputError(
+                    f"{key} in the config.json of {directory} is {named!r}, which is no dtype of "
+                    'torch: write one such as "bfloat16", or remove it'
+                )
     if config.get("transformers_weights") is not None:
         raise InputError(
             f"config.json in {directory} names its weights by transformers_weights, which is not "
@@ -160,10 +173,16 @@ def auto_class(
             masked LM, an encoder, a reward model, a body without a head.
     """
     kind, own = config.get("model_type"), config.get("auto_map") or {}
-    if isinstance(kind, str) and kind not in CONFIG_MAPPING and not own:
+    if isinstance(kind, str) and kind not in CONFIG_MAPPING and not (own and trust_remote_code):
         raise InputError(
             f"cannot load the model {directory}: transformers {__version__} does not know its "
-            f"model_type {kind!r}: a newer one may"
+            f"model_type {kind!r}: "
+            + (
+                "the Python code that comes with it does. Read that, and only if you trust it: "
+                "--set trust_remote_code=true"
+                if own
+                else "a newer one may"
+            )
         )
     try:
         parsed = AutoConfig.from_pretrained(
@@ -313,8 +332,7 @@ def read_tensors(directory: Path) -> dict[str, Stored]:
             or tensors hold quantised codes or an adapter.
     """
     loaded = weight_files(directory)
-    # The makers' own files of the same weights (Mistral's consolidated.safetensors) are no more.
-    beside = {p for p in directory.glob("*.safetensors") if not p.name.startswith("consolidated")}
+    beside = {p for p in directory.glob("*.safetensors") if not _COPIES.match(p.name)}
     found: dict[str, Stored] = {}
     for path in [*loaded, *sorted(beside - set(loaded))]:
         for name, tensor in _read_header(path).items():

@@ -33,6 +33,7 @@ from prunewright.state.metrics import Metrics
 from prunewright.tools.evaluation.harness import evaluate_tasks, prepare_quizzes
 from prunewright.tools.models import load_model, model_digest
 from prunewright.tools.perplexity import Head, Progress, perplexity, window_losses
+from prunewright.tools.questions import hash_questions, load_facts
 from prunewright.tools.storage import canonical_json, read_json, sha256_bytes
 from prunewright.tools.texts import Role, load_test_windows, source_digest
 from prunewright.tools.tokens import embedding_rows
@@ -87,14 +88,17 @@ class Digests:
         return {task.name: self._questions[task] for task in evaluation.tasks}
 
     def calibration(self, config: PruneConfig) -> dict[str, str]:
-        """Of a configuration's own texts, by role."""
+        """Of a configuration's own texts, and of the facts that its guard asks, by role."""
         texts = config.texts
         sources: dict[Role, str] = {
             "calibration": texts.calibration,
             "guard": texts.guard or texts.calibration,
             "test": texts.test,
         }
-        return {role: self.text(source, role) for role, source in sources.items()}
+        found = {str(role): self.text(source, role) for role, source in sources.items()}
+        if config.guard.max_knowledge_drop is not None:
+            found["knowledge"] = hash_questions(load_facts(texts.knowledge))
+        return found
 
 
 @dataclass(frozen=True)

@@ -247,8 +247,8 @@ def _from_files(
         InputError: as `load_model`.
     """
     content = read_configuration(directory)
-    auto, config = auto_class(directory, content, trust_remote_code=trust_remote_code)
     stored = read_tensors(directory)
+    auto, config = auto_class(directory, content, trust_remote_code=trust_remote_code)
     try:
         found: Any = auto.from_pretrained(
             directory,
@@ -407,8 +407,13 @@ def resolve_directory(name: str, *, weights: bool = True) -> Path:
                 allow_patterns=["*.safetensors"] * weights
                 + ["*.json", "*.model", "*.txt", "*.jinja", "*.py", "*.tiktoken"]
                 + ["README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"],
-                # The same weights once more, in their makers' own format.
-                ignore_patterns=["consolidated*", "original/*"],
+                # The same weights once more, in their makers' own format or as a variant.
+                ignore_patterns=[
+                    "consolidated*",
+                    "original/*",
+                    "model.*.safetensors",
+                    "*-of-*.*.safetensors",
+                ],
             )
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:

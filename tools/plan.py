@@ -4,25 +4,25 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import torch
 from pydantic import BaseModel, ConfigDict
-from safetensors import safe_open
 from torch import Tensor
 
-from prunewright.state import PruneRequest
+from prunewright.state import InputError, PruneRequest
 from prunewright.tools import reconstruction
+from prunewright.tools.checkpoint import Stored, read_tensors
 from prunewright.tools.criteria import CRITERIA
 from prunewright.tools.layers import Layer, find_layers, left_dense, named_blocks
 from prunewright.tools.masks import unstructured_mask
 from prunewright.tools.models import model_skeleton, resolve_device, resolve_dtype
 from prunewright.tools.perplexity import TOKENS_AT_ONCE
-from prunewright.tools.saving import VERIFY_WINDOWS, revision_bytes, solves
-from prunewright.tools.solving import PASSES
+from prunewright.tools.saving import VERIFY_WINDOWS, revision_bytes
+from prunewright.tools.solving import PASSES, solves
 
 _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 EFFICIENCY = 0.5
@@ -56,10 +56,10 @@ class Plan(BaseModel):
             which a run begins with, may leave more.
         stored: bytes of the weight files by dtype; empty while they are not on this machine.
         weights: bytes of the weights in memory.
-        disk: ``model`` (saved at the end), ``masks`` (each layer once, with its kept weights where
-            they are solved for), ``copy`` (in the cache, of layers that transformers renames or
-            fuses while loading; as far as the files' index says), ``total`` (masks of all steps
-            included).
+        disk: ``model`` (saved at the end, as it is stored), ``masks`` (each layer once, with its
+            kept weights where they are solved for), ``copy`` (in the cache, of layers that
+            transformers renames or fuses while loading; as far as the files' index says),
+            ``total`` (masks of all steps included).
         disk_free: free where the run directory would be.
         memory: ``weights``, ``profile`` (backward pass), ``masks``, ``apply`` (on a processor,
             the weights of the step before beside the map of the dense ones), ``finish`` (the
@@ -161,7 +161,11 @@ def make_plan(request: PruneRequest, out: Path = Path()) -> Plan:
     first = flops["guard"] / (EFFICIENCY * rate)
     steps = math.ceil(request.target / min(request.step, request.target))
     memory = _memory(request, shape, dtype, device)
-    disk = _disk(request, shape, dtype, steps, _copied(layers, directory) * dtype.itemsize)
+    tensors = _tensors(directory)
+    stored = _stored(tensors.values())
+    saved = sum(stored.values()) or shape.parameters * dtype.itemsize
+    copy = _copied(layers, directory, tensors) * dtype.itemsize
+    disk = _disk(request, shape, dtype, steps, saved, copy)
     available, free = _available(device), _free(out)
     host = _available(torch.device("cpu"))
     return Plan(
@@ -174,7 +178,7 @@ def make_plan(request: PruneRequest, out: Path = Path()) -> Plan:
         parameters=shape.parameters,
         prunable=shape.prunable,
         left_dense=left_dense(model, layers, {})[0],
-        stored=_stored(directory),
+        stored=stored,
         weights=shape.parameters * dtype.itemsize,
         disk=disk,
         disk_free=free,
@@ -314,7 +318,15 @@ def _memory(
     return parts | host | {"peak": peak}
 
 
-def _copied(layers: dict[str, Layer], directory: Path) -> int:
+def _tensors(directory: Path) -> dict[str, Stored]:
+    """What the weight files hold, by name; nothing while they are not all on this machine."""
+    try:
+        return read_tensors(directory)
+    except InputError:  # of a local model it was raised before
+        return {}
+
+
+def _copied(layers: dict[str, Layer], directory: Path, tensors: Mapping[str, Stored]) -> int:
     """Weights of the layers that are copied to the cache, since no file holds them by their names.
 
     A copy takes in all layers. 0 for a model whose files are not here and have no index.
@@ -324,33 +336,27 @@ def _copied(layers: dict[str, Layer], directory: Path) -> int:
         with suppress(OSError, ValueError, AttributeError, TypeError):
             content = json.loads(index.read_text(encoding="utf-8"))
             shapes |= dict.fromkeys(content.get("weight_map", {}))
-    for path in directory.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    shapes |= {name: tensor.shape for name, tensor in tensors.items()}
     held = all(shapes.get(ly.parameter, ()) in (None, ly.shape) for ly in layers.values())
     return 0 if held or not shapes else sum(layer.numel for layer in layers.values())
 
 
 def _disk(
-    request: PruneRequest, shape: _Shape, dtype: torch.dtype, steps: int, copy: int
+    request: PruneRequest, shape: _Shape, dtype: torch.dtype, steps: int, model: int, copy: int
 ) -> dict[str, int]:
-    model = shape.parameters * dtype.itemsize
     masks = revision_bytes(request, shape.prunable, dtype.itemsize)
     # While the model is saved anew after a crash, the earlier copy may still be there.
     total = model + masks * steps + copy
     return {"model": model, "masks": masks, "copy": copy, "total": total}
 
 
-def _stored(directory: Path) -> dict[str, int]:
+def _stored(tensors: Iterable[Stored]) -> dict[str, int]:
+    """Bytes by dtype."""
     found: dict[str, int] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  # not a mapping
-                part = file.get_slice(key)
-                name = part.get_dtype()
-                kind = _DTYPE_NAMES.get(name, name)
-                size = getattr(torch, kind).itemsize if hasattr(torch, kind) else 1
-                found[kind] = found.get(kind, 0) + math.prod(part.get_shape()) * size
+    for tensor in tensors:
+        kind = _DTYPE_NAMES.get(tensor.dtype, tensor.dtype)
+        size = getattr(torch, kind).itemsize if hasattr(torch, kind) else 1
+        found[kind] = found.get(kind, 0) + tensor.numel * size
     return found
 
 

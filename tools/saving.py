@@ -24,7 +24,6 @@ from prunewright.state import InputError, PruneRequest, PrunewrightError, StoreE
 from prunewright.state.shown import clean
 from prunewright.tools.checkpoint import auto_class, read_configuration, weight_files
 from prunewright.tools.copying import copy_files, files_to_copy
-from prunewright.tools.criteria import CRITERIA
 from prunewright.tools.layers import Layer
 from prunewright.tools.masks import count_zeros
 from prunewright.tools.models import LoadedModel, load_model
@@ -32,6 +31,7 @@ from prunewright.tools.perplexity import Head, window_losses
 from prunewright.tools.revisions import DENSE
 from prunewright.tools.rundir import RunDirectory
 from prunewright.tools.shards import Live, has_values, read_header, rewrite
+from prunewright.tools.solving import solves
 from prunewright.tools.workbench import Workbench
 
 VERIFY_WINDOWS = 2
@@ -302,11 +302,6 @@ def revision_bytes(request: PruneRequest, prunable: int, itemsize: int) -> int:
     return (prunable + 7) // 8 + (kept if solves(request) else 0)
 
 
-def solves(request: PruneRequest) -> bool:
-    """Whether weights that are kept get other values."""
-    return request.reconstruct or CRITERIA[request.criterion].solves
-
-
 def _check_room(run: RunDirectory, request: PruneRequest, saving: _Saving, revisions: int) -> None:
     """Refuse a directory without room for the saved model and the run's revisions.
 
@@ -371,7 +366,8 @@ def _check_reload(loaded: LoadedModel, directory: Path, *, trust_remote_code: bo
     with torch.device("meta"):
         model = auto.from_config(config, trust_remote_code=trust_remote_code)
     ours, theirs = (
-        {name: tuple(p.shape) for name, p in which.named_parameters()}
+        # Those that the configuration ties, and the weights untie, are named twice here.
+        {name: tuple(p.shape) for name, p in which.named_parameters(remove_duplicate=False)}
         for which in (loaded.model, model)
     )
     if ours != theirs:

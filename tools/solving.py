@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from prunewright.state import PruneRequest
 from prunewright.state.config import CriterionName
 from prunewright.tools import reconstruction
 from prunewright.tools.blocks import BlockRunner
@@ -23,6 +24,11 @@ from prunewright.tools.perplexity import Progress
 PASSES = 2
 """Times that the windows go through the blocks, before their layers are solved and after; see
 `BlockRunner` for what comes before, most often two windows' pass."""
+
+
+def solves(request: PruneRequest) -> bool:
+    """Whether weights that are kept get other values, which is done block by block."""
+    return request.reconstruct or CRITERIA[request.criterion].solves
 
 
 @dataclass(frozen=True)

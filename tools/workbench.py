@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prunewright.state import InputError, PruneRequest, StoreError, parse_pattern
 from prunewright.state.profile import ModelProfile
-from prunewright.tools.blocks import BlockTokens
+from prunewright.tools.blocks import BlockRunner, BlockTokens
 from prunewright.tools.continuations import answer_scores, fact_tokens
 from prunewright.tools.criteria import CRITERIA, prune_mask
 from prunewright.tools.layers import Layer
@@ -31,7 +31,7 @@ from prunewright.tools.profiling import (
 )
 from prunewright.tools.questions import hash_questions, load_facts
 from prunewright.tools.revisions import Manifest, RevisionStore, StoredLayer, unpack_kept
-from prunewright.tools.solving import Wanted, solve_blocks
+from prunewright.tools.solving import Wanted, solve_blocks, solves
 from prunewright.tools.texts import EMBEDDED, Windows, load_windows
 from prunewright.tools.tokens import embedding_rows
 
@@ -217,6 +217,15 @@ class Workbench:
             reconstruct=self.request.reconstruct,
         )
 
+    def check_blocks(self) -> None:
+        """Refuse a model that does not run block by block, where its blocks shall be solved so.
+
+        Raises:
+            InputError: it does more between its blocks than handing hidden states on.
+        """
+        if solves(self.request):
+            BlockRunner(self.loaded, self.windows.calibration[:1])
+
     def guard_losses(self, revision: str, progress: Progress | None = None) -> list[float]:
         """Mean loss of each guard window at a revision, nats a token."""
         self.sync(revision)
@@ -295,7 +304,7 @@ class Workbench:
         request = self.request
         manifest = self.store.manifest(revision)
         about = {"parent": revision, "criterion": request.criterion, "pattern": request.pattern}
-        if not (CRITERIA[request.criterion].solves or request.reconstruct):
+        if not solves(request):
             masks = self._masks(revision, gradient_revision, counts, progress)
             return self.store.put(manifest, masks, about)
         wanted = self._wanted(revision, gradient_revision, counts, progress)

@@ -209,6 +209,6 @@ def test_a_perplexity_that_overflows_is_rolled_back_and_enters_no_file(
 def test_a_model_that_is_broken_from_the_start_is_refused(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
-    model = with_scaled_head(Path(config["model"]), tmp_path / "broken", math.nan)
+    model = with_scaled_head(Path(config["model"]), tmp_path / "broken", 1e38)
     with pytest.raises(InputError, match="broken before any pruning"):
         run(config | {"model": str(model)}, out=tmp_path / "run")

@@ -61,11 +61,18 @@ def without_prefix(directory: Path) -> None:
     save_file(renamed, path, {"format": "pt"})
 
 
+def with_ties(directory: Path) -> None:
+    """A configuration that ties the head, beside weights that have one of its own."""
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+
+
 @pytest.mark.parametrize(
     ("family", "dtype", "shard", "alter"),
     [
         ("LlamaConfig", "float32", "5GB", None),
         ("LlamaConfig", "float16", "60KB", None),
+        ("LlamaConfig", "float16", "5GB", with_ties),
         ("LlamaConfig", "bfloat16", "60KB", None),
         ("GPT2Config", "float32", "5GB", without_prefix),  # its embedding is tied, too
         ("Qwen3MoeConfig", "float16", "60KB", None),  # its experts are fused when it is loaded
@@ -155,6 +162,9 @@ def test_tensors_that_the_model_does_not_hold_stay(
     after = tensors(result.model_directory)
     assert headers(source) == headers(result.model_directory)
     assert all(torch.equal(after[name], tensor) for name, tensor in extra.items())
+    words = "2 tensors that are not part of the loaded model (mtp.head.weight, mtp.norm.weight)"
+    assert words in (result.model_directory / "README.md").read_text()
+    assert words in (tmp_path / "run" / "trace.jsonl").read_text()
 
 
 def test_files_that_belong_to_the_model_are_copied_and_no_others(
@@ -208,6 +218,21 @@ def test_too_little_room_is_refused_before_anything_is_scored(
     too_large(store())
     monkeypatch.setattr("prunewright.tools.workbench.window_losses", pytest.fail)
     with pytest.raises(StoreError, match=r"too little room.* 4,39\d(,\d{3}){3} of them"):
+        act(settings, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("act", [run, baseline])
+def test_what_cannot_be_solved_block_by_block_is_refused_before_anything_is_scored(
+    pico_models: Callable[..., Path],
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    act: Callable[..., Any],
+) -> None:
+    monkeypatch.setattr("prunewright.tools.workbench.window_losses", pytest.fail)
+    settings |= {"model": str(pico_models("HrmTextConfig")), "criterion": "sparsegpt"}
+    with pytest.raises(InputError, match="cannot be pruned block by block"):
         act(settings, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

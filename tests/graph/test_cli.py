@@ -582,6 +582,9 @@ def test_plan_counts_and_touches_nothing(
     assert plan["stored"] == {"float32": 4 * everything}
     assert plan["weights"] == 4 * everything
     assert plan["disk"]["masks"] == prunable // 8
+    for dtype in ("float32", "bfloat16"):  # saved as it is stored, whatever is computed in
+        result = invoke("plan", "-c", config_file, "--set", f"dtype={dtype}", "--json")
+        assert json.loads(result.stdout)["disk"]["model"] == 4 * everything
     assert plan["steps"] == 3
     assert plan["memory"]["peak"] > plan["weights"]
     # 4 windows of 48 tokens through the blocks: 2 a weight, 4 a block, width and token pair.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from records import rolled_back
 
@@ -314,6 +314,8 @@ def test_names_change_nothing_but_themselves(
     make_observation: Callable[..., Observation],
 ) -> None:
     """The prompt with a hostile name is the one with a tame name, with the one quoted instead."""
+    # Of a name's last part, without its suffix, a label may be made.
+    assume("." not in hostile and not hostile.endswith("_proj"))
 
     def messages(name: str) -> list[str]:
         full = f"model.layers.0.{name}"
@@ -329,13 +331,13 @@ def test_names_change_nothing_but_themselves(
         found = prompt(make_observation(layers, step=1, history=(broke,)))
         return [str(message.text) for message in found]
 
-    # A tame name that no other text holds.
-    tame = "zqx"
+    # A tame name that no other text holds; labels that are not all letters are set apart.
+    tame = "zqx" if quote_name(hostile).isalpha() else "zqx1"
     system, step = messages(hostile)
     tame_system, tame_step = messages(tame)
     assert system == tame_system
-    assert "zqx" in tame_step
-    swapped = tame_step.replace("0.zqx", "\0").replace("zqx", "\1")
+    assert tame in tame_step
+    swapped = tame_step.replace(f"0.{tame}", "\0").replace(tame, "\1")
     swapped = swapped.replace("\0", quote_name(f"0.{hostile}")).replace("\1", quote_name(hostile))
     assert step == swapped
     assert all(c.isprintable() or c == "\n" for c in step)

@@ -201,7 +201,7 @@ OTHERS: dict[str, tuple[Change, str]] = {
         r"q_proj\.weight is stored twice, in model-00001-of-00002\.safetensors and in",
     ),
     "a second set of weights": (
-        lambda d: store(d, weights(d), "model.fp16.safetensors"),
+        lambda d: store(d, weights(d), "model-00001-of-00001.safetensors"),
         "stored twice",
     ),
     "a shard that is missing": (
@@ -265,6 +265,12 @@ OTHERS: dict[str, tuple[Change, str]] = {
         "50.0% of all values",
     ),
     "a new family": (configure(model_type="llama9"), r"does not know its model_type 'llama9'"),
+    "a family of its own code": (
+        configure(model_type="own", auto_map={"AutoConfig": "own.Config"}),
+        r"only if you trust it: --set trust_remote_code=true",
+    ),
+    "no dtype": (configure(dtype="torch.float16"), r"dtype in .* is 'torch\.float16', which is no"),
+    "a dtype inside": (configure(text_config={"torch_dtype": "half16"}), "torch_dtype in .* is 'h"),
 }  # fmt: skip
 REFUSED: dict[str, tuple[Change, str]] = (
     {name: (change, "quantised model .* dequantise it first") for name, change in QUANTISED.items()}
@@ -365,6 +371,8 @@ FINE: dict[str, Change] = {
     "no quantisation": configure(quantization_config=None),
     "pickles beside": put("pytorch_model.bin", b"not read"),
     "the makers' own file": lambda d: store(d, weights(d), "consolidated.safetensors"),
+    "a variant": lambda d: store(d, weights(d), "model.fp16.safetensors"),
+    "a variant in shards": lambda d: store(d, weights(d), "model.fp16-00001-of-00001.safetensors"),
     "buffers of old": add(
         model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4),
         model__layers__0__self_attn__masked_bias=torch.ones(1),

@@ -186,6 +186,7 @@ def keys(
         texts = pico_config["texts"] | {
             role: str(tmp_path / f"{role}.txt") for role in ("calibration", "test")
         }
+        texts |= {"knowledge": own.pop("knowledge", "embedded")}
         config = validate_config(pico_config | {"model": str(model), "texts": texts} | own)
         text = {"name": "scored", "source": str(tmp_path / "scored.txt"), "windows": 3}
         scored = EvaluationOptions.model_validate({"texts": [text]} | (evaluation or {}))
@@ -208,6 +209,11 @@ def test_a_key_changes_with_whatever_changes_a_result(
         found.append(keys())
         path.write_text(before)
         assert keys() == found[0]
+    facts = tmp_path / "facts.jsonl"
+    for answer in ("Paris", "Lyon"):
+        row = {"question": "What is the capital of France?", "answers": [answer]}
+        facts.write_text(json.dumps(row))
+        found.append(keys(guard={"max_knowledge_drop": 0.1}, knowledge=str(facts)))
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     found.append(keys())

@@ -54,6 +54,14 @@ def watch(loaded: LoadedModel, ids: Tensor, *names: str) -> dict[str, Tensor]:
     return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
+def test_blocks_that_return_a_list_are_solved(load: Loader) -> None:
+    loaded = load("OpenAIGPTConfig")
+    masks = masks_of(loaded)
+    wanted = {name: Wanted(mask=mask) for name, mask in masks.items()}
+    solved, _ = solve_blocks(loaded, windows(), wanted, reconstruct=True)
+    assert all(torch.equal(solved[name].weight == 0, mask) for name, mask in masks.items())
+
+
 def test_blocks_one_by_one_give_what_the_whole_model_gives(load: Loader, family: str) -> None:
     loaded = load(family)
     ids = windows()
