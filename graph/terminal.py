@@ -10,6 +10,7 @@ from rich.text import Text
 
 from prunewright.graph.console import Live, Screen
 from prunewright.state import InputError, ReviewRequest
+from prunewright.state.documents import parse_yaml
 from prunewright.state.shown import clean
 
 SHOWN = 30
@@ -120,9 +121,9 @@ class TerminalReviewer:
 
     def _read(self, text: str) -> dict[str, Any] | None:
         try:
-            found = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            self._screen.line(("refused    ", "yellow"), f"not valid YAML: {error}")
+            found = parse_yaml(text, "the edit is")
+        except InputError as error:
+            self._screen.line(("refused    ", "yellow"), str(error))
             return None
         if not isinstance(found, dict):
             self._screen.line(("refused    ", "yellow"), "not a mapping of keys to values")

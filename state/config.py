@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from prunewright.state.documents import parse_yaml
 from prunewright.state.errors import InputError
 from prunewright.state.secrets import find_secret
 
@@ -337,26 +338,17 @@ def read_settings(
     data: dict[str, Any] = {}
     if path is not None:
         try:
-            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            loaded = parse_yaml(Path(path).read_text(encoding="utf-8"), f"{path} is")
         except OSError as error:
             raise InputError(f"cannot read the config file {path}: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise InputError(f"{path} is not valid YAML: {error}") from error
-        except yaml.YAMLError as error:
-            raise InputError(f"{path} is not valid YAML{_yaml_words(error)}") from None
         if not isinstance(loaded, dict | None):
             raise InputError(f"{path} must hold a mapping of keys to values")
         data = loaded or {}
     for override in overrides or []:
         _apply_override(data, override)
     return data
-
-
-def _yaml_words(error: yaml.YAMLError) -> str:
-    """What is wrong and where, without the line itself: someone may have put a key there."""
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-    return f"{where}: {problem}" if problem else where
 
 
 def validate_config(data: dict[str, Any]) -> PruneConfig:
@@ -379,10 +371,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     # and YAML would read the pattern 2:4 as the number 124.
     value: Any = raw
     if raw[:1] in "[{" or raw in ("null", "~"):
-        try:
-            value = yaml.safe_load(raw)
-        except yaml.YAMLError as error:
-            raise InputError(f"--set {key}: not valid YAML{_yaml_words(error)}") from None
+        value = parse_yaml(raw, f"--set {key}:")
     *parents, last = key.split(".")
     for parent in parents:
         data = data.setdefault(parent, {})

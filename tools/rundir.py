@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import psutil
 import torch
-import yaml
 from filelock import FileLock, Timeout
 from packaging.version import InvalidVersion, Version
 from pydantic import ValidationError
@@ -32,6 +31,7 @@ from prunewright.state import (
     StoreError,
     validate_config,
 )
+from prunewright.state.documents import parse_yaml
 from prunewright.tools.revisions import RevisionStore
 from prunewright.tools.standing import difference, settings_of
 from prunewright.tools.storage import (
@@ -228,8 +228,9 @@ class RunDirectory:
                 raise StoreError(f"{self.config_file} is missing: the run cannot go on without it")
             raise InputError(f"{self.path} is not a run directory: it has no config.yaml")
         try:
-            return validate_config(yaml.safe_load(self.config_file.read_text(encoding="utf-8")))
-        except (yaml.YAMLError, OSError, UnicodeDecodeError, InputError) as error:
+            text = self.config_file.read_text(encoding="utf-8")
+            return validate_config(parse_yaml(text, "it is"))
+        except (OSError, UnicodeDecodeError, InputError) as error:
             raise StoreError(f"{self.config_file} is damaged: {error}") from error
 
     def _refuse_newer(self) -> None:

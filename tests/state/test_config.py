@@ -1,5 +1,6 @@
 """The configuration: one file, two halves, errors a user can act on."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from prunewright.state import (
     parse_pattern,
     validate_config,
 )
+from prunewright.state.comparison import load_comparison_config
 
 
 def test_every_key_belongs_to_exactly_one_half() -> None:
@@ -132,6 +134,40 @@ def test_set_refuses(override: str, words: str) -> None:
     with pytest.raises(InputError) as caught:
         load_config(overrides=[override])
     assert words in str(caught.value)
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("agent_options: " + "[" * 3000, "nested too deeply"),
+        ("agent_options: {a: " + "[" * 60 + "]" * 60 + "}", "nested too deeply"),
+        ("agent_options: &a {x: *a}", "nested too deeply, or refers to itself"),
+        (LAUGHS, "more than 100,000 values"),
+        ("seed: 2026-02-30", "a date, a number or a tagged value is none"),
+        ("seed: !!int q7Zk", "a date, a number or a tagged value is none"),
+        ("seed: !!bool q7Zk", "a date, a number or a tagged value is none"),
+        ("seed: !!timestamp q7Zk", "a date, a number or a tagged value is none"),
+        ("seed: " + "9" * 5000, "a date, a number or a tagged value is none"),
+        ("seed: !!python/object/apply:os.getpid []", "could not determine a constructor"),
+    ],
+)
+def test_yaml_that_has_no_end_or_no_value_is_refused(text: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    for read in (load_config, load_comparison_config):
+        with pytest.raises(InputError, match=words) as caught:
+            read(file)
+        assert "q7Zk" not in str(caught.value)
+
+
+def test_a_value_given_by_set_is_bounded_like_a_file() -> None:
+    with pytest.raises(InputError, match="--set agent_options: not usable YAML"):
+        load_config(overrides=["agent_options={y: &a {x: *a}}"])
 
 
 def test_set_below_a_value_of_the_file(tmp_path: Path) -> None:
