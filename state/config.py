@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -181,6 +182,16 @@ class PruneRequest(Options):
         """Criterion, pattern, and whether weights are reconstructed, for people to read."""
         words = f"{self.criterion}, {self.pattern}"
         return f"{words}, kept weights reconstructed" if self.reconstruct else words
+
+    @field_validator("target", mode="before")
+    @classmethod
+    def _no_per_cent(cls, value: object) -> object:
+        number = 0.0
+        with suppress(ValueError):
+            number = float(value) if isinstance(value, str | int | float) else 0.0
+        if 1 < number <= 95:
+            raise ValueError(f"a fraction is asked for: {number:g} % is {number / 100:g}")
+        return value
 
     @field_validator("pattern", mode="before")
     @classmethod
@@ -363,6 +374,20 @@ def validate_config(data: dict[str, Any]) -> PruneConfig:
         raise InputError(describe_validation_error(error, PruneConfig)) from None
 
 
+_FREE = frozenset({"agent_options", "allocation_options"})
+"""Keys that hold what others define: nobody but YAML says what a text there stands for."""
+
+
+def _scalar(text: str) -> Any:
+    """A number or boolean where YAML reads one, or Python a number as 1e-3; else the text."""
+    with suppress(yaml.YAMLError):
+        if isinstance(value := yaml.safe_load(text), bool | int | float):
+            return value
+    with suppress(ValueError):
+        return float(text)
+    return text
+
+
 def _apply_override(data: dict[str, Any], override: str) -> None:
     key, equals, raw = override.partition("=")
     if not equals or not key:
@@ -373,6 +398,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     if raw[:1] in "[{" or raw in ("null", "~"):
         value = parse_yaml(raw, f"--set {key}:")
     *parents, last = key.split(".")
+    if value is raw and _FREE.intersection(parents):
+        value = _scalar(raw)
     for parent in parents:
         data = data.setdefault(parent, {})
         if not isinstance(data, dict):

@@ -38,6 +38,37 @@ TargetOption = Annotated[
 ]
 
 
+PatternOption = Annotated[
+    str | None,
+    typer.Option(
+        "--pattern",
+        help="unstructured, or the number kept of each group: 2:4. A baseline takes all layers to "
+        "it, which fixes the sparsity; in a run the agent chooses layers, each as a whole.",
+    ),
+]
+
+
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration", help="Text for the statistics: embedded, a file or a hub data set."
+    ),
+]
+
+
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", help="Draws the windows and seeds the agent.")
+]
+
+
+DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, mps ...")]
+
+
+def with_calibration(overrides: list[str] | None, calibration: str | None) -> list[str]:
+    """The values of --set and --calibration, which wins."""
+    return [*(overrides or []), *([f"texts.calibration={calibration}"] if calibration else [])]
+
+
 OutOption = Annotated[
     Path | None,
     typer.Option("--out", "-o", help="Run directory, new or empty. Default: runs/<time>-<id>."),

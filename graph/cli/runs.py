@@ -15,15 +15,20 @@ import typer
 from prunewright.graph import console
 from prunewright.graph.cli.options import (
     AgentOption,
+    CalibrationOption,
     ConfigOption,
     CriterionOption,
+    DeviceOption,
     JsonOption,
     ModelOption,
     OutOption,
+    PatternOption,
     RunArgument,
+    SeedOption,
     SetOption,
     TargetOption,
     print_lines,
+    with_calibration,
 )
 from prunewright.graph.cli.session import DONE, ENDED_EARLY, Session, quiet_transformers
 from prunewright.graph.console import Live, Screen
@@ -47,8 +52,16 @@ def run_command(
     overrides: SetOption = None,
     agent: AgentOption = None,
     criterion: CriterionOption = None,
+    pattern: PatternOption = None,
     model: ModelOption = None,
     target: TargetOption = None,
+    calibration: CalibrationOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    review: Annotated[
+        bool | None,
+        typer.Option("--review", help="Ask a person to approve, edit or reject each decision."),
+    ] = None,
     out: OutOption = None,
     _json: JsonOption = False,
 ) -> None:
@@ -59,7 +72,16 @@ def run_command(
     """
     session: Session = ctx.obj
     settled = load_config(
-        config, overrides, agent=agent, criterion=criterion, model=model, target=target
+        config,
+        with_calibration(overrides, calibration),
+        agent=agent,
+        criterion=criterion,
+        pattern=pattern,
+        model=model,
+        target=target,
+        seed=seed,
+        device=device,
+        review=review or None,
     )
     from prunewright.graph import runner
     from prunewright.graph.agents import resolve_agent
@@ -209,13 +231,7 @@ def baseline_command(
     config: ConfigOption = None,
     overrides: SetOption = None,
     criterion: CriterionOption = None,
-    pattern: Annotated[
-        str | None,
-        typer.Option(
-            "--pattern",
-            help="unstructured, or the number kept of each group, 2:4, which fixes the sparsity.",
-        ),
-    ] = None,
+    pattern: PatternOption = None,
     allocation: Annotated[
         str | None,
         typer.Option(
@@ -227,6 +243,9 @@ def baseline_command(
     ] = None,
     model: ModelOption = None,
     target: TargetOption = None,
+    calibration: CalibrationOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
     out: OutOption = None,
     _json: JsonOption = False,
 ) -> None:
@@ -237,12 +256,14 @@ def baseline_command(
     session: Session = ctx.obj
     settled = load_config(
         config,
-        overrides,
+        with_calibration(overrides, calibration),
         criterion=criterion,
         pattern=pattern,
         allocation=allocation,
         model=model,
         target=target,
+        seed=seed,
+        device=device,
     )
     from prunewright.graph import runner
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from prunewright.graph.cli import app
+from prunewright.state import load_config
 from prunewright.tools import workbench
+
+CORPUS = resources.files("prunewright.tools") / "data" / "corpus" / "calibration"
 
 AGENTS = '''
 import os
@@ -199,6 +203,7 @@ def test_an_end_before_the_target_is_exit_code_3(config_file: Path, tmp_path: Pa
         (["--set", "texts.windows.gaurd=3"], "did you mean guard?"),
         (["--set", "target"], "--set wants key=value"),
         (["--target", "0"], "target: Input should be greater than 0"),
+        (["--target", "45"], "a fraction is asked for: 45 % is 0.45"),
         (["--target", "0.96"], "target: Input should be less than or equal to 0.95"),
         (["--model", "/no/such/model"], "the model /no/such/model"),
         (["--model", "no-such-org/no-such-model"], "nor could be fetched from the hub"),
@@ -220,6 +225,20 @@ def test_bad_input_is_exit_code_2_and_leaves_nothing(
     assert message in flat(result.stderr)
     assert "Traceback" not in result.stderr
     assert not out.exists()
+
+
+def test_what_people_reach_for_has_an_option(config_file: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(p.read_text("utf-8") for p in list(CORPUS.iterdir())[:2]))
+    options = ["--seed", "3", "--device", "cpu", "--calibration", text]
+    for command in ("run", "baseline"):
+        out = tmp_path / command
+        result = invoke(command, "-c", config_file, "-o", out, *options, "--target", "0.1")
+        assert result.exit_code == 0, result.output
+        found = load_config(out / "config.yaml")
+        assert (found.seed, found.device, found.texts.calibration) == (3, "cpu", str(text))
+    asked = invoke("run", "-c", config_file, "-o", tmp_path / "nobody", "--review")
+    assert asked.exit_code == 2  # nobody sits here
 
 
 def test_a_text_too_short_for_a_window(config_file: Path, tmp_path: Path) -> None:

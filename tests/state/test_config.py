@@ -107,7 +107,11 @@ def test_yaml_reads_an_unquoted_pattern_as_a_number_and_the_user_is_told(tmp_pat
         ("guard.max_total_increase=2", ("guard", "max_total_increase"), 2.0),
         ("texts.guard=own.txt", ("texts", "guard"), "own.txt"),
         ("agent_options={temperature: 0, stop: [a, b]}", ("agent_options", "stop"), ["a", "b"]),
-        ("agent_options.temperature=0.1", ("agent_options", "temperature"), "0.1"),
+        ("agent_options.temperature=0.1", ("agent_options", "temperature"), 0.1),
+        ("agent_options.delta=1e-3", ("agent_options", "delta"), 0.001),
+        ("agent_options.streaming=false", ("agent_options", "streaming"), False),
+        ("agent_options.base_url=http://[::1]:8", ("agent_options", "base_url"), "http://[::1]:8"),
+        ("allocation_options.trials=3", ("allocation_options", "trials"), 3),
         ("seed=9223372036854775807", ("seed",), 2**63 - 1),
     ],
 )
