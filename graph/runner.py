@@ -7,8 +7,10 @@ import sqlite3
 import uuid
 from collections.abc import Callable
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,6 +43,7 @@ from prunewright.state.config import BASELINE
 from prunewright.state.metrics import Metrics
 from prunewright.state.review import HOW
 from prunewright.state.schema import Status
+from prunewright.state.shown import clean
 from prunewright.tools.allocation import resolve_allocation
 from prunewright.tools.baseline import prune_once
 from prunewright.tools.rundir import RunDirectory
@@ -65,22 +68,47 @@ Reviewer = Callable[[ReviewRequest], ReviewAnswer | dict[str, Any]]
 """Asks a person about a decision; a dict holds the keys of a `ReviewAnswer`."""
 
 
+@dataclass(frozen=True, repr=False)
 class RunResult:
-    """A finished run.
+    """A finished run; printed or shown by a notebook it says what came out.
 
     Attributes:
         directory: the run directory.
         metrics: what metrics.json holds.
     """
 
-    def __init__(self, directory: Path, metrics: Metrics) -> None:
-        self.directory = directory
-        self.metrics = metrics
+    directory: Path
+    metrics: Metrics
 
     @property
     def model_directory(self) -> Path | None:
         """The pruned model, a plain Hugging Face directory; None if it would be the dense one."""
         return RunDirectory(self.directory).model if self.metrics.saved else None
+
+    def _rows(self) -> list[tuple[str, str]]:
+        """What came out, each with its name."""
+        found, test = self.metrics, self.metrics.perplexity.test
+        change = test.final / test.dense - 1
+        ended = found.status.replace("_", " ")
+        return [
+            ("ended", f"{ended}, {found.steps} steps, {found.rollbacks} rolled back"),
+            ("sparsity", f"{found.sparsity:.4f}"),
+            ("test perplexity", f"{test.dense:.3f} dense, {test.final:.3f} pruned ({change:+.1%})"),
+            ("model", str(self.model_directory or "none saved: it would be the dense one")),
+            ("run", str(self.directory)),
+        ]
+
+    def __repr__(self) -> str:
+        words = ", ".join(f"{name}: {value}" for name, value in self._rows())
+        return clean(f"<RunResult {words}>")
+
+    def _repr_html_(self) -> str:
+        """The rows as a table; names of files are untrusted."""
+        rows = (
+            f"<tr><th style='text-align: left'>{name}</th><td>{escape(clean(value))}</td></tr>"
+            for name, value in self._rows()
+        )
+        return f"<table>{''.join(rows)}</table>"
 
 
 def run(

@@ -28,6 +28,23 @@ def test_a_dict_a_file_and_an_object_are_the_same_run(
     assert set(revisions) == set(forms)
 
 
+def test_a_result_says_what_came_out(pico_config: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "<b>&\x1b[2J"
+    result = run(pico_config, out=out)
+    found = result.metrics
+    html = result._repr_html_()
+    for shown in (repr(result), html):
+        assert f"target reached, {found.steps} steps, 0 rolled back" in shown
+        assert f"{found.sparsity:.4f}" in shown
+        assert f"{found.perplexity.test.dense:.3f} dense" in shown
+        assert "\x1b" not in shown
+    assert str(out).replace("\x1b", "\\x1b") in repr(result)
+    assert "&lt;b&gt;&amp;" in html
+    assert "<b>" not in html
+    with pytest.raises(AttributeError):
+        result.metrics = found  # type: ignore[misc]
+
+
 def test_the_directory_comes_from_out_from_the_config_or_from_the_time(
     pico_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
