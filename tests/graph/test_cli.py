@@ -259,9 +259,11 @@ def test_a_target_above_the_pattern_is_refused(config_file: Path, tmp_path: Path
         assert "target 0.6 is above 0.5" in flat(result.stderr)
 
 
-def test_a_pickled_model_is_refused(config_file: Path, tmp_path: Path) -> None:
+def test_a_pickled_model_is_refused(
+    pico_models: Callable[..., Path], config_file: Path, tmp_path: Path
+) -> None:
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
+    shutil.copy(pico_models() / "config.json", tmp_path / "model")
     (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     for command in ("run", "plan"):
         result = invoke(command, "-c", config_file, "-m", tmp_path / "model", "-o", tmp_path / "r")
