@@ -20,7 +20,7 @@ from prunewright.state import (
     StepRecord,
     check_decision,
 )
-from prunewright.state.decision import SHOWN
+from prunewright.state.decision import SHOWN, first_problems
 from prunewright.state.history import MAX_REFUSED
 from prunewright.state.secrets import redact, redact_all
 from prunewright.tools.rundir import RunDirectory
@@ -175,4 +175,4 @@ def expand(decision: Decision, profile: ModelProfile) -> tuple[Decision, list[st
                 for block, name in sorted(held.items())
                 if group.first <= block <= group.last
             ]
-    return decision.model_copy(update={"layers": layers, "groups": []}), problems
+    return decision.model_copy(update={"layers": layers, "groups": []}), first_problems(problems)

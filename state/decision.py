@@ -154,9 +154,13 @@ def check_decision(
             f"the step as a whole gains no sparsity ({gain:+.4f}): prune more than you give back, "
             "or say rebalance: true"
         )
-    if len(problems) > 12:
-        problems = [*problems[:12], f"and {len(problems) - 12} more"]
-    return problems
+    return first_problems(problems)
+
+
+def first_problems(problems: list[str]) -> list[str]:
+    """Each problem once, the first 12, and how many more there are."""
+    problems = list(dict.fromkeys(problems))
+    return [*problems[:12], *([f"and {len(problems) - 12} more"] if len(problems) > 12 else [])]
 
 
 def _fixed_problems(name: str, delta: float, fixed: float) -> list[str]:

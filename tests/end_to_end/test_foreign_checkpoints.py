@@ -129,8 +129,9 @@ def test_nothing_of_a_database_is_run(opener: str, where: str, foreign: Path) ->
             ("UPDATE checkpoints SET type = ?, checkpoint = ?", (kind, content))
             if where == "checkpoints"
             else (
-                "INSERT OR REPLACE INTO writes SELECT thread_id, checkpoint_ns, checkpoint_id, "
-                "'t', '', 0, 'step', ?, ? FROM checkpoints",
+                "INSERT OR REPLACE INTO writes (thread_id, checkpoint_ns, checkpoint_id, "
+                "task_id, idx, channel, type, value) SELECT thread_id, checkpoint_ns, "
+                "checkpoint_id, 't', 0, 'step', ?, ? FROM checkpoints",
                 (kind, content),
             )
         )

@@ -2,12 +2,13 @@
 
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from records import rolled_back
 
@@ -17,6 +18,7 @@ from prunewright.graph.agents.prompt import prompt
 from prunewright.graph.agents.reading import read_answer
 from prunewright.graph.asking import ask
 from prunewright.state import Decision, DecisionReport
+from prunewright.state.decision import MAX_GROUPS
 
 MAX_DELTA, CEILING, BUDGET, TARGET = 0.15, 0.9, 0.05, 0.5
 SHOWN = 0.0005
@@ -281,6 +283,11 @@ HEAVY = st.one_of(
 def test_large_answers(observation: Observation) -> None:
     verdicts = fuzz(HEAVY, 100, observation)
     assert verdicts == {"refused": 100}
+    groups = [
+        {"projection": f"{i}" * 60, "from": 0, "to": 1, "delta": 0.1} for i in range(MAX_GROUPS)
+    ]
+    each_another = json.dumps({"reasoning": "", "layers": [], "groups": groups})
+    assert judge(each_another, observation) == "refused"
 
 
 # Names from a model's files.
@@ -314,8 +321,6 @@ def test_names_change_nothing_but_themselves(
     make_observation: Callable[..., Observation],
 ) -> None:
     """The prompt with a hostile name is the one with a tame name, with the one quoted instead."""
-    # Of a name's last part, without its suffix, a label may be made.
-    assume("." not in hostile and not hostile.endswith("_proj"))
 
     def messages(name: str) -> list[str]:
         full = f"model.layers.0.{name}"
@@ -331,14 +336,19 @@ def test_names_change_nothing_but_themselves(
         found = prompt(make_observation(layers, step=1, history=(broke,)))
         return [str(message.text) for message in found]
 
-    # A tame name that no other text holds; labels that are not all letters are set apart.
-    tame = "zqx" if quote_name(hostile).isalpha() else "zqx1"
+    # A tame name that no other text holds, and whose last part is its label in a long table.
+    tame = "zqx.zqy"
     system, step = messages(hostile)
     tame_system, tame_step = messages(tame)
     assert system == tame_system
-    assert tame in tame_step
-    swapped = tame_step.replace(f"0.{tame}", "\0").replace(tame, "\1")
-    swapped = swapped.replace("\0", quote_name(f"0.{hostile}")).replace("\1", quote_name(hostile))
-    assert step == swapped
+    assert "zqx.zqy" in tame_step
+    swapped = tame_step.replace(f"0.{tame}", "\0").replace(tame, "\1").replace("zqy", "\2")
+    shown = quote_name(hostile)
+    last = hostile.rpartition(".")[2].removesuffix("_proj")
+    label = last if re.fullmatch(r"[A-Za-z_]\w{0,15}", last, re.ASCII) else shown
+    swapped = swapped.replace("\0", quote_name(f"0.{hostile}")).replace("\1", shown)
+    swapped = swapped.replace("\2", label)
+    # A label of letters alone needs no colon before its numbers.
+    assert step.replace(f"{label}:", label) == swapped.replace(f"{label}:", label)
     assert all(c.isprintable() or c == "\n" for c in step)
     assert len(quote_name(hostile)) < 10 * 256

@@ -63,6 +63,13 @@ class Received:
         assert found is not None
         return float(found[1])
 
+    @property
+    def key(self) -> str:
+        """The key, in whichever header a version of the provider's client puts it."""
+        bearer = self.headers.get("authorization", "").removeprefix("Bearer ")
+        named = (self.headers.get(name) for name in ("x-goog-api-key", "x-api-key"))
+        return next((key for key in named if key), bearer)
+
 
 @dataclass(frozen=True)
 class Reply:
