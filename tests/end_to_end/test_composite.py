@@ -1,6 +1,7 @@
 """Models of text and images or sound: the text decoder is pruned, all else stays as it is."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
