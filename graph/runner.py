@@ -46,6 +46,8 @@ from prunewright.state.schema import Status
 from prunewright.state.shown import clean
 from prunewright.tools.allocation import resolve_allocation
 from prunewright.tools.baseline import prune_once
+from prunewright.tools.perplexity import Progress
+from prunewright.tools.results import save_pruned
 from prunewright.tools.rundir import RunDirectory
 from prunewright.tools.trace import load_metrics
 from prunewright.tools.workbench import workbench
@@ -401,6 +403,37 @@ def baseline(
         return _prune_once(directory, settled, thread, on_event)
 
 
+def save(run_directory: str | Path, on_event: OnEvent | None = None) -> RunResult:
+    """Make the pruned model of a finished run from its masks again, where it was deleted.
+
+    Args:
+        run_directory: the run's directory.
+        on_event: told of progress.
+
+    Raises:
+        InputError: no finished run there, it pruned nothing, or it has its model.
+        StoreError: a file of the run is missing or damaged, or the model cannot be written.
+    """
+    directory = RunDirectory(run_directory)
+    config = directory.config()
+    if not directory.metrics_file.exists():
+        raise InputError(
+            f"the run in {directory.path} is not finished: "
+            f"prunewright resume {shlex.quote(str(directory.path))}"
+        )
+    metrics = load_metrics(directory)
+    if not metrics.saved:
+        raise InputError(f"the run in {directory.path} pruned nothing: its model is the dense one")
+    if directory.model.exists():
+        raise InputError(f"{directory.model} is there already")
+    request = directory.locate(config.request)
+    with stop_on_signals(), directory.locked(), workbench(request, directory.path) as bench:
+        directory.check(request, bench)
+        losses = bench.guard_losses(metrics.revision, _progress(on_event))
+        save_pruned(directory, bench, metrics, losses)
+    return RunResult(directory.path, metrics)
+
+
 def collect_garbage(run_directory: str | Path) -> tuple[int, int]:
     """Delete the revisions of a run that no checkpoint of any of its threads refers to.
 
@@ -426,13 +459,21 @@ def collect_garbage(run_directory: str | Path) -> tuple[int, int]:
         return directory.collect_garbage(keep)
 
 
-def _prune_once(
-    directory: RunDirectory, config: PruneConfig, thread: str, on_event: OnEvent | None
-) -> RunResult:
+def _progress(on_event: OnEvent | None) -> Progress:
+    """Tells of progress, and stops where a person or the system asks for it."""
+
     def progress(label: str, done: int, total: int) -> None:
         check_stop()
         if on_event is not None:
             on_event("custom", {"progress": {"label": label, "done": done, "total": total}})
+
+    return progress
+
+
+def _prune_once(
+    directory: RunDirectory, config: PruneConfig, thread: str, on_event: OnEvent | None
+) -> RunResult:
+    progress = _progress(on_event)
 
     def begun() -> None:
         if on_event is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prunewright.graph.compare import compare
-    from prunewright.graph.runner import RunResult, baseline, fork, resume, run
+    from prunewright.graph.runner import RunResult, baseline, fork, resume, run, save
     from prunewright.state import PruneConfig, PrunewrightError, load_config
     from prunewright.tools.trace import Trace, load_trace
 
@@ -20,6 +20,7 @@ _HOMES = {
     "fork": "graph.runner",
     "resume": "graph.runner",
     "run": "graph.runner",
+    "save": "graph.runner",
     "compare": "graph.compare",
     "PruneConfig": "state",
     "PrunewrightError": "state",
@@ -41,6 +42,7 @@ __all__ = [
     "load_trace",
     "resume",
     "run",
+    "save",
 ]
 
 

@@ -96,13 +96,7 @@ def finish(
         peak_memory_bytes=peak_memory(),
     )
     if metrics.saved:
-        directory = bench.loaded.directory
-
-        def card(values: str) -> str:
-            return model_card(run.config(), metrics, directory, values)
-
-        save_model(run, bench, outcome.guard_losses, card)
-        _log.info("the model is saved, reloaded and checked: %s", run.model)
+        save_pruned(run, bench, metrics, outcome.guard_losses)
     seconds["finish"] = time.perf_counter() - began
     seconds["total"] = sum(v for k, v in seconds.items() if k != "total")
     metrics = metrics.model_copy(update={"seconds": seconds, "peak_memory_bytes": peak_memory()})
@@ -110,6 +104,29 @@ def finish(
     write_json(run.metrics_file, metrics.model_dump())
     _write_report(run)
     return metrics
+
+
+def save_pruned(
+    run: RunDirectory, bench: Workbench, metrics: Metrics, guard_losses: list[float]
+) -> None:
+    """Save and check the live model, with its card.
+
+    Args:
+        run: where to.
+        bench: the model at its final revision.
+        metrics: what the card tells.
+        guard_losses: of the guard windows at that revision.
+
+    Raises:
+        PrunewrightError: the saved model does not reload to the same sparsity and losses.
+        StoreError: cannot write.
+    """
+
+    def card(values: str) -> str:
+        return model_card(run.config(), metrics, bench.loaded.directory, values)
+
+    save_model(run, bench, guard_losses, card)
+    _log.info("the model is saved, reloaded and checked: %s", run.model)
 
 
 def _write_report(run: RunDirectory) -> None:

@@ -35,6 +35,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "ask": showing.ask_command,
     "agents": showing.agents_command,
     "evaluate": evaluating.evaluate_command,
+    "save": storing.save_command,
     "pack": storing.pack_command,
     "unpack": storing.unpack_command,
     "gc": storing.gc_command,

@@ -384,6 +384,11 @@ def _report(session: Session, screen: Screen, result: "RunResult") -> NoReturn:
     for note in records[-1].notes if records else []:
         if note.endswith(MISSING):
             screen.pairs([("target", note)])
+    if result.model_directory and not result.model_directory.exists():
+        command = f"prunewright save {shlex.quote(str(result.directory))}"
+        screen.line(
+            ("warning    ", "yellow"), f"the model was deleted; its masks are kept: {command}"
+        )
     page = result.directory / FILE
     if page.is_file():
         screen.pairs([("report", str(page))])

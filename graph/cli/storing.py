@@ -1,4 +1,4 @@
-"""What is kept on disk: `pack`, `unpack` and `gc`."""
+"""What is kept on disk: `save`, `pack`, `unpack` and `gc`."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -8,12 +8,25 @@ import typer
 
 from prunewright.graph import console
 from prunewright.graph.cli.evaluating import model_of
-from prunewright.graph.cli.options import JsonOption
-from prunewright.graph.cli.session import Session
+from prunewright.graph.cli.options import JsonOption, RunArgument
+from prunewright.graph.cli.session import Session, quiet_transformers
+from prunewright.graph.console import Live
 from prunewright.state import InputError
 
 if TYPE_CHECKING:
     from prunewright.tools.packing import Sizes
+
+
+def save_command(ctx: typer.Context, run_directory: RunArgument, _json: JsonOption = False) -> None:
+    """Make the pruned model of a finished run from its masks again, where it was deleted."""
+    session: Session = ctx.obj
+    from prunewright.graph.runner import save
+
+    quiet_transformers(session.debug)
+    with Live(session.screen) as live:
+        model = str(save(run_directory, live.on_event).model_directory)
+    session.emit({"directory": str(run_directory), "model_directory": model})
+    session.screen.pairs([("model", model)])
 
 
 def pack_command(

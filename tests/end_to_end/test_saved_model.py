@@ -13,9 +13,12 @@ import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaPreTrainedModel
+from typer.testing import CliRunner
 
 from prunewright.graph import resume, run
-from prunewright.state import PrunewrightError, load_config
+from prunewright.graph.cli import app
+from prunewright.graph.runner import save
+from prunewright.state import InputError, PrunewrightError, load_config
 from prunewright.state.config import validate_config
 from prunewright.tools.shards import Live, rewrite
 
@@ -234,3 +237,34 @@ def test_whoever_may_read_the_run_may_read_the_weights(reference: Path) -> None:
     assert weights
     for file in weights:
         assert file.stat().st_mode == (reference / "metrics.json").stat().st_mode
+
+
+def test_a_model_that_was_deleted_is_made_from_its_masks_again(
+    reference: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(reference, tmp_path / "run"))
+    before = {p.name: p.read_bytes() for p in (out / "model").iterdir()}
+    runner = CliRunner()
+    refused = runner.invoke(app, ["save", str(out)])
+    assert refused.exit_code == 2
+    assert "is there already" in " ".join(refused.stderr.split())
+    shutil.rmtree(out / "model")
+    told = runner.invoke(app, ["resume", str(out)])
+    assert f"prunewright save {out}" in "".join(told.output.split("\n"))
+    done = runner.invoke(app, ["save", str(out), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["model_directory"] == str(out / "model")
+    assert {p.name: p.read_bytes() for p in (out / "model").iterdir()} == before
+
+
+def test_what_has_no_model_to_save_is_told(
+    config: dict[str, Any], reference: Path, tmp_path: Path
+) -> None:
+    unfinished = Path(shutil.copytree(reference, tmp_path / "unfinished"))
+    (unfinished / "metrics.json").unlink()
+    with pytest.raises(InputError, match=r"not finished: prunewright resume"):
+        save(unfinished)
+    nothing = tmp_path / "nothing"
+    run(config | {"guard": {"max_increase": 1e-9}, "max_stalls": 1}, out=nothing)
+    with pytest.raises(InputError, match="pruned nothing"):
+        save(nothing)
