@@ -88,7 +88,7 @@ def test_another_configuration_is_noted_where_it_tells(
     # Other masks of the same sparsity.
     run(replaying | {"criterion": "magnitude", "max_steps": 2}, out=tmp_path / "magnitude")
     notes = [" ".join(step["notes"]) for step in trace_of(tmp_path / "magnitude")]
-    assert "replay" not in notes[0]
+    assert "request.criterion was wanda, is magnitude" in notes[0]
     assert "the masks before this step are not the trace's" in notes[1]
 
 
