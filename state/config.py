@@ -44,6 +44,13 @@ class Options(BaseModel):
                 data = {name: value for name, value in data.items() if name != key}
         return data
 
+    @field_validator("*")
+    @classmethod
+    def _storable(cls, value: object) -> object:
+        if isinstance(value, int) and value >= 2**63:
+            raise ValueError("it is too large")
+        return value
+
 
 class WindowOptions(Options):
     """How many windows of how many tokens each use of text takes."""

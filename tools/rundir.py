@@ -3,6 +3,7 @@
 import errno
 import functools
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -723,8 +724,10 @@ def _facts(request: PruneRequest, bench: Workbench) -> dict[str, Any]:
 
 
 def _decides(config: PruneConfig) -> dict[str, Any]:
-    """Who decides and how, as JSON values, but for the directory."""
-    return config.context.model_dump(mode="json", exclude={"out"})
+    """Who decides and how, as JSON values, but for the directory; infinity as its name."""
+    values = config.context.model_dump(mode="json", exclude={"out"})
+    found: dict[str, Any] = json.loads(json.dumps(values), parse_constant=str)
+    return found
 
 
 def _standing(facts: dict[str, Any]) -> dict[str, Any]:

@@ -49,6 +49,8 @@ PLACEHOLDER = "none"
 
 # Finish reasons, in all providers' words; whatever is of none of the three is told in the trace.
 _FINISHED = re.compile(r"stop|end_turn|completed?|tool_(calls|use)|eos(_token)?", re.IGNORECASE)
+_MOST_TOKENS = 10**9
+"""Tokens of one call that nobody counts."""
 _CUT = re.compile(r"length|tokens|context|truncat|incomplete|limit", re.IGNORECASE)
 _WITHHELD = re.compile(
     r"safety|filter|refus|recitation|block|prohibit|spii|guard|moderat|malformed|error|fail|cancel",
@@ -316,8 +318,16 @@ class LLMAgent:
             tries = self.calls - tries
             times = f" in {tries} tries" if tries > 1 else ""
             raise AgentError(
-                f"the agent {self.name} gave no answer{times}: {_words(error)}{self._hint(error)}"
+                f"the agent {self.name} gave no answer{times}: {_words(error)}"
+                f"{self._beginning(error)}{self._hint(error)}"
             ) from None
+
+    def _beginning(self, error: BaseException) -> str:
+        """How a reply begins that the client stumbled over: servers say in it what is wrong."""
+        words = " ".join(redact(self._body).split())
+        if not _is_malformed(error) or not words:
+            return ""
+        return f"; it begins: {words[:200]!r}"
 
     def _hint(self, error: BaseException) -> str:
         """What to look at after an error that no waiting mends."""
@@ -352,12 +362,12 @@ class LLMAgent:
                 result = _cut_answer(error)
                 if result is None:
                     raise
-        self._body = wire.body.decode("utf-8", "replace")
+            finally:
+                self._body = wire.body.decode("utf-8", "replace")
         raw = result["raw"] if isinstance(result, dict) else result
         if not isinstance(raw, AIMessage):
             raise AgentError(f"the agent {self.name} returned no chat message")
-        usage = raw.usage_metadata
-        tokens = usage["total_tokens"] if usage else 0
+        tokens = _counted(raw)
         self.tokens += tokens
         seconds = time.perf_counter() - began
         _log.debug("%s answered in %.2f s, %d tokens", self.name, seconds, tokens)
@@ -484,8 +494,15 @@ def _is_malformed(error: BaseException) -> bool:
 
     None has an error of its own for it: they fail at the first part that is missing.
     """
-    kinds = (json.JSONDecodeError, ValidationError, AttributeError, KeyError, TypeError)
-    return isinstance(error, kinds)
+    kinds = (json.JSONDecodeError, ValidationError, AttributeError, LookupError, TypeError)
+    return isinstance(error, (*kinds, RecursionError))
+
+
+def _counted(message: AIMessage) -> int:
+    """Tokens exchanged, as the server counts them, or none where its count cannot be true."""
+    usage = message.usage_metadata
+    count = usage["total_tokens"] if usage else 0
+    return int(count) if 0 <= count < _MOST_TOKENS else 0
 
 
 def _retry_after(error: BaseException | None) -> float | None:

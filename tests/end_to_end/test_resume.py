@@ -124,11 +124,13 @@ def test_who_decides_edited_into_the_config_file_is_told_once(
     stopped: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = stopped / "config.yaml"
-    changes = {"agent": "zscore", "agent_options": {}, "max_steps": 3}
+    unbounded = {"max_increase": float("inf")}
+    changes = {"agent": "zscore", "agent_options": {}, "max_steps": 3, "guard": unbounded}
     file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | changes))
     assert resume(stopped).metrics.status == "max_steps"
     assert "config.yaml was edited since the run was last at work" in caplog.text
     assert "agent was import:scripted_agents:HarmfulOnce, is zscore" in caplog.text
+    assert "guard.max_increase was 0.08, is Infinity" in caplog.text
     caplog.clear()
     resume(stopped)
     assert not caplog.text

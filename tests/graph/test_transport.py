@@ -50,7 +50,9 @@ def test_no_redirect_is_followed(llm: FakeLLM, asked: Ask) -> None:
             f"//{other.url[7:]}": f"to {other.url}, which",
             "": "(308), which is not followed",
         }
-        for status, (target, words) in zip((302, 301, 303, 307, 308), targets.items(), strict=True):
+        cases = list(zip((302, 301, 303, 307, 308), targets.items(), strict=True))
+        # What refuses them is the same for all providers.
+        for status, (target, words) in cases if llm.provider == "openai" else cases[:1]:
             llm.received.clear()
             headers = {"Location": target} if target else {}
             llm.otherwise = Reply(b"moved", status=status, headers=headers)
@@ -208,6 +210,31 @@ def test_what_is_used_up_is_not_asked_for_again(
     with pytest.raises(AgentError, match="used up: see the provider's billing"):
         asked()
     assert len(llm.received) == 1
+
+
+@pytest.mark.parametrize("llm", ["openai"], indirect=True)
+def test_a_reply_of_another_form_is_shown(llm: FakeLLM, asked: Ask) -> None:
+    """Servers that are no OpenAI say in many forms what is wrong."""
+    for said in ({"detail": "No such user"}, {"object": "error", "message": "No such user"}):
+        llm.otherwise = Reply(json.dumps(said).encode())
+        with pytest.raises(
+            AgentError, match=r"not of the provider's form.* it begins: .*such user"
+        ):
+            asked()
+    llm.otherwise = Reply(b"[" * 100_000)
+    with pytest.raises(AgentError, match=r"not of the provider's form.* it begins: '\[\[\["):
+        asked()
+
+
+@pytest.mark.parametrize("llm", ["openai"], indirect=True)
+@pytest.mark.parametrize(("told", "counted"), [(2.5, 2), (-10, 0), (10**30, 0)])
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings:UserWarning")
+def test_tokens_that_cannot_be_are_not_counted(
+    llm: FakeLLM, asked: Ask, told: float, counted: int
+) -> None:
+    usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": told}
+    llm.otherwise = changed(llm.decision(*GOOD), lambda body: body.update(usage=usage))
+    assert asked().tokens == counted
 
 
 def test_a_refused_key_and_an_unknown_model_are_named(llm: FakeLLM, asked: Ask) -> None:

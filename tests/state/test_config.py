@@ -132,6 +132,7 @@ def test_set(override: str, path: tuple[str, ...], value: object) -> None:
         ("target.low=3", "target:"),
         ("gaurd.max_increase=3", "did you mean guard?"),
         ("agent_options=[", "not valid YAML"),
+        ("texts.windows.guard=99999999999999999999", "texts.windows.guard: it is too large"),
     ],
 )
 def test_set_refuses(override: str, words: str) -> None:
@@ -148,7 +149,7 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("agent_options: " + "[" * 3000, "nested too deeply"),
+        ("agent_options: " + "[" * 1000, "nested too deeply"),
         ("agent_options: {a: " + "[" * 60 + "]" * 60 + "}", "nested too deeply"),
         ("agent_options: &a {x: *a}", "nested too deeply, or refers to itself"),
         (LAUGHS, "more than 100,000 values"),
