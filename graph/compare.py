@@ -40,6 +40,7 @@ from prunewright.tools.comparison import (
     cell_key,
     dense_key,
 )
+from prunewright.tools.models import model_skeleton
 from prunewright.tools.report.comparison import write_pages, write_tables
 from prunewright.tools.rundir import RunDirectory
 from prunewright.tools.storage import read_json, sha256_file
@@ -86,6 +87,10 @@ def compare(
     digests = Digests()
     base = settled.settle()
     plan = plan_cells(settled, digests)
+    for model, trusted in {
+        (c.model, c.trust_remote_code) for c in (base, *(p.config for p in plan))
+    }:
+        model_skeleton(model, trust_remote_code=trusted)  # refuses what no cell could load
     dense = Planned(
         Method(name=DENSE_NAME), 0, 0.0, base, dense_key(base, settled.evaluation, digests)
     )

@@ -18,13 +18,18 @@ def own_zeros_words(zeros: int, prunable: int) -> str:
 
 
 def check_target(bench: Workbench) -> None:
-    """Refuse a target that the zeros of the dense model reach.
+    """Refuse a target that the zeros of the dense model reach, or that comes to no weight.
 
     Raises:
-        InputError: they do.
+        InputError: it is one of these.
     """
     zeros, prunable = sum(bench.dense_zeros.values()), bench.loaded.prunable
     target = bench.request.target
+    if target * prunable < 1:
+        raise InputError(
+            f"target {target:g} comes to none of the {prunable:,} prunable weights of "
+            f"{bench.request.model}. Give a higher target"
+        )
     if zeros and math.floor(target * prunable) <= zeros:
         raise InputError(
             f"target {target:g} is reached before any step: {zeros:,} of the {prunable:,} prunable "

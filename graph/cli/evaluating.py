@@ -154,6 +154,17 @@ def _by_task(option: str, values: list[str] | None) -> dict[str, str]:
 
 
 def model_of(name: str) -> str:
-    """A run directory stands for the model in it."""
-    inside = Path(name).expanduser() / "model"
-    return str(inside) if (inside / "config.json").is_file() else name
+    """A run directory stands for the model in it.
+
+    Raises:
+        InputError: there is none.
+    """
+    given = Path(name).expanduser()
+    if (given / "model" / "config.json").is_file():
+        return str(given / "model")
+    if (given / "config.yaml").is_file() and not (given / "config.json").is_file():
+        raise InputError(
+            f"{name} holds a run that saved no model: it is unfinished (go on with it: prunewright "
+            f"resume {name}), or nothing was pruned and the model would be the dense one"
+        )
+    return name

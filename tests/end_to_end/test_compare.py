@@ -295,6 +295,16 @@ def test_it_refuses_what_is_no_comparison_and_two_at_once(
     result = invoke(path, "--out", tmp_path / "new")
     assert result.exit_code == 2
     assert not (tmp_path / "new").exists()
+    config = json.loads((Path(study["base"]["model"]) / "config.json").read_text())
+    quantised = tmp_path / "quantised"
+    shutil.copytree(study["base"]["model"], quantised)
+    config |= {"quantization_config": {"quant_method": "fp8"}}
+    (quantised / "config.json").write_text(json.dumps(config))
+    path = write(study, tmp_path, base=study["base"] | {"model": str(quantised)})
+    result = invoke(path, "--out", tmp_path / "new")
+    assert result.exit_code == 2
+    assert "holds a quantised model" in result.stderr.replace("\n", " ")
+    assert not (tmp_path / "new").exists()
     damaged = next((copy / "cells").glob("*/cell.json"))
     damaged.write_text("{}")
     result = invoke(write(study, tmp_path), "--out", copy)

@@ -227,6 +227,7 @@ def test_a_target_that_is_there_already_is_refused_before_anything_is_asked(
     monkeypatch.syspath_prepend(str(tmp_path))
     refused = [
         (run, {"target": 0.2}, "target 0.2 is reached before any step"),
+        (run, {"target": 1e-5}, "target 1e-05 comes to none of the"),
         (run, {"target": 0.5}, "a sparsity of 0.5000. Give a higher target"),
         (baseline, {"target": 0.3}, "target 0.3 is reached before any step"),
         (run, {"target": 0.45, "pattern": "2:4"}, "every layer .* fits has it already"),
@@ -253,6 +254,7 @@ def test_the_zeros_that_were_there_are_named_wherever_the_sparsity_is(
         assert json.loads((out / "manifest.json").read_text())["model"]["zero_weights"] == share
         assert "prunable weights, 29.9" in words.partition("step 1")[0]
         assert "% were before" in words
+        assert "in the dense model already" in (out / "report.html").read_text()
         assert "% in the base model already" in " ".join(
             (out / "model/README.md").read_text().split()
         )

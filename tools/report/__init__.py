@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from prunewright.state import InputError, PruneConfig, StoreError
 from prunewright.state.config import BASELINE
+from prunewright.state.metrics import NEGLIGIBLE
 from prunewright.state.shown import clean
 from prunewright.tools.cache import cache_directory
 from prunewright.tools.ending import ended_words
@@ -135,6 +136,7 @@ def build_report(run_dirs: Sequence[str | Path]) -> str:
             ended=ended_words(first.metrics) if first.metrics else "",
             options=_flat(first.config),
             named=NAMED,
+            negligible=NEGLIGIBLE,
         )
     except ValueError as error:
         raise StoreError(
