@@ -7,7 +7,7 @@ from typing import Any
 
 from prunewright.tools.storage import sha256_bytes, sha256_file
 
-_SUFFIXES = {".json", ".model", ".py"}
+_SUFFIXES = {".json", ".model", ".py", ".tiktoken"}
 _NAMES = {"merges.txt", "vocab.txt"}
 _WITHOUT_EFFECT = {
     "generation_config.json",

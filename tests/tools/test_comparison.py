@@ -214,6 +214,8 @@ def test_a_key_changes_with_whatever_changes_a_result(
         row = {"question": "What is the capital of France?", "answers": [answer]}
         facts.write_text(json.dumps(row))
         found.append(keys(guard={"max_knowledge_drop": 0.1}, knowledge=str(facts)))
+    (tmp_path / "model" / "own.tiktoken").write_text("IQ== 0\n")
+    found.append(keys())
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     found.append(keys())
