@@ -221,7 +221,7 @@ def test_what_cannot_be_run_is_refused_in_our_words(
     wrong = request_ | {"target": 3, "modell": "x"}
     message = server.error(wrong, GREEDY, thread)
     assert "unknown key modell; did you mean model?" in message
-    assert "target: Input should be less than or equal to 0.95" in message
+    assert "target: a fraction is asked for: 3 % is 0.03" in message
     assert not server.directory(thread).path.exists()
     assert "did you mean greedy?" in server.error(request_, {"agent": "gready"})
     assert "has ended (target_reached)" in server.error(request_, GREEDY, finished[0])
