@@ -207,7 +207,10 @@ def measure_gradients(
         if not math.isfinite(value):
             means[name].fill_(value)  # refused below
     reached = {name: (mean != 0).any(dim=1) for name, mean in means.items()}
-    absolute = {name: torch.tensor([[value / len(windows)]]) for name, value in sums.items()}
+    absolute = {
+        name: torch.tensor([[value / len(windows)]], dtype=torch.float64)
+        for name, value in sums.items()
+    }
     known = {name: (mean != 0).flatten() for name, mean in absolute.items()}
     # Exactly zero is not free but unknown: a weight that only chooses, say, has no gradient.
     for values, there in ((means, reached), (absolute, known)):
