@@ -113,7 +113,7 @@ def test_errors_are_json_lines_too(config_file: Path, tmp_path: Path) -> None:
     assert failed.exit_code == 2
     (line,) = records(failed.stderr)
     assert line["level"] == "error"
-    assert "less than or equal to 0.95" in line["message"]
+    assert "3 % is 0.03" in line["message"]
     options = ["-s", "max_steps=1", "-a", "greedy", "-o", tmp_path / "run", "--json"]
     early = invoke("--log-json", "run", "-c", config_file, *options)
     assert early.exit_code == 3

@@ -277,7 +277,7 @@ UNUSABLE: dict[str, tuple[Change, str]] = {
     ),
     "code of its own": (
         configure(model_type="own", auto_map={"AutoConfig": "own.Config"}),
-        "custom code",
+        "only if you trust it: --set trust_remote_code=true",
     ),
     "no tokenizer": (
         lambda d: [p.unlink() for p in d.glob("token*")],
