@@ -28,7 +28,7 @@ def steps(draw: st.DrawFn) -> dict[str, Any]:
         "deltas": {n: draw(st.floats(1e-6, 0.4)) for n in chosen},
         "zeros": zeros,
         "numel": numel,
-        "target": draw(st.floats(0.01, 0.95)),
+        "target": round(draw(st.floats(0.01, 0.95)), 9),
         "ceiling": draw(st.sampled_from([0.6, 0.9, 1.0])),
     }
 

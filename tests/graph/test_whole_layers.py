@@ -34,7 +34,7 @@ def landings(draw: st.DrawFn) -> dict[str, Any]:
     pruned = draw(st.sets(st.sampled_from(sorted(counts))))
     named = draw(st.lists(st.sampled_from([*sorted(counts), "unfit"]), unique=True))
     zeros = sum(counts[name] for name in pruned)
-    target = draw(st.floats(0.01, 0.5))
+    target = round(draw(st.floats(0.01, 0.5)), 9)
     return {
         "deltas": {name: -0.5 if name in pruned else 0.5 for name in named},
         "pruned": pruned,
