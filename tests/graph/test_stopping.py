@@ -51,7 +51,7 @@ def test_an_interrupt_of_the_caller_stops_the_work_at_its_next_look(
     ended: list[type[BaseException]] = []
     with pytest.raises(KeyboardInterrupt):
         wait(lambda: work_until_stopped(interrupt_main, ended))
-    for _ in range(100):  # a call that was left behind ends a moment later
+    for _ in range(1000):  # a call that was left behind ends a moment later
         if ended:
             break
         threading.Event().wait(0.01)
