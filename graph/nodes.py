@@ -60,6 +60,7 @@ from prunewright.state.config import describe_validation_error
 from prunewright.state.metrics import Pair
 from prunewright.state.schema import TOLERANCE, Knowledge, add_up
 from prunewright.tools.ending import describe_ending
+from prunewright.tools.masks import most_zeros
 from prunewright.tools.own_zeros import check_pattern, check_target, own_zeros_words
 from prunewright.tools.perplexity import Progress, change_with_error, perplexity
 from prunewright.tools.results import Outcome, finish
@@ -561,7 +562,7 @@ def land(
     }
     total = sum(numel.values())
     bounds = {
-        "land on the target": math.floor(target * total) - sum(zeros.values()),
+        "land on the target": most_zeros(target, total) - sum(zeros.values()),
         "keep to the step": step * total,
     }
     purpose = min(bounds, key=lambda words: bounds[words])

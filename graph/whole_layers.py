@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 
 from prunewright.state import InputError, ModelProfile, PruneRequest
 from prunewright.state.schema import TOLERANCE
+from prunewright.tools.masks import most_zeros
 from prunewright.tools.models import LoadedModel
 
 MISSING = "is missing to the target, too little for any dense layer"
@@ -61,16 +62,11 @@ def check_model(
             f"{group}, and the others come to {most:.4f}"
         )
     least = min((gain for gain in gains.values() if gain), default=0)
-    if least > weights_left(request.target, zeros, loaded.prunable):
+    if least > most_zeros(request.target, loaded.prunable) - zeros:
         raise InputError(
             f"target {request.target:g} is too little for pattern {request.pattern}: the smallest "
             f"layer alone adds {least / loaded.prunable:.4g}"
         )
-
-
-def weights_left(target: float, zeros: int, total: int) -> int:
-    """Weights that may become zero before a target, a fraction of all, is exceeded."""
-    return math.floor(target * total + 1e-5) - zeros
 
 
 def fixed_deltas(profile: ModelProfile, whole: float, target: float) -> dict[str, float]:
@@ -88,7 +84,7 @@ def fixed_deltas(profile: ModelProfile, whole: float, target: float) -> dict[str
     """
     total = sum(p.parameters for p in profile.layers)
     zeros = sum(round(p.sparsity * p.parameters) for p in profile.layers)
-    left = weights_left(target, zeros, total)
+    left = most_zeros(target, total) - zeros
     deltas = {}
     for p in profile.layers:
         delta = whole - p.pattern_own
@@ -148,7 +144,7 @@ def land_whole(
     """
     changes = {name: 0 for name, delta in deltas.items() if delta < 0 and name in pruned}
     back = sum(counts[name] for name in changes)
-    under_target = weights_left(target, zeros, total)
+    under_target = most_zeros(target, total) - zeros
     fitting = [n for name, n in counts.items() if name not in pruned and n <= under_target]
     under_step = max(math.floor(step * total + 1e-5), min(fitting, default=0))
     left = {"the target": under_target + back, "the step": under_step + back}

@@ -1,9 +1,8 @@
 """Zeros that a model has before any step: what is said of them, and what they rule out."""
 
-import math
-
 from prunewright.state import InputError
 from prunewright.state.metrics import NEGLIGIBLE
+from prunewright.tools.masks import most_zeros
 from prunewright.tools.workbench import Workbench
 
 
@@ -25,12 +24,12 @@ def check_target(bench: Workbench) -> None:
     """
     zeros, prunable = sum(bench.dense_zeros.values()), bench.loaded.prunable
     target = bench.request.target
-    if target * prunable < 1:
+    if not (most := most_zeros(target, prunable)):
         raise InputError(
             f"target {target:g} comes to none of the {prunable:,} prunable weights of "
             f"{bench.request.model}. Give a higher target"
         )
-    if zeros and math.floor(target * prunable) <= zeros:
+    if zeros and most <= zeros:
         raise InputError(
             f"target {target:g} is reached before any step: {zeros:,} of the {prunable:,} prunable "
             f"weights of {bench.request.model} are zero already, a sparsity of "

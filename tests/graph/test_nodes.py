@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from prunewright.graph.agents import InvalidAnswerError, Observation
@@ -28,11 +28,20 @@ def steps(draw: st.DrawFn) -> dict[str, Any]:
         "deltas": {n: draw(st.floats(1e-6, 0.4)) for n in chosen},
         "zeros": zeros,
         "numel": numel,
-        "target": round(draw(st.floats(0.01, 0.95)), 9),
+        "target": draw(st.floats(0.01, 0.95)),
         "ceiling": draw(st.sampled_from([0.6, 0.9, 1.0])),
     }
 
 
+@example(
+    {
+        "deltas": {"a": 0.25},
+        "zeros": {"a": 0, "b": 124},
+        "numel": {"a": 152, "b": 253},
+        "target": 0.39999999999999997,
+        "ceiling": 0.6,
+    }
+)
 @given(steps())
 def test_landing(step: dict[str, Any]) -> None:
     deltas, zeros, numel = step["deltas"], step["zeros"], step["numel"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from loopback import FakeGemini, Received, Reply
 from profiles import QWEN3_4B, make_model
@@ -34,7 +34,7 @@ def landings(draw: st.DrawFn) -> dict[str, Any]:
     pruned = draw(st.sets(st.sampled_from(sorted(counts))))
     named = draw(st.lists(st.sampled_from([*sorted(counts), "unfit"]), unique=True))
     zeros = sum(counts[name] for name in pruned)
-    target = round(draw(st.floats(0.01, 0.5)), 9)
+    target = draw(st.floats(0.01, 0.5))
     return {
         "deltas": {name: -0.5 if name in pruned else 0.5 for name in named},
         "pruned": pruned,
@@ -46,6 +46,17 @@ def landings(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@example(
+    {
+        "deltas": {"layer 0": 0.5},
+        "pruned": {"layer 1", "layer 2"},
+        "counts": {"layer 0": 2, "layer 1": 2, "layer 2": 2},
+        "zeros": 4,
+        "total": 12,
+        "target": 0.49999999999999994,
+        "step": 0.125,
+    }
+)
 @given(landings())
 def test_landing_takes_whole_layers_in_order_and_never_exceeds_the_target(
     landing: dict[str, Any],

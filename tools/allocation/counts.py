@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from prunewright.tools.masks import most_zeros
+
 
 @dataclass(frozen=True)
 class Allotment:
@@ -42,7 +44,7 @@ class Bounds:
 
     def total(self, target: float) -> int:
         """Zeros in all: the target's, or all that the layers may have, if that is less."""
-        return min(math.floor(target * sum(self.sizes.values())), sum(self.most.values()))
+        return min(most_zeros(target, sum(self.sizes.values())), sum(self.most.values()))
 
 
 def exact_counts(sparsities: Mapping[str, float], bounds: Bounds, target: float) -> Allotment:
