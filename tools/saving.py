@@ -24,7 +24,6 @@ from prunewright.state import InputError, PruneRequest, PrunewrightError, StoreE
 from prunewright.state.shown import clean
 from prunewright.tools.checkpoint import auto_class, read_configuration, weight_files
 from prunewright.tools.copying import copy_files, files_to_copy
-from prunewright.tools.layers import Layer
 from prunewright.tools.masks import count_zeros
 from prunewright.tools.models import LoadedModel, load_model
 from prunewright.tools.perplexity import Head, window_losses
@@ -135,13 +134,11 @@ class _Saving:
         """Files beside the shards that hold tensors which the live model has not."""
         if self.shards[0].name != _SINGLE:
             self.extra.append(self.directory / _INDEX)
-        self.stored = {
-            name: place for path in self.shards for name, place in read_header(path).items()
-        }
-        places = {name: path for path in self.shards for name in read_header(path)}
-        layers = self.loaded.layers.values()
+        headers = {path: read_header(path) for path in self.shards}
+        self.stored = {name: place for held in headers.values() for name, place in held.items()}
         self.named_alike = all(
-            self.loaded.dense_file(layer) == places.get(layer.parameter) for layer in layers
+            layer.parameter in headers.get(self.loaded.dense_file(layer), {})
+            for layer in self.loaded.layers.values()
         )
         """Whether each prunable parameter is stored under its live name."""
 
@@ -174,7 +171,10 @@ class _Saving:
         """
         model: Any = self.loaded.model
         if self.named_alike:
-            layers = {id(model.get_parameter(ly.parameter)): ly for ly in self._layers()}
+            layers = {
+                id(model.get_parameter(layer.parameter)): layer
+                for layer in self.loaded.layers.values()
+            }
             # A parameter that several blocks share has several names.
             named = model.named_parameters(remove_duplicate=False)
             alike = {name: layers[id(p)] for name, p in named if id(p) in layers}
@@ -187,43 +187,40 @@ class _Saving:
             model.save_pretrained(target / _RETURNED)
         finally:
             model.generation_config = settings
-        places = {
-            name: path
-            for path in sorted((target / _RETURNED).glob("*.safetensors"))
-            for name in read_header(path)
+        returned = {
+            path: read_header(path) for path in sorted((target / _RETURNED).glob("*.safetensors"))
         }
-        pairs = self._pairs(places)
+        pairs = self._pairs(returned)
         if pairs is None:
             yield None
         else:
             with ExitStack() as stack:
                 files: dict[Path, Any] = {
-                    path: stack.enter_context(safe_open(path, framework="pt"))
-                    for path in set(places.values())
+                    path: stack.enter_context(safe_open(path, framework="pt")) for path in returned
                 }
 
                 def live(name: str) -> Tensor | None:
-                    other = pairs.get(name)
-                    if other is None:
+                    if name not in pairs:
                         return None
-                    tensor: Tensor = files[places[other]].get_tensor(other)
+                    path, other = pairs[name]
+                    tensor: Tensor = files[path].get_tensor(other)
                     return tensor
 
                 yield live
         shutil.rmtree(target / _RETURNED)
 
-    def _layers(self) -> list[Layer]:
-        return list(self.loaded.layers.values())
-
-    def _pairs(self, places: dict[str, Path]) -> dict[str, str] | None:
-        """The name that transformers writes for each stored one; None if it writes yet others.
+    def _pairs(self, returned: dict[Path, dict[str, Any]]) -> dict[str, tuple[Path, str]] | None:
+        """File and name that transformers writes for each stored name; None if it writes others.
 
         A stored name may lack the prefix of the base model, or have one that the other lacks.
+
+        Args:
+            returned: the headers of the files that it wrote.
         """
         prefix = f"{self.loaded.model.base_model_prefix}."
-        pairs: dict[str, str] = {}
-        for path in sorted(set(places.values())):
-            for name, place in read_header(path).items():
+        pairs: dict[str, tuple[Path, str]] = {}
+        for path, header in returned.items():
+            for name, place in header.items():
                 for form in (name, name.removeprefix(prefix), prefix + name):
                     if self.stored.get(form, {}).get("shape") == place["shape"]:
                         break
@@ -231,7 +228,7 @@ class _Saving:
                     return None
                 if form in pairs:
                     return None
-                pairs[form] = name
+                pairs[form] = path, name
         return pairs
 
     def _keep_returned(self, target: Path, *, trial: bool) -> None:
