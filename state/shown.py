@@ -12,6 +12,12 @@ _BLANK = re.compile(
 )
 
 
+def one_line(text: str, most: int, end: str = "") -> str:
+    """Text without line ends and runs of blanks, cut to a length; ``end`` says that it was cut."""
+    joined = " ".join(text.split())
+    return joined if len(joined) <= most else joined[:most] + end
+
+
 def clean(text: str) -> str:
     """Text whose control and invisible characters are written out, line ends and tabs apart.
 

@@ -9,6 +9,7 @@ from typing import Literal
 from prunewright.state import STATUS_WORDS, PruneContext, StepRecord
 from prunewright.state.metrics import Metrics
 from prunewright.state.schema import TOLERANCE, Status
+from prunewright.state.shown import one_line
 
 Kind = Literal["accepted", "rolled_back", "refused", "rejected", "weightless", "idle"]
 """What a step came to; the last four are empty ones."""
@@ -78,7 +79,11 @@ def describe_ending(
     parts, advice = [], ["raise max_steps"] if status == "max_steps" else []
     for kind, count in counts.most_common():
         last = next(r for r in reversed(lost) if kind_of(r) == kind)
-        why = f" (the last: {_one_line(last.reason)})" if kind in ("rolled_back", "refused") else ""
+        why = (
+            f" (the last: {one_line(last.reason, _MOST, '...')})"
+            if kind in ("rolled_back", "refused")
+            else ""
+        )
         parts.append(f"{_WORDS[kind](count)}{why}")
         if kind == "rolled_back":
             words_, setting = _loosened(last.reason, context)
@@ -130,8 +135,3 @@ def _loosened(reason: str, context: PruneContext) -> tuple[str, dict[str, str]]:
         key, value = "guard.max_increase", guard.max_increase
     setting = {key: f"{2 * value:g}"} if value is not None else {}
     return f"loosen the guard ({key}), {smaller}", setting
-
-
-def _one_line(text: str) -> str:
-    joined = " ".join(text.split())
-    return joined if len(joined) <= _MOST else f"{joined[:_MOST]}..."

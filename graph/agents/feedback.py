@@ -7,6 +7,7 @@ from prunewright.graph.agents.base import Observation, quote_name
 from prunewright.graph.agents.table import by_blocks, with_heads
 from prunewright.graph.correction import ALL, DEPTHS, depth_of, ratios
 from prunewright.state import StepRecord
+from prunewright.state.shown import one_line
 
 ROLLBACKS = 2
 """Rolled-back steps whose layers and deltas are told: the latest."""
@@ -27,7 +28,7 @@ def compile_feedback(observation: Observation) -> str:
     costs = "z_c" in observation.signals
     lines = _table(records, costs)
     for record in [r for r in records if r.verdict == "rolled_back"][-ROLLBACKS:]:
-        why = f"Step {record.step + 1} was rolled back: {_one_line(record.reason, 300)}."
+        why = f"Step {record.step + 1} was rolled back: {one_line(record.reason, 300)}."
         lines.append(f"{why} It was {_layers(observation, record)}")
     lines += _last(observation, records[-1])
     if costs:
@@ -70,7 +71,7 @@ def _table(records: Sequence[StepRecord], costs: bool) -> list[str]:
     lines = []
     for r in records:
         if r.verdict == "empty":
-            lines.append(f"{r.step + 1} nothing was pruned: {_one_line(r.reason, 200)}")
+            lines.append(f"{r.step + 1} nothing was pruned: {one_line(r.reason, 200)}")
             continue
         cells = [str(r.step + 1), percent(_gained(r)), percent(r.change)]
         cells += [percent(r.predicted_change)] if costs else []
@@ -100,12 +101,12 @@ def _last(observation: Observation, record: StepRecord) -> list[str]:
     if record.decision.expected_ppl_change is not None:
         lines.append(f"You expected {percent(record.decision.expected_ppl_change)} % of it.")
     if record.review is not None and record.review.verdict == "rejected":
-        words = _one_line(record.review.words, 1000)
+        words = one_line(record.review.words, 1000)
         return [*lines, f"A person rejected your last decision: {words}"]
     if record.review is not None and record.review.verdict == "edited":
         lines.append("A person edited your decision before it was applied.")
     if record.decision.reasoning:
-        lines.append(f"Your reasoning then: {_one_line(record.decision.reasoning, 300)}")
+        lines.append(f"Your reasoning then: {one_line(record.decision.reasoning, 300)}")
     return lines
 
 
@@ -130,7 +131,3 @@ def _ratios(observation: Observation, found: dict[str, tuple[float, float]]) -> 
         f"Measured over predicted cost, of all steps: {overall:.2f} ± {error:.2f}; "
         + ", ".join(parts)
     ]
-
-
-def _one_line(text: str, limit: int) -> str:
-    return " ".join(text.split())[:limit]

@@ -38,6 +38,7 @@ from prunewright.graph.stopping import call_stoppable
 from prunewright.state import AgentError, Decision, InputError, Spent
 from prunewright.state.config import AskingOptions, problem_words
 from prunewright.state.secrets import redact, resolve_references
+from prunewright.state.shown import one_line
 
 _log = logging.getLogger("prunewright")
 
@@ -443,7 +444,7 @@ def _timeouts(options: Mapping[str, Any]) -> Iterator[float]:
 
 
 def _words(error: BaseException | None) -> str:
-    text = " ".join(redact(str(error)).split())[:500]
+    text = one_line(redact(str(error)), 500)
     if isinstance(error, ReplyError):
         return text
     text = f"{type(error).__name__}: {text}"

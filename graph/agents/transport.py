@@ -17,6 +17,8 @@ from operator import attrgetter
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
+from prunewright.state.shown import one_line
+
 MAX_BODY = 16 * 2**20
 """Bytes of a reply that are read, as they come and when they are unpacked."""
 
@@ -213,7 +215,7 @@ def _check_error(response: Any, body: bytes) -> None:
     else:
         return
     told = error if isinstance(error, dict) else {"message": error}
-    words = " ".join(str(told.get("message") or told).split())[:500]
+    words = one_line(str(told.get("message") or told), 500)
     code = str(told.get("code") or told.get("type") or "")[:80]
     number = int(code) if re.fullmatch(r"[1-5]\d\d", code) else 0
     raise ReplyError(

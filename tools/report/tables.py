@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 
 from prunewright.state.comparison import DENSE_NAME, Comparison, Spread
-from prunewright.state.shown import clean
+from prunewright.state.shown import clean, one_line
 from prunewright.tools.comparison import SAME_SPARSITY
 
 OFF_TARGET = "†"
@@ -123,7 +123,7 @@ def cell_table(comparison: Comparison) -> Table:
         at = [f"{cell.target:.4g}", f"{cell.seed}"]
         result = cell.result
         if result is None:
-            words = " ".join(cell.error.split())[:_MOST]
+            words = one_line(cell.error, _MOST)
             ended = f"{cell.state}: {words}" if words else cell.state
             rows.append([cell.method, ended, *at, *[NONE] * (5 + len(texts)), cell.key])
             continue
