@@ -81,6 +81,11 @@ class LoadedModel:
         """
         return weights_digest(weight_files(self.directory))
 
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What lies beside the weights and can change what is computed, taken as `fingerprint`."""
+        return settings_of(self.directory)
+
     @property
     def prunable(self) -> int:
         """Number of prunable weights."""
@@ -129,7 +134,7 @@ class LoadedModel:
         """What the loaded model's outputs depend on: hashes of its files, dtype and device."""
         return {
             "model": self.fingerprint,
-            "settings": settings_of(self.directory),
+            "settings": self.settings,
             "dtype": str(self.dtype),
             "device": self.device.type,
         }
@@ -228,7 +233,7 @@ def load_model(
     _check_causal(loaded)
     if keep_dense:
         loaded._files = _locate_dense(loaded, {key: t.path for key, t in stored.items()})
-        _ = loaded.fingerprint
+        _ = loaded.fingerprint, loaded.settings
     return loaded
 
 

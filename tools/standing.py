@@ -29,15 +29,19 @@ def settings_of(directory: Path) -> dict[str, Any]:
 
     ``config.json`` as its values, so that a difference can be told; hashes of all else.
     """
-    found: dict[str, Any] = {}
-    for path in sorted(directory.iterdir()):
-        name = path.name
-        known = path.suffix in _SUFFIXES or name in _NAMES
-        if not known or name in _WITHOUT_EFFECT or name.endswith(".index.json"):
-            continue
-        if path.is_file():
-            found[name] = _content(path)
-    return found
+    return {path.name: _content(path) for path in setting_files(directory)}
+
+
+def setting_files(directory: Path) -> list[Path]:
+    """The files that `settings_of` reads."""
+    return [
+        path
+        for path in sorted(directory.iterdir())
+        if (path.suffix in _SUFFIXES or path.name in _NAMES)
+        and path.name not in _WITHOUT_EFFECT
+        and not path.name.endswith(".index.json")
+        and path.is_file()
+    ]
 
 
 def _content(path: Path) -> Any:

@@ -32,6 +32,7 @@ from prunewright.tools.profiling import (
 from prunewright.tools.questions import hash_questions, load_facts
 from prunewright.tools.revisions import Manifest, RevisionStore, StoredLayer, unpack_kept
 from prunewright.tools.solving import Wanted, solve_blocks, solves
+from prunewright.tools.standing import setting_files
 from prunewright.tools.texts import EMBEDDED, Windows, load_windows
 from prunewright.tools.tokens import embedding_rows
 
@@ -513,7 +514,7 @@ def _write_masked(weight: Tensor, dense: Tensor, bits: Tensor, scratch: Tensor) 
 
 def _stamps(request: PruneRequest, directory: Path) -> set[tuple[str, int, int]]:
     """Path, size and time of change of the files of a model and of the local texts."""
-    paths = [path for kind in ("*.safetensors", "*.json", "*.py") for path in directory.glob(kind)]
+    paths = [*directory.glob("*.safetensors"), *setting_files(directory)]
     texts = request.texts
     for source in {texts.calibration, texts.guard, texts.test, texts.knowledge}:
         if source is not None and source != EMBEDDED:
