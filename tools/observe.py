@@ -75,12 +75,14 @@ def _transposed(values: Tensor) -> Tensor:
 
 def _products(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[_Product]:
     """What a call multiplies, seen with its one factor as the weight, and with the other."""
+    if func is torch.einsum:
+        return _einsum(args)
+    if func not in _FACTORS and func not in _GROUPED:
+        return []
 
     def make() -> Tensor:
         return cast(Tensor, func(*args, **kwargs))
 
-    if func is torch.einsum:
-        return _einsum(args)
     if func in _GROUPED:
         left, right = args[:2] if len(args) > 1 else (None, None)
         ends = kwargs.get("offs", args[2] if len(args) > 2 else None)
@@ -168,12 +170,10 @@ class ProductObserver(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func in _FACTORS or func in _GROUPED or func is torch.einsum:
-            for product in _products(func, args, kwargs):
-                if owners := self._owned(product.right):
-                    return product.restore(self._tell(product, owners, product.make()))
-        return func(*args, **kwargs)
+        for product in _products(func, args, kwargs or {}):
+            if owners := self._owned(product.right):
+                return product.restore(self._tell(product, owners, product.make()))
+        return func(*args, **(kwargs or {}))
 
     def _owned(self, right: Tensor) -> list[tuple[Layer, int | None]]:
         """The weights that a factor is made of, one a matrix; empty unless it is all theirs."""
@@ -242,11 +242,9 @@ class UseObserver(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func in _FACTORS or func in _GROUPED or func is torch.einsum:
-            for product in _products(func, args, kwargs):
-                self._see(product.right)
-        return func(*args, **kwargs)
+        for product in _products(func, args, kwargs or {}):
+            self._see(product.right)
+        return func(*args, **(kwargs or {}))
 
     def _see(self, right: Tensor) -> None:
         index = bisect.bisect_right(self._places, (right.data_ptr(), "\U0010ffff")) - 1
