@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from quick import quick_config
 
 from prunewright.graph import resume, run
 
@@ -22,17 +23,7 @@ def place(pico_models: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="module")
 def answers(pico_models: Callable[..., Path], place: Path) -> dict[str, list[list[str]]]:
     """What two processes at once came to, by kind and try."""
-    windows = {"calibration": 1, "gradient": 1, "guard": 2, "test": 1, "length": 16}
-    config = {
-        "model": str(pico_models()),
-        "dtype": "float32",
-        "device": "cpu",
-        "agent": "uniform",
-        "target": 0.2,
-        "step": 0.1,
-        "guard": {"max_increase": 1e9},
-        "texts": {"windows": windows},
-    }
+    config = quick_config(pico_models(), step=0.1)
 
     def stop(mode: str, event: dict[str, Any]) -> None:
         if mode == "updates" and "reflect" in event:

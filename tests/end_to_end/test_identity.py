@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from quick import quick_config
 from typer.testing import CliRunner
 
 from prunewright.graph import baseline, fork, resume, run
@@ -49,19 +50,9 @@ def begin(settings: dict[str, Any], out: str) -> None:
 
 
 def config() -> dict[str, Any]:
-    return {
-        "model": "models/pico",
-        "dtype": "float32",
-        "device": "cpu",
-        "agent": "uniform",
-        "target": 0.2,
-        "step": 0.11,
-        "guard": {"max_increase": 1e9},
-        "texts": {
-            "calibration": "data/own.txt",
-            "windows": {"calibration": 1, "gradient": 1, "guard": 2, "test": 1, "length": 16},
-        },
-    }
+    found = quick_config("models/pico")
+    found["texts"]["calibration"] = "data/own.txt"
+    return found
 
 
 def test_a_run_goes_on_from_another_folder_and_where_its_project_was_moved(

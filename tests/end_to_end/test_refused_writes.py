@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from langgraph.checkpoint.sqlite import SqliteSaver
+from quick import quick_config
 
 from prunewright.graph import baseline, fork, resume, run
 from prunewright.graph.runner import collect_garbage
@@ -66,18 +67,7 @@ def refuse() -> Iterator[Callable[[Path, int, int], Writes]]:
 
 @pytest.fixture(scope="module")
 def config(pico_models: Callable[..., Path]) -> dict[str, Any]:
-    return {
-        "model": str(pico_models()),
-        "dtype": "float32",
-        "device": "cpu",
-        "agent": "uniform",
-        "target": 0.2,
-        "step": 0.11,
-        "guard": {"max_increase": 1e9},
-        "texts": {
-            "windows": {"calibration": 1, "gradient": 1, "guard": 2, "test": 1, "length": 16}
-        },
-    }
+    return quick_config(pico_models())
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from quick import quick_config
 
 from prunewright.graph import fork, resume, run
 from prunewright.state import InputError, StoreError
@@ -18,17 +19,7 @@ from prunewright.tools.trace import load_metrics, read_story
 
 @pytest.fixture(scope="module")
 def config(pico_models: Callable[..., Path]) -> dict[str, Any]:
-    windows = {"calibration": 1, "gradient": 1, "guard": 2, "test": 1, "length": 16}
-    return {
-        "model": str(pico_models()),
-        "dtype": "float32",
-        "device": "cpu",
-        "agent": "uniform",
-        "target": 0.24,
-        "step": 0.0205,
-        "guard": {"max_increase": 1e9},
-        "texts": {"windows": windows},
-    }
+    return quick_config(pico_models(), target=0.24, step=0.0205)
 
 
 @pytest.fixture(scope="module")

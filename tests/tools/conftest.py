@@ -1,5 +1,6 @@
 """What the tests of `prunewright.tools` share: loaded pico models of every family."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,3 +55,13 @@ def windows() -> Tensor:
     """Three windows of 40 random ids."""
     generator = torch.Generator().manual_seed(5)
     return torch.randint(2, 512, (3, 40), generator=generator)
+
+
+@pytest.fixture
+def copy(pico_models: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """A function that copies the directory of a pico model, to be changed."""
+
+    def get(family: str = "LlamaConfig", name: str = "model") -> Path:
+        return Path(shutil.copytree(pico_models(family), tmp_path / name))
+
+    return get

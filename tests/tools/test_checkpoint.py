@@ -1,7 +1,6 @@
 """What a model's directory holds is what is loaded and pruned, or it is refused with words."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from directories import Change, configure, put, store, weights
 from torch import Tensor
 
 from prunewright.state import InputError
@@ -17,37 +16,7 @@ from prunewright.tools.layers import find_blocks
 from prunewright.tools.models import load_model, model_skeleton
 from tests.conftest import VOCABULARY, make_pico, pico_tokenizer
 
-Change = Callable[[Path], object]
 Q = "model.layers.0.self_attn.q_proj"
-
-
-@pytest.fixture
-def copy(pico_models: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    def get(family: str = "LlamaConfig") -> Path:
-        return Path(shutil.copytree(pico_models(family), tmp_path / "model"))
-
-    return get
-
-
-def configure(**values: Any) -> Change:
-    def change(directory: Path) -> None:
-        path = directory / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-    return change
-
-
-def put(name: str, content: Any) -> Change:
-    data = content if isinstance(content, bytes) else json.dumps(content).encode()
-    return lambda directory: (directory / name).write_bytes(data)
-
-
-def store(directory: Path, tensors: dict[str, Tensor], name: str = "model.safetensors") -> None:
-    save_file({k: t.contiguous() for k, t in tensors.items()}, directory / name, {"format": "pt"})
-
-
-def weights(directory: Path) -> dict[str, Tensor]:
-    return load_file(directory / "model.safetensors")
 
 
 def add(**tensors: Tensor) -> Change:

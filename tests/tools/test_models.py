@@ -1,7 +1,6 @@
 """Loading, refusing, and reading dense weights back."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from directories import Change, configure, put, store, weights
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -25,38 +25,6 @@ from prunewright.tools.models import (
 )
 
 Load = Callable[..., LoadedModel]
-Change = Callable[[Path], object]
-
-
-@pytest.fixture
-def copy(pico_models: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    """A function that copies the directory of a pico model, to be changed."""
-
-    def get(family: str = "LlamaConfig", name: str = "model") -> Path:
-        return Path(shutil.copytree(pico_models(family), tmp_path / name))
-
-    return get
-
-
-def configure(**values: Any) -> Change:
-    def change(directory: Path) -> None:
-        path = directory / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-    return change
-
-
-def put(name: str, data: bytes) -> Change:
-    return lambda directory: (directory / name).write_bytes(data)
-
-
-def weights(directory: Path) -> dict[str, Tensor]:
-    return load_file(directory / "model.safetensors")
-
-
-def store(directory: Path, tensors: dict[str, Tensor]) -> None:
-    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    save_file(contiguous, directory / "model.safetensors", {"format": "pt"})
 
 
 def load_cpu(directory: Path, dtype: str = "float32", **options: Any) -> LoadedModel:
