@@ -201,13 +201,9 @@ def load_model(
     try:
         layers, left_dense = used_layers(model)
     except PassError as error:
-        if chosen == torch.float32:
-            raise InputError(f"the model {name} cannot be run on text alone: {error}") from error
-        if dtype != "auto":
-            raise InputError(
-                f"the model {name} cannot be run on text alone in {chosen}: {error}. "
-                "Try dtype=float32"
-            ) from error
+        if chosen == torch.float32 or dtype != "auto":
+            advice = "" if chosen == torch.float32 else ". Try dtype=float32"
+            raise InputError(_no_text_words(name, chosen, str(error)) + advice) from error
         del model
         loaded = load_model(
             name,
@@ -345,10 +341,8 @@ def _check_causal(loaded: LoadedModel) -> None:
     try:
         one, other = loaded.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     except Exception as error:  # likewise
-        raise InputError(
-            f"the model {loaded.name} cannot be run on text alone in {loaded.dtype}: "
-            f"{error_words(error)}"
-        ) from error
+        words = _no_text_words(loaded.name, loaded.dtype, error_words(error))
+        raise InputError(words) from error
     difference, largest = float((one - other).abs().max()), float(one.abs().max())
     # Experts round otherwise when they are given other numbers of tokens.
     if difference > (1e-3 if loaded.dtype == torch.float32 else 0.05) * largest:
@@ -356,6 +350,11 @@ def _check_causal(loaded: LoadedModel) -> None:
             f"the model {loaded.name} is not a causal LM: its predictions change with tokens that "
             "come after them"
         )
+
+
+def _no_text_words(name: str, dtype: torch.dtype, why: str) -> str:
+    where = "" if dtype == torch.float32 else f" in {dtype}"
+    return f"the model {name} cannot be run on text alone{where}: {why}"
 
 
 def model_skeleton(name: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Path]:

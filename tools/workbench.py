@@ -474,10 +474,10 @@ class Workbench:
 
 
 def _own_memory(loaded: LoadedModel) -> None:
-    """Give each tensor memory of its own, which can be freed when it is replaced.
+    """Give each tensor memory of its own.
 
     On a processor they are loaded as views of one map of the file, which stays as long as any of
-    them is alive.
+    them is alive: beside the pages that masks are written to.
     """
     if loaded.device.type == "cpu":
         for tensor in (*loaded.model.parameters(), *loaded.model.buffers()):
