@@ -629,12 +629,18 @@ def _gave_back(state: PruneState, run: RunDirectory) -> bool:
 
 
 def _is_cut(record: StepRecord, run: RunDirectory, request: PruneRequest) -> bool:
-    """Whether the bound of a step alone kept it from the target, by a weight or more."""
-    weight = 1 / sum(p.parameters for p in run.read_profile(record.profile).layers)
+    """Whether the bound of a step alone kept it from the target, so that another one lands there.
+
+    Not for a weight a step, which rounding to whole ones loses where steps divide the target:
+    another step costs as much as any.
+    """
     missing = request.target - record.sparsity
-    if request.pattern_sparsity is not None:  # layers are taken whole
+    over = request.target - record.sparsity_before > request.step
+    # With a pattern layers are taken whole.
+    if not over or missing > TOLERANCE or request.pattern_sparsity is not None:
         return False
-    return missing >= weight and request.target - record.sparsity_before > request.step
+    total = sum(p.parameters for p in run.read_profile(record.profile).layers)
+    return most_zeros(request.target, total) - round(record.sparsity * total) > record.step + 1
 
 
 def _checked(state: PruneState, observation: Observation) -> DecisionReport:

@@ -204,3 +204,16 @@ def test_gradients_are_taken_anew_after_a_step_that_gives_weights_back(
     assert [profile.gradient_step for profile in profiles] == [0, 0, 2, 2, 2]
     assert profiles[2].gradient_revision == profiles[2].revision
     assert profiles[4].gradient_revision == profiles[2].revision
+
+
+@pytest.mark.parametrize("step", [0.011, 0.03])
+def test_steps_that_divide_the_target_reach_it_without_one_for_what_rounding_loses(
+    step: float, config: dict[str, Any], tmp_path: Path
+) -> None:
+    config |= {"target": 3 * step, "step": step, "agent": "uniform"}
+    config |= {"guard": {"max_increase": 1e6}, "criterion": "magnitude"}
+    metrics = run(config, out=tmp_path / "run").metrics
+    weights = RunDirectory(tmp_path / "run").manifest()["model"]["prunable_weights"]
+    missing = math.floor(3 * step * weights) - round(metrics.sparsity * weights)
+    assert (metrics.status, metrics.steps) == (REACHED, 3)
+    assert 0 < missing <= 3
