@@ -1,6 +1,7 @@
 """One frozen configuration: what a run is (request) and who decides how (context)."""
 
 import difflib
+import math
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -194,7 +195,7 @@ class PruneRequest(Options):
     @classmethod
     def _no_per_cent(cls, value: object) -> object:
         number = 0.0
-        with suppress(ValueError):
+        with suppress(ValueError, OverflowError):
             number = float(value) if isinstance(value, str | int | float) else 0.0
         if 1 < number <= 95:
             raise ValueError(f"a fraction is asked for: {number:g} % is {number / 100:g}")
@@ -387,12 +388,14 @@ _FREE = frozenset({"agent_options", "allocation_options"})
 
 def _scalar(text: str) -> Any:
     """A number or boolean where YAML reads one, or Python a number as 1e-3; else the text."""
-    with suppress(yaml.YAMLError):
-        if isinstance(value := yaml.safe_load(text), bool | int | float):
-            return value
-    with suppress(ValueError):
-        return float(text)
-    return text
+    value: Any = text
+    with suppress(InputError):
+        value = parse_yaml(text, "it is")
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = float(text)
+    plain = isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))
+    return value if plain else text
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:

@@ -38,6 +38,12 @@ CONTROLS: dict[str, type[Agent]] = {
     "random": RandomAgent,
     "uniform": UniformAgent,
 }
+_REMOVED = {
+    "adaptive": ", as it was no better: use greedy",
+    "local": ": serve the model (Ollama, llama.cpp, vLLM) and ask it as ollama:MODEL, or as "
+    "openai:MODEL with agent_options.base_url",
+}
+"""Agents of earlier versions, and what to use in their place."""
 FILE_AGENTS = {
     "replay": "the decisions of an earlier trace",
     "exchange": "whoever answers the files in a directory",
@@ -78,24 +84,19 @@ def resolve_agent(name: str, options: Mapping[str, Any] | None = None) -> Resolv
     if name.startswith("import:"):
         _imported(name)
         return ResolvedAgent(name, "the user's own class")
-    if name == "adaptive":
-        raise InputError("the agent 'adaptive' no longer exists, as it was no better: use greedy")
+    kind, _, path = name.partition(":")
+    if kind in _REMOVED:
+        raise InputError(f"the agent {name!r} no longer exists{_REMOVED[kind]}")
     if ":" not in name:
         raise InputError(
             f"unknown agent {name!r}{_hint(name)}; known: auto, {', '.join(CONTROLS)}, "
             f"provider:model (such as {DEFAULT_AGENT}), replay:FILE, exchange:DIR, "
             "import:package.module:Class"
         )
-    kind, _, path = name.partition(":")
     if kind in FILE_AGENTS:
         if not path:
             raise InputError(f"the agent {name!r} names no path after {kind}:")
         return ResolvedAgent(name, FILE_AGENTS[kind])
-    if kind == "local":
-        raise InputError(
-            f"the agent {name!r} no longer exists: serve the model (Ollama, llama.cpp, vLLM) and "
-            "ask it as ollama:MODEL, or as openai:MODEL with agent_options.base_url"
-        )
     unusual = check_access(name, options)
     return ResolvedAgent(name, f"an LLM; {unusual}" if unusual else "an LLM")
 
