@@ -42,7 +42,7 @@ from prunewright.tools.checkpoint import (
 from prunewright.tools.layers import Layer
 from prunewright.tools.masks import INTEGERS
 from prunewright.tools.reach import PassError, used_layers
-from prunewright.tools.standing import settings_of, weights_digest
+from prunewright.tools.standing import setting_files, settings_of, weights_digest
 from prunewright.tools.storage import canonical_json, sha256_bytes, sha256_file
 
 EMBEDDED = "embedded"
@@ -484,7 +484,7 @@ def model_digest(name: str) -> str:
     """
     directory = resolve_directory(name)
     weights = weights_digest(sorted(directory.glob("*.safetensors")))
-    settings = {name: sha256_file(directory / name) for name in settings_of(directory)}
+    settings = {path.name: sha256_file(path) for path in setting_files(directory)}
     return sha256_bytes(canonical_json([weights, settings]))
 
 
