@@ -38,21 +38,32 @@ def finished(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
     return out
 
 
-@pytest.fixture(scope="module")
-def stopped(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that is to evaluate its tenth step."""
-    out = tmp_path_factory.mktemp("stopped") / "run"
+def stop_in_the_tenth_step(config: dict[str, Any], node: str, out: Path) -> Path:
+    """A run that was stopped when the node had ended."""
     seen = 0
 
     def stop(mode: str, event: dict[str, Any]) -> None:
         nonlocal seen
-        seen += mode == "updates" and "apply_prune" in event
+        seen += mode == "updates" and node in event
         if seen == 10:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run(config, out=out, on_event=stop)
     return out
+
+
+@pytest.fixture(scope="module")
+def stopped(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that is to evaluate its tenth step."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    return stop_in_the_tenth_step(config, "apply_prune", out)
+
+
+@pytest.fixture(scope="module")
+def profiled(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that is to decide its tenth step."""
+    return stop_in_the_tenth_step(config, "profile", tmp_path_factory.mktemp("profiled") / "run")
 
 
 def flip(path: Path, seed: int = 0) -> None:
@@ -65,12 +76,16 @@ def flip(path: Path, seed: int = 0) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["0000-record", "0005-record", "0008-record", "0009-profile", "0009-applied"]
+    ("kind", "stage"),
+    [
+        *(("0000-record", "stopped"), ("0005-record", "stopped"), ("0008-record", "stopped")),
+        *(("0009-profile", "profiled"), ("0009-applied", "stopped")),
+    ],
 )
 def test_a_flip_in_what_a_run_goes_on_from_is_named(
-    kind: str, stopped: Path, tmp_path: Path
+    kind: str, stage: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    out = Path(shutil.copytree(stopped, tmp_path / "run"))
+    out = Path(shutil.copytree(request.getfixturevalue(stage), tmp_path / "run"))
     (path,) = out.glob(f"steps/{kind}-*.json")
     whole = path.read_bytes()
     for seed in range(3):
