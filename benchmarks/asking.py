@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from prunewright.graph.agents import Observation
-from prunewright.graph.agents.prompt import prompt
-from prunewright.graph.agents.reading import read_answer
-from prunewright.graph.asking import ask, observe
+from prunewright.graph.agents.asking import ask, observe
+from prunewright.graph.agents.chat.reading import read_answer
+from prunewright.graph.agents.prompt.build import prompt
 from prunewright.graph.correction import predicted_costs
 from prunewright.state import (
     Decision,
@@ -26,8 +26,8 @@ from prunewright.state import (
     PruneState,
     StepRecord,
 )
-from prunewright.tools.rundir import RunDirectory
-from prunewright.tools.storage import write_json
+from prunewright.tools.store.rundir import RunDirectory
+from prunewright.tools.store.storage import write_json
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
 from profiles import make_model

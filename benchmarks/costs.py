@@ -21,11 +21,14 @@ import torch
 
 from prunewright.graph import run
 from prunewright.state import StepRecord, load_config
-from prunewright.tools import perplexity, profiling, results, workbench
-from prunewright.tools.models import load_model
-from prunewright.tools.revisions import DENSE, unpack_kept
-from prunewright.tools.rundir import RunDirectory
-from prunewright.tools.workbench import Workbench
+from prunewright.tools import results
+from prunewright.tools.bench import workbench
+from prunewright.tools.bench.workbench import Workbench
+from prunewright.tools.calibration import profiling
+from prunewright.tools.model import head as perplexity
+from prunewright.tools.model.loading import load_model
+from prunewright.tools.store.revisions import DENSE, unpack_kept
+from prunewright.tools.store.rundir import RunDirectory
 
 FEW_LAYERS = 40
 """As many as an LLM names in a typical step."""

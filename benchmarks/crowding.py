@@ -14,10 +14,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from prunewright.state import load_config
-from prunewright.tools.perplexity import perplexity
-from prunewright.tools.profiling import crowded_costs, predict_losses, statistics_of
-from prunewright.tools.revisions import DENSE
-from prunewright.tools.workbench import Workbench, workbench
+from prunewright.tools.bench.workbench import Workbench, workbench
+from prunewright.tools.calibration.profiling import crowded_costs, predict_losses, statistics_of
+from prunewright.tools.model.head import perplexity
+from prunewright.tools.store.revisions import DENSE
 
 WIDTH = 0.05
 LEVELS = [WIDTH * n for n in range(18)]

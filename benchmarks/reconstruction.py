@@ -12,13 +12,13 @@ from functools import partial
 from pathlib import Path
 
 from prunewright.state import load_config
-from prunewright.tools import reconstruction
 from prunewright.tools.allocation import resolve_allocation
-from prunewright.tools.perplexity import perplexity, window_losses
-from prunewright.tools.revisions import DENSE
-from prunewright.tools.texts import load_test_windows
-from prunewright.tools.tokens import embedding_rows
-from prunewright.tools.workbench import workbench
+from prunewright.tools.bench.workbench import workbench
+from prunewright.tools.model.head import perplexity, window_losses
+from prunewright.tools.model.tokens import embedding_rows
+from prunewright.tools.solve import reconstruction
+from prunewright.tools.store.revisions import DENSE
+from prunewright.tools.texts.windows import load_test_windows
 
 solve = reconstruction.solve
 

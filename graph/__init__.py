@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prunewright.graph.builder import build_graph
-    from prunewright.graph.runner import RunResult, baseline, fork, resume, run
+    from prunewright.graph.running.runner import RunResult, baseline, fork, resume, run
 
 __all__ = ["RunResult", "baseline", "build_graph", "fork", "resume", "run"]
 
@@ -13,6 +13,7 @@ def __getattr__(name: str) -> Any:
     """Import what is asked for only then: torch takes seconds, and `--help` needs none of it."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from prunewright.graph import builder, runner
+    from prunewright.graph import builder
+    from prunewright.graph.running import runner
 
     return getattr(builder if name == "build_graph" else runner, name)

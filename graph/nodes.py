@@ -17,20 +17,13 @@ from langgraph.runtime import Runtime
 from pydantic import ValidationError
 
 from prunewright.graph.agents import Observation, make_agent
+from prunewright.graph.agents.asking import ask, check, observe, spent_by
 from prunewright.graph.agents.base import Probes
-from prunewright.graph.asking import ask, check, observe, spent_by
 from prunewright.graph.correction import predicted_costs
-from prunewright.graph.logs import log_fields
 from prunewright.graph.review import review
 from prunewright.graph.routing import guard_reason, termination
-from prunewright.graph.stopping import call_alone, call_stoppable, check_stop
-from prunewright.graph.summary import (
-    applied_words,
-    decision_words,
-    evaluated_words,
-    profile_words,
-    step_words,
-)
+from prunewright.graph.running.logs import log_fields
+from prunewright.graph.running.stopping import call_alone, call_stoppable, check_stop
 from prunewright.graph.whole_layers import (
     MISSING,
     check_model,
@@ -38,6 +31,13 @@ from prunewright.graph.whole_layers import (
     land_whole,
     model_notes,
     nothing_fits,
+)
+from prunewright.graph.words.summary import (
+    applied_words,
+    decision_words,
+    evaluated_words,
+    profile_words,
+    step_words,
 )
 from prunewright.state import (
     AppliedDecision,
@@ -58,17 +58,17 @@ from prunewright.state import (
 )
 from prunewright.state.config import describe_validation_error
 from prunewright.state.metrics import Pair
-from prunewright.state.schema import TOLERANCE, Knowledge, add_up
+from prunewright.state.run import TOLERANCE, Knowledge, add_up
+from prunewright.tools.bench.own_zeros import check_pattern, check_target, own_zeros_words
+from prunewright.tools.bench.workbench import Workbench, workbench
 from prunewright.tools.ending import describe_ending
 from prunewright.tools.masks import most_zeros
-from prunewright.tools.own_zeros import check_pattern, check_target, own_zeros_words
-from prunewright.tools.perplexity import Progress, change_with_error, perplexity
+from prunewright.tools.model.head import Progress, change_with_error, perplexity
 from prunewright.tools.results import Outcome, finish
-from prunewright.tools.revisions import DENSE
-from prunewright.tools.rundir import RunDirectory
-from prunewright.tools.saving import try_saving
-from prunewright.tools.trace import accepted_perplexity
-from prunewright.tools.workbench import Workbench, workbench
+from prunewright.tools.saving.model import try_saving
+from prunewright.tools.store.revisions import DENSE
+from prunewright.tools.store.rundir import RunDirectory
+from prunewright.tools.store.trace import accepted_perplexity
 
 _log = logging.getLogger("prunewright")
 

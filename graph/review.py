@@ -6,7 +6,7 @@ from langgraph.types import interrupt
 from pydantic import ValidationError
 
 from prunewright.graph.agents import Observation
-from prunewright.graph.asking import check
+from prunewright.graph.agents.asking import check
 from prunewright.state import Decision, DecisionReport, Review, ReviewAnswer, ReviewRequest
 from prunewright.state.config import describe_validation_error
 from prunewright.state.review import HOW, ReviewedLayer

@@ -5,7 +5,7 @@ from typing import Literal
 
 from prunewright.state import PruneState
 from prunewright.state.config import GuardOptions
-from prunewright.state.schema import TOLERANCE, Status
+from prunewright.state.run import TOLERANCE, Status
 from prunewright.state.shown import told_apart
 
 

@@ -4,9 +4,9 @@ import math
 from collections.abc import Collection, Mapping
 
 from prunewright.state import InputError, ModelProfile, PruneRequest
-from prunewright.state.schema import TOLERANCE
+from prunewright.state.run import TOLERANCE
 from prunewright.tools.masks import most_zeros
-from prunewright.tools.models import LoadedModel
+from prunewright.tools.model.loading import LoadedModel
 
 MISSING = "is missing to the target, too little for any dense layer"
 """How the note ends with which a run says that it stopped short of its target."""

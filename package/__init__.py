@@ -9,24 +9,24 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunewright.graph.compare import compare
-    from prunewright.graph.runner import RunResult, baseline, fork, resume, run, save
+    from prunewright.graph.running.runner import RunResult, baseline, fork, resume, run, save
+    from prunewright.graph.running.study import compare
     from prunewright.state import PruneConfig, PrunewrightError, load_config
-    from prunewright.tools.trace import Trace, load_trace
+    from prunewright.tools.store.trace import Trace, load_trace
 
 _HOMES = {
-    "RunResult": "graph.runner",
-    "baseline": "graph.runner",
-    "fork": "graph.runner",
-    "resume": "graph.runner",
-    "run": "graph.runner",
-    "save": "graph.runner",
-    "compare": "graph.compare",
+    "RunResult": "graph.running.runner",
+    "baseline": "graph.running.runner",
+    "fork": "graph.running.runner",
+    "resume": "graph.running.runner",
+    "run": "graph.running.runner",
+    "save": "graph.running.runner",
+    "compare": "graph.running.study",
     "PruneConfig": "state",
     "PrunewrightError": "state",
     "load_config": "state",
-    "Trace": "tools.trace",
-    "load_trace": "tools.trace",
+    "Trace": "tools.store.trace",
+    "load_trace": "tools.store.trace",
 }
 
 __all__ = [

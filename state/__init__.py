@@ -18,7 +18,10 @@ from prunewright.state.errors import (
     ReviewPendingError,
     StoreError,
 )
-from prunewright.state.history import (
+from prunewright.state.profile import COST_DELTAS, LayerProfile, ModelProfile
+from prunewright.state.review import Review, ReviewAnswer, ReviewRequest
+from prunewright.state.run import STATUS_WORDS, PruneInput, PruneState, PruneUpdate
+from prunewright.state.step import (
     AppliedDecision,
     DecisionReport,
     ProbeReport,
@@ -26,9 +29,6 @@ from prunewright.state.history import (
     StepRecord,
     StepSummary,
 )
-from prunewright.state.profile import COST_DELTAS, LayerProfile, ModelProfile
-from prunewright.state.review import Review, ReviewAnswer, ReviewRequest
-from prunewright.state.schema import STATUS_WORDS, PruneInput, PruneState, PruneUpdate
 
 # A library configures no logging: what is not asked for is not heard.
 logging.getLogger("prunewright").addHandler(logging.NullHandler())

@@ -10,8 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from prunewright.state.documents import parse_yaml
 from prunewright.state.errors import InputError
+from prunewright.state.loading import parse_yaml
 from prunewright.state.secrets import find_secret
 
 DEFAULT_AGENT = "google_genai:gemini-3-flash-preview"

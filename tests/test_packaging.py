@@ -118,7 +118,7 @@ def test_the_wheel_holds_every_file_of_the_three_folders(source: Path, names: se
     assert expected <= names
     for name in (
         *(f"prunewright/{part}/{file}" for part in PARTS for file in ("__init__.py", "py.typed")),
-        "prunewright/graph/agents/prompts/system.md",
+        "prunewright/graph/agents/prompt/system.md",
         "prunewright/tools/data/README.md",
         "prunewright/tools/data/facts.jsonl",
         "prunewright/tools/data/questions.jsonl",

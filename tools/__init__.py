@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunewright.tools.trace import Trace, load_trace
+    from prunewright.tools.store.trace import Trace, load_trace
 
 __all__ = ["Trace", "load_trace"]
 
@@ -12,6 +12,6 @@ def __getattr__(name: str) -> Any:
     """Import what is asked for only then: torch takes seconds."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from prunewright.tools import trace
+    from prunewright.tools.store import trace
 
     return getattr(trace, name)

@@ -16,14 +16,14 @@ from prunewright.state import (
 from prunewright.state.config import BASELINE
 from prunewright.state.metrics import Metrics
 from prunewright.tools.allocation import resolve_allocation
-from prunewright.tools.layers import Layer
-from prunewright.tools.own_zeros import check_pattern, check_target, own_zeros_words
-from prunewright.tools.perplexity import Progress, change_with_error, perplexity
+from prunewright.tools.bench.own_zeros import check_pattern, check_target, own_zeros_words
+from prunewright.tools.bench.workbench import workbench
+from prunewright.tools.model.head import Progress, change_with_error, perplexity
+from prunewright.tools.model.layers import Layer
 from prunewright.tools.results import Outcome, finish
-from prunewright.tools.revisions import DENSE
-from prunewright.tools.rundir import RunDirectory
-from prunewright.tools.saving import try_saving
-from prunewright.tools.workbench import workbench
+from prunewright.tools.saving.model import try_saving
+from prunewright.tools.store.revisions import DENSE
+from prunewright.tools.store.rundir import RunDirectory
 
 
 def prune_once(

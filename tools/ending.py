@@ -8,7 +8,7 @@ from typing import Literal
 
 from prunewright.state import STATUS_WORDS, PruneContext, StepRecord
 from prunewright.state.metrics import Metrics
-from prunewright.state.schema import TOLERANCE, Status
+from prunewright.state.run import TOLERANCE, Status
 from prunewright.state.shown import one_line
 
 Kind = Literal["accepted", "rolled_back", "refused", "rejected", "weightless", "idle"]

@@ -14,15 +14,15 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from prunewright.state import InputError, PruneRequest
-from prunewright.tools import reconstruction
-from prunewright.tools.checkpoint import Stored, read_tensors
 from prunewright.tools.criteria import CRITERIA
-from prunewright.tools.layers import Layer, find_layers, left_dense, named_blocks
 from prunewright.tools.masks import unstructured_mask
-from prunewright.tools.models import model_skeleton, resolve_device, resolve_dtype
-from prunewright.tools.perplexity import TOKENS_AT_ONCE
-from prunewright.tools.saving import VERIFY_WINDOWS, revision_bytes
-from prunewright.tools.solving import PASSES, solves
+from prunewright.tools.model.checkpoint import Stored, read_tensors
+from prunewright.tools.model.head import TOKENS_AT_ONCE
+from prunewright.tools.model.layers import Layer, find_layers, left_dense, named_blocks
+from prunewright.tools.model.loading import model_skeleton, resolve_device, resolve_dtype
+from prunewright.tools.saving.model import VERIFY_WINDOWS, revision_bytes
+from prunewright.tools.solve import reconstruction
+from prunewright.tools.solve.solving import PASSES, solves
 
 _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 EFFICIENCY = 0.5

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from prunewright.state import PrunewrightError
 from prunewright.state.metrics import Metrics, Pair, Perplexities
-from prunewright.tools.card import model_card
-from prunewright.tools.perplexity import Progress, perplexity
-from prunewright.tools.revisions import DENSE
-from prunewright.tools.rundir import RunDirectory
-from prunewright.tools.saving import save_model
-from prunewright.tools.storage import write_json
-from prunewright.tools.workbench import Workbench
+from prunewright.tools.bench.workbench import Workbench
+from prunewright.tools.model.head import Progress, perplexity
+from prunewright.tools.saving.card import model_card
+from prunewright.tools.saving.model import save_model
+from prunewright.tools.store.revisions import DENSE
+from prunewright.tools.store.rundir import RunDirectory
+from prunewright.tools.store.storage import write_json
 
 _log = logging.getLogger("prunewright")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunewright.graph.agents.base import Agent, InvalidAnswerError, Observation, Refusal
+from prunewright.graph.agents.chat.agent import LLMAgent, check_access
 from prunewright.graph.agents.controls import (
     GreedyAgent,
     RandomAgent,
@@ -16,8 +17,7 @@ from prunewright.graph.agents.controls import (
     ZScoreAgent,
 )
 from prunewright.graph.agents.exchange import ExchangeAgent
-from prunewright.graph.agents.llm import LLMAgent, check_access
-from prunewright.graph.agents.prompt import check_prompts
+from prunewright.graph.agents.prompt.build import check_prompts
 from prunewright.graph.agents.replay import ReplayAgent
 from prunewright.state import InputError, PruneContext, Spent
 from prunewright.state.config import DEFAULT_AGENT

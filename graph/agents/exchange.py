@@ -10,12 +10,12 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from prunewright.graph.agents.base import Observation
-from prunewright.graph.agents.prompt import prompt
-from prunewright.graph.agents.reading import MAX_ANSWER, read_answer
-from prunewright.graph.stopping import check_stop
+from prunewright.graph.agents.chat.reading import MAX_ANSWER, read_answer
+from prunewright.graph.agents.prompt.build import prompt
+from prunewright.graph.running.stopping import check_stop
 from prunewright.state import AgentError, Decision, InputError
 from prunewright.state.config import Options, describe_validation_error
-from prunewright.tools.storage import sha256_bytes, write_atomic, write_json
+from prunewright.tools.store.storage import sha256_bytes, write_atomic, write_json
 
 POLL = 0.5
 """Seconds between two looks for the answer."""

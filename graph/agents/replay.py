@@ -7,8 +7,8 @@ from pydantic import ValidationError
 from prunewright.graph.agents.base import Observation
 from prunewright.state import AgentError, Decision, InputError, StepRecord
 from prunewright.state.config import problem_words
-from prunewright.tools.rundir import RunDirectory
-from prunewright.tools.storage import parse_json
+from prunewright.tools.store.rundir import RunDirectory
+from prunewright.tools.store.storage import parse_json
 
 MAX_LINE = 8 * 2**20
 """Bytes of one line of a trace; a step of 4,096 layers takes less than three million."""

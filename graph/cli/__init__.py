@@ -11,7 +11,7 @@ import typer
 
 from prunewright.graph.cli import comparing, evaluating, planning, runs, showing, storing
 from prunewright.graph.cli.session import Commands, Session
-from prunewright.graph.logs import Level, logging_to_stderr
+from prunewright.graph.running.logs import Level, logging_to_stderr
 
 app = typer.Typer(
     cls=Commands,

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from prunewright.graph.cli.options import JsonOption, SetOption
+from prunewright.graph.cli.screen.console import Screen
 from prunewright.graph.cli.session import DONE, FAILURE, Session, quiet_transformers
-from prunewright.graph.console import Screen
 
 
 def compare_command(
@@ -45,11 +45,11 @@ def compare_command(
     .md, .html and plots. Exit code 1 if a cell failed; the others are done all the same.
     """
     session: Session = ctx.obj
-    from prunewright.state.comparison import load_comparison_config
+    from prunewright.state.study import load_comparison_config
 
     settled = load_comparison_config(config, overrides, seeds=seeds, methods=methods)
-    from prunewright.graph.compare import compare
-    from prunewright.graph.compare_screen import Cells, print_tables
+    from prunewright.graph.cli.screen.study import Cells, print_tables
+    from prunewright.graph.running.study import compare
     from prunewright.tools.report.tables import comparison_tables
 
     quiet_transformers(session.debug)

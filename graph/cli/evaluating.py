@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from prunewright.graph import console
 from prunewright.graph.cli.options import JsonOption
+from prunewright.graph.cli.screen import console
+from prunewright.graph.cli.screen.console import Live
 from prunewright.graph.cli.session import Session, quiet_transformers
-from prunewright.graph.console import Live
 from prunewright.state import InputError, load_config
 
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from prunewright.graph import console
 from prunewright.graph.cli.options import (
     AgentOption,
     ConfigOption,
@@ -17,8 +16,9 @@ from prunewright.graph.cli.options import (
     SetOption,
     TargetOption,
 )
+from prunewright.graph.cli.screen import console
+from prunewright.graph.cli.screen.console import Screen
 from prunewright.graph.cli.session import Session, quiet_transformers
-from prunewright.graph.console import Screen
 from prunewright.state import InputError, PruneConfig, load_config
 from prunewright.state.reference import reference
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
-from prunewright.graph import console
 from prunewright.graph.cli.options import (
     AgentOption,
     CalibrationOption,
@@ -30,17 +29,18 @@ from prunewright.graph.cli.options import (
     print_lines,
     with_calibration,
 )
+from prunewright.graph.cli.screen import console
+from prunewright.graph.cli.screen.console import Live, Screen
 from prunewright.graph.cli.session import DONE, ENDED_EARLY, Session, quiet_transformers
-from prunewright.graph.console import Live, Screen
 from prunewright.state import PruneConfig, StepRecord, load_config
 from prunewright.state.config import BASELINE
 from prunewright.state.metrics import NEGLIGIBLE
-from prunewright.state.schema import Status
+from prunewright.state.run import Status
 
 if TYPE_CHECKING:
-    from prunewright.graph.runner import RunResult
-    from prunewright.graph.terminal import TerminalReviewer
-    from prunewright.tools.rundir import RunDirectory
+    from prunewright.graph.cli.screen.terminal import TerminalReviewer
+    from prunewright.graph.running.runner import RunResult
+    from prunewright.tools.store.rundir import RunDirectory
 
 
 _GOOD_ENDS = ("target_reached", "baseline")
@@ -83,8 +83,8 @@ def run_command(
         device=device,
         review=review or None,
     )
-    from prunewright.graph import runner
     from prunewright.graph.agents import resolve_agent
+    from prunewright.graph.running import runner
 
     quiet_transformers(session.debug)
     resolved = resolve_agent(settled.agent, settled.agent_options)
@@ -109,9 +109,9 @@ def resume_command(
     guard.max_increase, max_steps ...), not what defines the run (model, target, texts ...).
     """
     session: Session = ctx.obj
-    from prunewright.graph import runner
     from prunewright.graph.agents import resolve_agent
-    from prunewright.tools.rundir import RunDirectory
+    from prunewright.graph.running import runner
+    from prunewright.tools.store.rundir import RunDirectory
 
     quiet_transformers(session.debug)
     directory = RunDirectory(run_directory)
@@ -161,9 +161,9 @@ def fork_command(
     It may be finished, or going on elsewhere. --set changes what `resume` may change.
     """
     session: Session = ctx.obj
-    from prunewright.graph import runner
     from prunewright.graph.agents import resolve_agent
-    from prunewright.tools.rundir import RunDirectory
+    from prunewright.graph.running import runner
+    from prunewright.tools.store.rundir import RunDirectory
 
     quiet_transformers(session.debug)
     parent = RunDirectory(run_directory)
@@ -199,10 +199,10 @@ def watch_command(
     Only its files are read. Ends with the exit code of the run.
     """
     session: Session = ctx.obj
-    from prunewright.graph.runner import RunResult
-    from prunewright.graph.watch import follow
-    from prunewright.tools.rundir import RunDirectory
-    from prunewright.tools.trace import load_metrics
+    from prunewright.graph.running.runner import RunResult
+    from prunewright.graph.running.watch import follow
+    from prunewright.tools.store.rundir import RunDirectory
+    from prunewright.tools.store.trace import load_metrics
 
     directory = RunDirectory(run_directory)
     config = directory.config()
@@ -265,7 +265,7 @@ def baseline_command(
         seed=seed,
         device=device,
     )
-    from prunewright.graph import runner
+    from prunewright.graph.running import runner
 
     quiet_transformers(session.debug)
     session.run = _directory(settled, out)
@@ -300,13 +300,13 @@ def _changes(
 
 def _check_person(config: PruneConfig) -> None:
     if config.review:
-        from prunewright.graph.terminal import check_terminal
+        from prunewright.graph.cli.screen.terminal import check_terminal
 
         check_terminal()
 
 
 def _reviewer(screen: Screen, live: Live) -> "TerminalReviewer":
-    from prunewright.graph.terminal import TerminalReviewer
+    from prunewright.graph.cli.screen.terminal import TerminalReviewer
 
     return TerminalReviewer(screen, live)
 
@@ -330,7 +330,7 @@ def _live(
     records: list[StepRecord] | None = None,
 ) -> Iterator[Live]:
     from prunewright.graph.agents.replay import other_standing
-    from prunewright.tools.rundir import RunDirectory
+    from prunewright.tools.store.rundir import RunDirectory
 
     def loaded(dense: float | None) -> None:
         facts = RunDirectory(directory).manifest()
@@ -373,8 +373,8 @@ def _report(session: Session, screen: Screen, result: "RunResult") -> NoReturn:
     from prunewright.graph.whole_layers import MISSING
     from prunewright.tools.ending import describe_ending, ended_words
     from prunewright.tools.report import FILE
-    from prunewright.tools.rundir import RunDirectory
     from prunewright.tools.signatures import failure_signatures
+    from prunewright.tools.store.rundir import RunDirectory
 
     metrics = result.metrics
     records = RunDirectory(result.directory).read_trace()

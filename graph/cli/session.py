@@ -18,10 +18,10 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from prunewright.graph import console
-from prunewright.graph.console import Screen
-from prunewright.graph.logs import LOGGER
-from prunewright.graph.stopping import stop_requested
+from prunewright.graph.cli.screen import console
+from prunewright.graph.cli.screen.console import Screen
+from prunewright.graph.running.logs import LOGGER
+from prunewright.graph.running.stopping import stop_requested
 from prunewright.state import InputError, PrunewrightError
 
 _log = logging.getLogger(LOGGER)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from prunewright.graph import console
 from prunewright.graph.cli.options import JsonOption, RunArgument
+from prunewright.graph.cli.screen import console
 from prunewright.graph.cli.session import Session
 from prunewright.state import InputError
 
@@ -27,9 +27,9 @@ def show_command(
 ) -> None:
     """Show what happened in a run, finished or not, step by step."""
     session: Session = ctx.obj
-    from prunewright.graph import show
-    from prunewright.tools.rundir import RunDirectory
-    from prunewright.tools.trace import read_story
+    from prunewright.graph.cli.screen import show
+    from prunewright.tools.store.rundir import RunDirectory
+    from prunewright.tools.store.trace import read_story
 
     story = read_story(RunDirectory(run_directory))
     if step is not None and step > len(story.records):
@@ -90,8 +90,8 @@ def ask_command(
     Nobody is asked and nothing is changed, also while the run goes on in another process.
     """
     session: Session = ctx.obj
-    from prunewright.graph.preview import preview
-    from prunewright.tools.rundir import RunDirectory
+    from prunewright.graph.running.preview import preview
+    from prunewright.tools.store.rundir import RunDirectory
 
     found = preview(RunDirectory(run_directory), None if step is None else step - 1)
     session.emit({"directory": str(run_directory), **found.as_json()})

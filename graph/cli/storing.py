@@ -6,21 +6,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prunewright.graph import console
 from prunewright.graph.cli.evaluating import model_of
 from prunewright.graph.cli.options import JsonOption, RunArgument
+from prunewright.graph.cli.screen import console
+from prunewright.graph.cli.screen.console import Live
 from prunewright.graph.cli.session import Session, quiet_transformers
-from prunewright.graph.console import Live
 from prunewright.state import InputError
 
 if TYPE_CHECKING:
-    from prunewright.tools.packing import Sizes
+    from prunewright.tools.store.packing import Sizes
 
 
 def save_command(ctx: typer.Context, run_directory: RunArgument, _json: JsonOption = False) -> None:
     """Make the pruned model of a finished run from its masks again, where it was deleted."""
     session: Session = ctx.obj
-    from prunewright.graph.runner import save
+    from prunewright.graph.running.runner import save
 
     quiet_transformers(session.debug)
     with Live(session.screen) as live:
@@ -48,7 +48,7 @@ def pack_command(
     Only for storage: `unpack` gives the model's directory back, every file byte for byte.
     """
     session: Session = ctx.obj
-    from prunewright.tools.packing import pack_model
+    from prunewright.tools.store.packing import pack_model
 
     sizes = pack_model(model_of(str(model)), archive)
     _print_sizes(session, sizes, archive)
@@ -67,7 +67,7 @@ def unpack_command(
 ) -> None:
     """Unpack what `pack` wrote, and check every file against its hash."""
     session: Session = ctx.obj
-    from prunewright.tools.packing import unpack_model
+    from prunewright.tools.store.packing import unpack_model
 
     sizes = unpack_model(archive, model)
     _print_sizes(session, sizes, model)
@@ -94,11 +94,11 @@ def gc_command(
     if cache == (run_directory is not None):
         raise InputError("name a run's directory, or --cache, one of the two")
     if run_directory is None:
-        from prunewright.tools.cache import collect_copies
+        from prunewright.tools.store.cache import collect_copies
 
         files, size = collect_copies()
     else:
-        from prunewright.graph.runner import collect_garbage
+        from prunewright.graph.running.runner import collect_garbage
 
         files, size = collect_garbage(run_directory)
     session.emit({"files": files, "bytes": size})

@@ -20,8 +20,8 @@ import transformers.models.llama.tokenization_llama  # noqa: F401
 
 import prunewright.graph.nodes  # noqa: F401
 from prunewright.graph import baseline, fork, resume, run
-from prunewright.graph.compare import compare
-from prunewright.graph.runner import collect_garbage
+from prunewright.graph.running.runner import collect_garbage
+from prunewright.graph.running.study import compare
 
 torch.set_num_threads(1)
 

@@ -30,8 +30,8 @@ import transformers.models.llama.tokenization_llama  # noqa: F401
 
 import prunewright.graph
 import prunewright.graph.nodes
-import prunewright.graph.runner
-from prunewright.graph.compare import compare
+import prunewright.graph.running.runner
+from prunewright.graph.running.study import compare
 
 torch.set_num_threads(1)
 

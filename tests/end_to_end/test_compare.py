@@ -17,12 +17,12 @@ from typer.testing import CliRunner, Result
 
 from prunewright.graph import baseline, run
 from prunewright.graph.cli import app
-from prunewright.state.comparison import Comparison
-from prunewright.tools.comparison import load_comparison
+from prunewright.state.study import Comparison
 from prunewright.tools.evaluation import evaluate
 from prunewright.tools.evaluation.harness import evaluate_tasks
-from prunewright.tools.models import load_model
-from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.model.loading import load_model
+from prunewright.tools.store.rundir import RunDirectory
+from prunewright.tools.study import load_comparison
 
 HOSTILE = "greedy <b>|`x`"
 AGENTS = '''
@@ -252,7 +252,7 @@ def test_a_failure_a_stop_a_kill_and_a_changed_text(
 
     config = yaml.safe_load(path.read_text()) | {"methods": [methods[1]], "control": None}
     (tmp_path / "go-1").touch()
-    told = {"at": "prunewright.graph.compare:json.loads", "match": '{"step"', "when": "after"}
+    told = {"at": "prunewright.graph.running.study:json.loads", "match": '{"step"', "when": "after"}
     job = {"do": "compare", "config": config, "out": str(copy), "path": str(tmp_path)}
     assert submit(job | {"kill": told}) == {"signal": signal.SIGKILL}
     wait_for(lambda: RunDirectory(patient).holder() is None)  # though nobody let it go on

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from prunewright.graph.cli import app
 from prunewright.state import load_config
-from prunewright.tools.texts import load_windows
+from prunewright.tools.texts.windows import load_windows
 from tests.conftest import VOCABULARY, pico_tokenizer
 
 TEXT = {

@@ -10,10 +10,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from prunewright.graph import RunResult, resume, run
-from prunewright.graph.cell import RESULT, Job, work
 from prunewright.graph.cli import app
+from prunewright.graph.running.cell import RESULT, Job, work
 from prunewright.state import InputError, PruneConfig
-from prunewright.state.comparison import EvaluationOptions, EvaluationText
+from prunewright.state.study import EvaluationOptions, EvaluationText
 
 Prune = Callable[..., RunResult]
 GOOD: dict[str, Any] = {"layers": {"*": 0.05}}

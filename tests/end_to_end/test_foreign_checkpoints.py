@@ -15,12 +15,12 @@ import pytest
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
 from prunewright.graph import build_graph, fork, resume, run
-from prunewright.graph.checkpoints import write_checkpoints
-from prunewright.graph.preview import preview
-from prunewright.graph.runner import collect_garbage
-from prunewright.graph.studio import DATABASE_VARIABLE, checkpointer
+from prunewright.graph.running.checkpoints import write_checkpoints
+from prunewright.graph.running.preview import preview
+from prunewright.graph.running.runner import collect_garbage
+from prunewright.graph.running.studio import DATABASE_VARIABLE, checkpointer
 from prunewright.state import StoreError
-from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.store.rundir import RunDirectory
 
 MARK = "payload-ran"
 

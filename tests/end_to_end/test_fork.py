@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from prunewright.graph import baseline, build_graph, fork, resume, run
 from prunewright.graph.cli import app
 from prunewright.state import InputError, PruneConfig, StoreError
-from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.store.rundir import RunDirectory
 
 Submit = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -207,7 +207,7 @@ def test_a_kill_while_a_fork_is_made_leaves_nothing_for_long(
     tmp_path: Path,
     when: str,
 ) -> None:
-    out, kill = tmp_path / "fork", {"at": "prunewright.graph.runner:_write_checkpoints"}
+    out, kill = tmp_path / "fork", {"at": "prunewright.graph.running.runner:_write_checkpoints"}
     job = {"do": "fork", "of": str(reference), "step": 1, "out": str(out)}
     assert submit(job | {"kill": kill | {"when": when}}) == {"signal": signal.SIGKILL}
     (left,) = tmp_path.iterdir()

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from prunewright.graph import resume
-from prunewright.graph.runner import collect_garbage
+from prunewright.graph.running.runner import collect_garbage
 from prunewright.state import InputError, StoreError
-from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.store.rundir import RunDirectory
 
 Submit = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -26,7 +26,7 @@ def test_what_a_killed_step_left_goes_and_the_run_ends_as_if_unharmed(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "run"
-    kill = {"at": "prunewright.tools.revisions:canonical_json", "when": "before", "nth": 3}
+    kill = {"at": "prunewright.tools.store.revisions:canonical_json", "when": "before", "nth": 3}
     job = {"do": "run", "config": reference_config, "out": str(out), "kill": kill}
     assert submit(job) == {"signal": signal.SIGKILL}
     masks = out / "revisions" / "masks"
@@ -66,7 +66,7 @@ def test_nothing_goes_where_something_is_missing(
 
 def test_a_second_process_is_refused_and_told_who_holds_the_run(reference: Path) -> None:
     hold = (
-        "import sys; from prunewright.tools.rundir import RunDirectory\n"
+        "import sys; from prunewright.tools.store.rundir import RunDirectory\n"
         "with RunDirectory(sys.argv[1]).locked():\n    print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(

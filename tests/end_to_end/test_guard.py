@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from prunewright.graph import run
 from prunewright.graph.agents import Observation
 from prunewright.graph.agents.controls import GreedyAgent
-from prunewright.graph.agents.prompt import prompt
+from prunewright.graph.agents.prompt.build import prompt
 from prunewright.state import Decision, InputError, StepRecord
 from prunewright.state.config import validate_config
-from prunewright.tools.revisions import DENSE
-from prunewright.tools.workbench import Workbench, workbench
+from prunewright.tools.bench.workbench import Workbench, workbench
+from prunewright.tools.store.revisions import DENSE
 
 
 def records(path: Path) -> list[StepRecord]:

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from prunewright.graph import baseline, fork, resume, run
 from prunewright.graph.cli import app
-from prunewright.graph.compare import plan_cells
+from prunewright.graph.running.study import plan_cells
 from prunewright.state import InputError, StoreError
-from prunewright.state.comparison import validate_comparison
-from prunewright.tools.comparison import Digests
-from prunewright.tools.rundir import RunDirectory
+from prunewright.state.study import validate_comparison
+from prunewright.tools.store.rundir import RunDirectory
+from prunewright.tools.study import Digests
 
 WORDS = [f"the {n} birds of the {n * 7} hills sang {n * n} songs." for n in range(400)]
 

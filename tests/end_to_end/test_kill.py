@@ -15,11 +15,11 @@ from langgraph.checkpoint.sqlite import SqliteSaver
 from prunewright.graph import build_graph
 
 NODES = "prunewright.graph.nodes"
-BENCH = "prunewright.tools.workbench:Workbench"
-RUN = "prunewright.tools.rundir:RunDirectory"
+BENCH = "prunewright.tools.bench.workbench:Workbench"
+RUN = "prunewright.tools.store.rundir:RunDirectory"
 RESULTS = "prunewright.tools.results"
-SAVING = "prunewright.tools.saving"
-MASKS = "prunewright.tools.revisions:write_atomic"
+SAVING = "prunewright.tools.saving.model"
+MASKS = "prunewright.tools.store.revisions:write_atomic"
 SAVER = "langgraph.checkpoint.sqlite:SqliteSaver"
 
 
@@ -31,11 +31,11 @@ def at(where: str, when: str = "after", nth: int = 1, **more: str | float) -> di
 CASES = {
     "config written": (at(f"{RUN}.create"), None),
     "before the first checkpoint": (at(f"{SAVER}.put", "before"), None),
-    "model loading": (at("prunewright.tools.workbench:load_windows"), "profile"),
-    "before the manifest": (at("prunewright.tools.rundir:write_json", "before"), "profile"),
+    "model loading": (at("prunewright.tools.bench.workbench:load_windows"), "profile"),
+    "before the manifest": (at("prunewright.tools.store.rundir:write_json", "before"), "profile"),
     "profile, step 0, file written": (at(f"{RUN}.write_step_file"), "profile"),
     "profile, step 3, in the activations": (
-        at("prunewright.tools.workbench:measure_activations", "after", 3, caller="profile"),
+        at("prunewright.tools.bench.workbench:measure_activations", "after", 3, caller="profile"),
         "profile",
     ),
     "agent_decide, step 1": (at(f"{NODES}:ask", nth=2), "agent_decide"),

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prunewright.graph import fork, run
 from prunewright.state import InputError, StoreError
-from prunewright.tools.questions import shown_form
-from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.store.rundir import RunDirectory
+from prunewright.tools.texts.questions import shown_form
 
 QUESTIONS = [f"Who saw the {word}?" for word in ("river", "hill", "mill", "sea", "rose", "road")]
 
@@ -114,7 +114,11 @@ def test_a_killed_run_comes_to_the_same(
     bounded["guard"]["max_knowledge_drop"] = 100.0
     bounded["agent"] = "greedy"
     run(bounded, out=tmp_path / "whole")
-    kill = {"at": "prunewright.tools.workbench:Workbench.knowledge", "when": "after", "nth": 3}
+    kill = {
+        "at": "prunewright.tools.bench.workbench:Workbench.knowledge",
+        "when": "after",
+        "nth": 3,
+    }
     job = {"config": bounded, "out": str(tmp_path / "run")}
     assert submit(job | {"do": "run", "kill": kill}) == {"signal": signal.SIGKILL}
     answer = submit(job | {"do": "resume"})

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from prunewright.graph import baseline, resume
-from prunewright.graph.runner import collect_garbage
+from prunewright.graph.running.runner import collect_garbage
 from prunewright.state import InputError, StoreError
-from prunewright.tools.packing import pack_model
 from prunewright.tools.report import write_report
+from prunewright.tools.store.packing import pack_model
 
 DEAD, ALIVE, OLD = (f".writing-{prefix}{uuid.uuid4().hex}" for prefix in ("", "1-", ""))
 OTHERS = f".writing-{os.getpid()}-{uuid.uuid4().hex}", ".writing-draft", "notes.txt"

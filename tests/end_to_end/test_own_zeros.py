@@ -17,7 +17,7 @@ from prunewright.graph import RunResult, baseline, run
 from prunewright.graph.cli import app
 from prunewright.state import InputError
 from prunewright.tools.allocation import ALLOCATIONS
-from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.store.rundir import RunDirectory
 
 TARGET = 0.45
 Make = Callable[..., Path]

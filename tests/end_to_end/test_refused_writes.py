@@ -15,10 +15,10 @@ from langgraph.checkpoint.sqlite import SqliteSaver
 from quick import quick_config
 
 from prunewright.graph import baseline, fork, resume, run
-from prunewright.graph.runner import collect_garbage
+from prunewright.graph.running.runner import collect_garbage
 from prunewright.state import StoreError
-from prunewright.tools.rundir import RunDirectory
-from prunewright.tools.trace import load_metrics
+from prunewright.tools.store.rundir import RunDirectory
+from prunewright.tools.store.trace import load_metrics
 
 Act = Callable[[Path], object]
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from prunewright.graph import run
 from prunewright.state import StepRecord
-from prunewright.tools.revisions import DENSE, RevisionStore
-from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.store.revisions import DENSE, RevisionStore
+from prunewright.tools.store.rundir import RunDirectory
 
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 GATE, Q = "model.layers.1.mlp.gate_proj", "model.layers.1.self_attn.q_proj"
@@ -114,13 +114,18 @@ def test_a_model_that_gives_back_everything_is_the_dense_one(
 
 
 Submit = Callable[[dict[str, Any]], dict[str, Any]]
-BENCH = "prunewright.tools.workbench:Workbench"
+BENCH = "prunewright.tools.bench.workbench:Workbench"
+STORE = "prunewright.tools.store"
 
 
 @pytest.mark.parametrize(
     "kill",
     [
-        {"at": "prunewright.tools.revisions:write_atomic", "when": "before", "match": "/masks/"},
+        {
+            "at": "prunewright.tools.store.revisions:write_atomic",
+            "when": "before",
+            "match": "/masks/",
+        },
         {"at": f"{BENCH}.guard_losses", "when": "after"},
         {"at": "prunewright.graph.nodes:ask", "when": "after"},
     ],

@@ -43,7 +43,7 @@ def stopped(
 ) -> Path:
     """A copy of it that a test may damage, as a new process finds it: no model is live."""
     assert config["agent"] == "greedy"  # the fixture makes the agents of the tests importable
-    monkeypatch.setattr("prunewright.tools.workbench._current", None)
+    monkeypatch.setattr("prunewright.tools.bench.workbench._current", None)
     return Path(shutil.copytree(killed, tmp_path / "run"))
 
 
@@ -154,7 +154,7 @@ def test_a_model_that_changed_under_the_run_is_refused(
     model = Path(shutil.copytree(reference_config["model"], tmp_path / "model"))
     out = tmp_path / "run"
     # The change is found whichever node comes next: here apply_prune or evaluate_ppl.
-    kill = {"at": "prunewright.tools.workbench:Workbench.guard_losses", "when": "before"}
+    kill = {"at": "prunewright.tools.bench.workbench:Workbench.guard_losses", "when": "before"}
     job = {"config": reference_config | {"model": str(model)}, "out": str(out)}
     died = submit(job | {"do": "run", "kill": kill | {"nth": when + 1}})
     assert died == {"signal": signal.SIGKILL}
@@ -286,8 +286,8 @@ def test_a_run_goes_only_into_a_new_or_empty_directory(
     assert run(config, out=tmp_path / "empty").metrics.status == "target_reached"
 
 
-PUT = {"at": "prunewright.tools.revisions:RevisionStore.put", "nth": 2, "bytes": 60}
-SAVE = {"at": "prunewright.tools.saving:rewrite", "bytes": 5_000}
+PUT = {"at": "prunewright.tools.store.revisions:RevisionStore.put", "nth": 2, "bytes": 60}
+SAVE = {"at": "prunewright.tools.saving.model:rewrite", "bytes": 5_000}
 STATE = {"at": "prunewright.graph.nodes:ask", "nth": 2, "bytes": 5_000}
 
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from prunewright.graph import build_graph, resume, run
 from prunewright.graph.agents import Observation
 from prunewright.graph.agents.controls import GreedyAgent
-from prunewright.graph.agents.prompt import prompt
+from prunewright.graph.agents.prompt.build import prompt
 from prunewright.graph.cli import app
 from prunewright.state import (
     Decision,

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from prunewright.graph import resume, run
 from prunewright.graph.cli import app
-from prunewright.graph.runner import save
+from prunewright.graph.running.runner import save
 from prunewright.state import InputError, PrunewrightError, load_config
 from prunewright.state.config import validate_config
-from prunewright.tools.shards import Live, rewrite
+from prunewright.tools.saving.shards import Live, rewrite
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -220,7 +220,7 @@ def test_a_model_that_saves_wrongly_is_caught_and_the_run_can_be_finished(
     }[what]
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("prunewright.tools.saving.rewrite", spoilt)
+        patch.setattr("prunewright.tools.saving.model.rewrite", spoilt)
         with pytest.raises(PrunewrightError, match="reloads with other"):
             run(reference_config, out=out)
     assert not (out / "model").exists()

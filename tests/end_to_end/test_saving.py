@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prunewright.graph import baseline, fork, resume, run
-from prunewright.graph.compare import compare
+from prunewright.graph.running.study import compare
 from prunewright.state import InputError, StoreError
-from prunewright.tools.shards import merge
+from prunewright.tools.saving.shards import merge
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def test_too_little_room_is_refused_before_anything_is_scored(
     act: Callable[..., Any],
 ) -> None:
     too_large(store())
-    monkeypatch.setattr("prunewright.tools.workbench.window_losses", pytest.fail)
+    monkeypatch.setattr("prunewright.tools.bench.workbench.window_losses", pytest.fail)
     with pytest.raises(StoreError, match=r"too little room.* 4,39\d(,\d{3}){3} of them"):
         act(settings, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -230,7 +230,7 @@ def test_what_cannot_be_solved_block_by_block_is_refused_before_anything_is_scor
     monkeypatch: pytest.MonkeyPatch,
     act: Callable[..., Any],
 ) -> None:
-    monkeypatch.setattr("prunewright.tools.workbench.window_losses", pytest.fail)
+    monkeypatch.setattr("prunewright.tools.bench.workbench.window_losses", pytest.fail)
     settings |= {"model": str(pico_models("HrmTextConfig")), "criterion": "sparsegpt"}
     with pytest.raises(InputError, match="cannot be pruned block by block"):
         act(settings, out=tmp_path / "run")
@@ -288,7 +288,7 @@ def test_any_error_of_saving_leaves_a_run_that_can_go_on(
         raise ZeroDivisionError("nobody thought of this")
 
     with monkeypatch.context() as patch:
-        patch.setattr("prunewright.tools.saving.rewrite", fail)
+        patch.setattr("prunewright.tools.saving.model.rewrite", fail)
         with pytest.raises(StoreError, match=f"nobody thought of this.*resume {out}"):
             run(settings, out=out)
     assert not (out / "model").exists()

@@ -13,8 +13,8 @@ from quick import quick_config
 
 from prunewright.graph import fork, resume, run
 from prunewright.state import InputError, StoreError
-from prunewright.tools.rundir import RunDirectory
-from prunewright.tools.trace import load_metrics, read_story
+from prunewright.tools.store.rundir import RunDirectory
+from prunewright.tools.store.trace import load_metrics, read_story
 
 
 @pytest.fixture(scope="module")

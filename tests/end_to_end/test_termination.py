@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from prunewright.graph import run
-from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.store.rundir import RunDirectory
 
 REACHED = "target_reached"
 

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from prunewright.graph import baseline, fork, run
 from prunewright.graph.cli import app
+from prunewright.tools.bench.workbench import Workbench, workbench
 from prunewright.tools.criteria import CRITERIA
-from prunewright.tools.rundir import RunDirectory
-from prunewright.tools.workbench import Workbench, workbench
+from prunewright.tools.store.rundir import RunDirectory
 
 Submit = Callable[[dict[str, Any]], dict[str, Any]]
 WAYS = {
@@ -82,10 +82,10 @@ def test_a_run_is_rolled_back_killed_resumed_and_forked_with_its_weights(
 
     out = tmp_path / "killed"
     job = {"config": settings, "out": str(out)}
-    masks = "prunewright.tools.revisions:write_atomic"
+    masks = "prunewright.tools.store.revisions:write_atomic"
     for do, kill in (
         ("run", at(masks, 4, match="/masks/")),
-        ("resume", at("prunewright.tools.workbench:Workbench.sync", 1, caller="rollback")),
+        ("resume", at("prunewright.tools.bench.workbench:Workbench.sync", 1, caller="rollback")),
     ):
         assert submit(job | {"do": do, "kill": kill}) == {"signal": signal.SIGKILL}
     answer = submit(job | {"do": "resume"})

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from prunewright.graph import fork, resume
 from prunewright.graph.cli import app
-from prunewright.graph.watch import follow
+from prunewright.graph.running.watch import follow
 from prunewright.state import (
     AppliedDecision,
     InputError,
@@ -31,8 +31,8 @@ from prunewright.state import (
     PruneRequest,
     StepRecord,
 )
-from prunewright.tools.rundir import RunDirectory
-from prunewright.tools.storage import canonical_json
+from prunewright.tools.store.rundir import RunDirectory
+from prunewright.tools.store.storage import canonical_json
 
 Submit = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -91,7 +91,7 @@ def test_ctrl_c_ends_the_watching_and_nothing_else(
         if next(looks, "pressed") == "pressed":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("prunewright.graph.watch.time.sleep", sleep)
+    monkeypatch.setattr("prunewright.graph.running.watch.time.sleep", sleep)
     directory = RunDirectory(stopped)
     assert directory.holder() is None  # the file that a killed process left says nothing
     with directory.locked():

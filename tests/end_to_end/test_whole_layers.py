@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from prunewright.graph import fork, resume, run
 from prunewright.graph.cli import app
-from prunewright.graph.runner import RunResult
+from prunewright.graph.running.runner import RunResult
 from prunewright.state import AgentError, InputError, StepRecord
-from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.store.rundir import RunDirectory
 
 FIRST_BLOCK = [
     *(f"0.self_attn.{p}_proj" for p in "qkvo"),

@@ -21,14 +21,14 @@ from prunewright.graph.agents import (
     make_agent,
     resolve_agent,
 )
+from prunewright.graph.agents.asking import ask
+from prunewright.graph.agents.chat.agent import LLMAgent
 from prunewright.graph.agents.controls import (
     GreedyAgent,
     RandomAgent,
     UniformAgent,
     ZScoreAgent,
 )
-from prunewright.graph.agents.llm import LLMAgent
-from prunewright.graph.asking import ask
 from prunewright.state import (
     COST_DELTAS,
     AgentError,

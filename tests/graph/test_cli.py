@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 from prunewright.graph.cli import app
 from prunewright.state import load_config
-from prunewright.tools import workbench
+from prunewright.tools.bench import workbench
 
 CORPUS = resources.files("prunewright.tools") / "data" / "corpus" / "calibration"
 
@@ -428,7 +428,7 @@ def test_an_unforeseen_error_before_anything_was_computed_leaves_the_directory_f
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("prunewright.tools.workbench.window_losses", fail)
+        patch.setattr("prunewright.tools.bench.workbench.window_losses", fail)
         result = invoke(command, "-c", config_file, "-o", out)
     assert result.exit_code == 1
     assert "nobody thought of this" in result.stderr

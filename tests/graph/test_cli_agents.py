@@ -14,9 +14,9 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from prunewright.graph.agents import Observation
+from prunewright.graph.agents.chat.reading import answer_schema
 from prunewright.graph.agents.controls import GreedyAgent
-from prunewright.graph.agents.prompt import prompt
-from prunewright.graph.agents.reading import answer_schema
+from prunewright.graph.agents.prompt.build import prompt
 from prunewright.graph.cli import app
 from prunewright.state import AgentError, Decision, InputError
 
@@ -175,7 +175,7 @@ def test_ask_between_two_steps(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second profile fails: the last prompt that there is, and words that say so."""
-    from prunewright.tools.workbench import Workbench
+    from prunewright.tools.bench.workbench import Workbench
 
     out = tmp_path / "run"
     real, calls = Workbench.profile, []
@@ -197,7 +197,7 @@ def test_ask_between_two_steps(
 def test_ask_before_the_first_profile(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from prunewright.tools.workbench import Workbench
+    from prunewright.tools.bench.workbench import Workbench
 
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt

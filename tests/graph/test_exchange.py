@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from prunewright.graph import resume, run
 from prunewright.graph.agents import Observation, check_agent, make_agent
 from prunewright.graph.agents import exchange as module
+from prunewright.graph.agents.asking import ask
+from prunewright.graph.agents.chat.reading import MAX_ANSWER
 from prunewright.graph.agents.exchange import ExchangeAgent
-from prunewright.graph.agents.prompt import prompt
-from prunewright.graph.agents.reading import MAX_ANSWER
-from prunewright.graph.asking import ask
+from prunewright.graph.agents.prompt.build import prompt
 from prunewright.graph.cli import app
 from prunewright.state import AgentError, InputError, PruneContext
 

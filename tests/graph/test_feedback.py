@@ -7,7 +7,7 @@ import pytest
 from records import DOWN, UP, record, rolled_back
 
 from prunewright.graph.agents import Observation
-from prunewright.graph.agents.feedback import (
+from prunewright.graph.agents.prompt.feedback import (
     ITEMS,
     ROLLBACKS,
     compile_feedback,

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from records import rolled_back
 
 from prunewright.graph.agents import Observation
+from prunewright.graph.agents.asking import ask
 from prunewright.graph.agents.base import quote_name
-from prunewright.graph.agents.prompt import prompt
-from prunewright.graph.agents.reading import read_answer
-from prunewright.graph.asking import ask
+from prunewright.graph.agents.chat.reading import read_answer
+from prunewright.graph.agents.prompt.build import prompt
 from prunewright.state import Decision, DecisionReport
 from prunewright.state.decision import MAX_GROUPS
 

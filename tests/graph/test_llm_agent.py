@@ -12,9 +12,9 @@ from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
 from loopback import FakeGemini, Reply
 
 from prunewright.graph.agents import InvalidAnswerError, Observation, make_agent
-from prunewright.graph.agents.llm import LLMAgent
-from prunewright.graph.agents.reading import answer_schema, read_answer
-from prunewright.graph.asking import ask
+from prunewright.graph.agents.asking import ask
+from prunewright.graph.agents.chat.agent import LLMAgent
+from prunewright.graph.agents.chat.reading import answer_schema, read_answer
 from prunewright.state import AgentError, DecisionReport, InputError, PruneContext
 from prunewright.state.config import AskingOptions
 from prunewright.state.decision import MAX_REASONING, Decision

@@ -16,9 +16,9 @@ from loopback import FakeAnthropic, FakeGemini, FakeLLM, FakeOllama, FakeOpenAI,
 from typer.testing import CliRunner
 
 from prunewright.graph.agents import Observation, make_agent, resolve_agent
-from prunewright.graph.agents.llm import MAX_WAIT, PLACEHOLDER
-from prunewright.graph.agents.reading import answer_schema
-from prunewright.graph.asking import ask
+from prunewright.graph.agents.asking import ask
+from prunewright.graph.agents.chat.agent import MAX_WAIT, PLACEHOLDER
+from prunewright.graph.agents.chat.reading import answer_schema
 from prunewright.graph.cli import app
 from prunewright.state import AgentError, DecisionReport, InputError, PruneContext, Spent
 from prunewright.state.config import AskingOptions

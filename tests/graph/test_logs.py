@@ -17,8 +17,8 @@ from typer.testing import CliRunner, Result
 
 from prunewright.graph import run
 from prunewright.graph.cli import app
-from prunewright.graph.console import Live, Screen
-from prunewright.graph.logs import LOGGER, logging_to_stderr
+from prunewright.graph.cli.screen.console import Live, Screen
+from prunewright.graph.running.logs import LOGGER, logging_to_stderr
 
 
 def invoke(*args: str | Path) -> Result:

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from prunewright.graph.agents import InvalidAnswerError, Observation
-from prunewright.graph.asking import ask, expand
+from prunewright.graph.agents.asking import ask, expand
 from prunewright.graph.nodes import land
 from prunewright.state import Decision, LayerDelta, LayerProfile, ModelProfile
 

@@ -16,10 +16,10 @@ from prunewright.graph.cli import app
 from prunewright.graph.nodes import PROBE_WINDOWS
 from prunewright.state import StepRecord
 from prunewright.state.config import validate_config
-from prunewright.tools.perplexity import change_with_error, window_losses
-from prunewright.tools.revisions import DENSE
-from prunewright.tools.rundir import RunDirectory
-from prunewright.tools.workbench import Workbench, workbench
+from prunewright.tools.bench.workbench import Workbench, workbench
+from prunewright.tools.model.head import change_with_error, window_losses
+from prunewright.tools.store.revisions import DENSE
+from prunewright.tools.store.rundir import RunDirectory
 
 UP, Q = "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"
 

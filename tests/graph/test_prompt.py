@@ -19,11 +19,11 @@ from records import record, rolled_back
 from transformers import AutoTokenizer
 
 from prunewright.graph.agents import Observation, Refusal, check_agent
+from prunewright.graph.agents.asking import expand
 from prunewright.graph.agents.base import quote_name
-from prunewright.graph.agents.prompt import check_prompts, floor_digits, prompt
-from prunewright.graph.agents.reading import answer_schema, read_answer
-from prunewright.graph.agents.table import LINES, MAX_ROWS, RECENT, REPEAT, shown_layers
-from prunewright.graph.asking import expand
+from prunewright.graph.agents.chat.reading import answer_schema, read_answer
+from prunewright.graph.agents.prompt.build import check_prompts, floor_digits, prompt
+from prunewright.graph.agents.prompt.table import LINES, MAX_ROWS, RECENT, REPEAT, shown_layers
 from prunewright.graph.correction import predicted_costs
 from prunewright.state import (
     COST_DELTAS,
@@ -37,7 +37,7 @@ from prunewright.state import (
 )
 from prunewright.state.config import Signal
 from prunewright.state.decision import MAX_NAME
-from prunewright.tools.models import resolve_directory
+from prunewright.tools.model.loading import resolve_directory
 
 MakeLayer = Callable[..., LayerProfile]
 MakeObservation = Callable[..., Observation]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunewright.graph.agents import InvalidAnswerError
-from prunewright.graph.agents.reading import MAX_ANSWER, MAX_ENTRIES, read_answer
+from prunewright.graph.agents.chat.reading import MAX_ANSWER, MAX_ENTRIES, read_answer
 from prunewright.state import Decision, LayerDelta
 from prunewright.state.decision import MAX_NAME, MAX_REASONING
 

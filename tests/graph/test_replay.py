@@ -10,8 +10,8 @@ import pytest
 
 from prunewright.graph.agents import Observation, Refusal, check_agent, make_agent, resolve_agent
 from prunewright.graph.agents import replay as module
+from prunewright.graph.agents.asking import ask
 from prunewright.graph.agents.replay import ReplayAgent
-from prunewright.graph.asking import ask
 from prunewright.state import AgentError, Decision, InputError, LayerDelta, PruneContext, StepRecord
 
 MakeObservation = Callable[..., Observation]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from prunewright.graph.routing import guard_reason, route_guard, route_termination, termination
 from prunewright.state import STATUS_WORDS, PruneState
 from prunewright.state.config import GuardOptions
-from prunewright.state.schema import Status
+from prunewright.state.run import Status
 
 PERPLEXITIES = st.floats(1.0, 1e300)
 

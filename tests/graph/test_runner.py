@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from prunewright.graph import baseline, nodes, resume, run
-from prunewright.graph.runner import load_metrics
+from prunewright.graph.running.runner import load_metrics
 from prunewright.state import InputError, StoreError, load_config
 from prunewright.state.config import validate_config
-from prunewright.tools.rundir import RunDirectory
-from prunewright.tools.workbench import Workbench
+from prunewright.tools.bench.workbench import Workbench
+from prunewright.tools.store.rundir import RunDirectory
 
 
 def test_a_dict_a_file_and_an_object_are_the_same_run(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from prunewright.graph.stopping import StoppedError, call_alone, call_stoppable, check_stop
+from prunewright.graph.running.stopping import StoppedError, call_alone, call_stoppable, check_stop
 
 
 def interrupt_main() -> None:

@@ -11,8 +11,8 @@ import pytest
 from loopback import PROVIDERS, FakeGemini, FakeLLM, FakeOpenAI, Reply, serve
 
 from prunewright.graph.agents import Observation, make_agent
-from prunewright.graph.agents.transport import MAX_BODY, address
-from prunewright.graph.asking import ask
+from prunewright.graph.agents.asking import ask
+from prunewright.graph.agents.chat.transport import MAX_BODY, address
 from prunewright.state import AgentError, DecisionReport, InputError, PruneContext
 from prunewright.state.config import AskingOptions
 

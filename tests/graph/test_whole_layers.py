@@ -15,11 +15,11 @@ from profiles import QWEN3_4B, make_model
 
 from prunewright.graph import run
 from prunewright.graph.agents import Observation, make_agent
-from prunewright.graph.agents.prompt import prompt
-from prunewright.graph.asking import ask, check
+from prunewright.graph.agents.asking import ask, check
+from prunewright.graph.agents.prompt.build import prompt
 from prunewright.graph.whole_layers import land_whole
 from prunewright.state import Decision, LayerDelta, LayerProfile, ModelProfile, PruneContext
-from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.store.rundir import RunDirectory
 
 MakeLayer = Callable[..., LayerProfile]
 MakeObservation = Callable[..., Observation]

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from prunewright.state.comparison import (
+from prunewright.state.study import (
     CellResult,
     Comparison,
     ComparisonConfig,
@@ -12,7 +12,7 @@ from prunewright.state.comparison import (
     TextResult,
     validate_comparison,
 )
-from prunewright.tools.comparison import Planned, build_comparison
+from prunewright.tools.study import Planned, build_comparison
 
 _HOSTILE = "<script>window.hacked = 1</script> | `x` **b** [a](javascript:0) {{ 7 * 7 }} $m$ \\"
 NAME = _HOSTILE[:80].strip()

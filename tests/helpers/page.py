@@ -7,7 +7,7 @@ from typing import Any
 from prunewright.graph import baseline, run
 from prunewright.state import Decision, LayerDelta
 from prunewright.state.review import Review
-from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.store.rundir import RunDirectory
 
 HOSTILE = (
     "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'> "

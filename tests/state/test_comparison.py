@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from prunewright.state import InputError
-from prunewright.state.comparison import load_comparison_config, validate_comparison
+from prunewright.state.study import load_comparison_config, validate_comparison
 
 WANDA = {"name": "uniform wanda", "settings": {"criterion": "wanda"}}
 GREEDY = {"name": "greedy", "settings": {"agent": "greedy"}}

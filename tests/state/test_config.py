@@ -18,7 +18,7 @@ from prunewright.state import (
     parse_pattern,
     validate_config,
 )
-from prunewright.state.comparison import load_comparison_config
+from prunewright.state.study import load_comparison_config
 
 
 def test_every_key_belongs_to_exactly_one_half() -> None:

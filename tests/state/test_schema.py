@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from typing_extensions import is_typeddict
 
 from prunewright.state import STATUS_WORDS, PruneInput, PruneState, PruneUpdate
-from prunewright.state.schema import Status, add_up
+from prunewright.state.run import Status, add_up
 
 COUNTS = st.dictionaries(st.sampled_from("abcd"), st.integers(0, 1000))
 

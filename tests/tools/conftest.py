@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prunewright.tools.models import LoadedModel, load_model
+from prunewright.tools.model.loading import LoadedModel, load_model
 
 FAMILIES = (
     "LlamaConfig",

@@ -24,11 +24,15 @@ from prunewright.tools.allocation.counts import Bounds, exact_counts
 from prunewright.tools.allocation.evolutionary import divergence, search
 from prunewright.tools.allocation.global_ranking import lowest_counts
 from prunewright.tools.allocation.owl import owl_sparsities
-from prunewright.tools.models import load_model
-from prunewright.tools.perplexity import Head, perplexity
-from prunewright.tools.profiling import crowded_costs, measure_activations, measure_gradients
-from prunewright.tools.revisions import DENSE, RevisionStore
-from prunewright.tools.workbench import Workbench
+from prunewright.tools.bench.workbench import Workbench
+from prunewright.tools.calibration.profiling import (
+    crowded_costs,
+    measure_activations,
+    measure_gradients,
+)
+from prunewright.tools.model.head import Head, perplexity
+from prunewright.tools.model.loading import load_model
+from prunewright.tools.store.revisions import DENSE, RevisionStore
 
 SMALL = {"offspring": 4, "survivors": 2, "windows": 2, "screen": 16, "tokens": 2_500}
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from prunewright.graph.cli import app
-from prunewright.tools.models import LoadedModel, load_model
+from prunewright.tools.model.loading import LoadedModel, load_model
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from directories import Change, configure, put, store, weights
 from torch import Tensor
 
 from prunewright.state import InputError
-from prunewright.tools.layers import find_blocks
-from prunewright.tools.models import load_model, model_skeleton
+from prunewright.tools.model.layers import find_blocks
+from prunewright.tools.model.loading import load_model, model_skeleton
 from tests.conftest import VOCABULARY, make_pico, pico_tokenizer
 
 Q = "model.layers.0.self_attn.q_proj"

@@ -14,17 +14,12 @@ from comparisons import BROKE, CONTROL, NAME, SEEDS, make_comparison, make_confi
 from page import Page
 
 from prunewright.state import InputError, PruneConfig, StoreError, validate_config
-from prunewright.state.comparison import (
+from prunewright.state.study import (
     Cell,
     EvaluationOptions,
     TextResult,
 )
-from prunewright.tools import comparison as module
-from prunewright.tools.comparison import (
-    Digests,
-    cell_key,
-    load_comparison,
-)
+from prunewright.tools import study as module
 from prunewright.tools.report.comparison import (
     build_page,
     comparison_charts,
@@ -33,6 +28,11 @@ from prunewright.tools.report.comparison import (
     write_tables,
 )
 from prunewright.tools.report.tables import OFF_TARGET, comparison_tables, to_markdown
+from prunewright.tools.study import (
+    Digests,
+    cell_key,
+    load_comparison,
+)
 
 
 def test_sums_are_those_of_the_numbers_over_seeds() -> None:

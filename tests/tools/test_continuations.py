@@ -7,10 +7,10 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from prunewright.tools.continuations import Continuations, answer_scores, fact_tokens
-from prunewright.tools.models import LoadedModel
-from prunewright.tools.perplexity import Head
-from prunewright.tools.questions import load_facts, shown_form
+from prunewright.tools.model.continuations import Continuations, answer_scores, fact_tokens
+from prunewright.tools.model.head import Head
+from prunewright.tools.model.loading import LoadedModel
+from prunewright.tools.texts.questions import load_facts, shown_form
 
 Load = Callable[..., LoadedModel]
 PREFIX = "Question: Who wrote it?\nAnswer: he did\n\n"

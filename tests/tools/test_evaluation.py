@@ -29,8 +29,8 @@ from prunewright.tools.evaluation.scores import (
     summarize,
 )
 from prunewright.tools.evaluation.tasks.utils import match, normalise
-from prunewright.tools.models import LoadedModel, load_model
-from prunewright.tools.texts import load_test_windows
+from prunewright.tools.model.loading import LoadedModel, load_model
+from prunewright.tools.texts.windows import load_test_windows
 
 SHOWN = [
     {"subject": "sea_life", "question": f"Shown {n}?", "choices": ["x", "yes", "no", "z"]}
@@ -166,7 +166,7 @@ def test_a_limit_takes_equally_many_of_every_subject(loaded: LoadedModel) -> Non
     (score,) = evaluate_tasks(
         loaded, ["mmlu-cloze"], shots=1, limit=56, progress=lambda *p: told.append(p)
     )
-    from prunewright.tools.questions import load_choices
+    from prunewright.tools.texts.questions import load_choices
 
     subjects = {q.id: q.subject for q in load_choices("embedded")}
     taken = [subjects[o.id] for o in score.outcomes]
@@ -226,7 +226,7 @@ def test_a_killed_evaluation_goes_on(
     code = (
         "import sys, torch\n"
         "from pathlib import Path\n"
-        "from prunewright.tools.models import load_model\n"
+        "from prunewright.tools.model.loading import load_model\n"
         "from prunewright.tools.evaluation.harness import evaluate_tasks\n"
         "torch.set_num_threads(1)\n"
         "loaded = load_model(sys.argv[1], dtype='float32', device='cpu', keep_dense=False)\n"

@@ -8,8 +8,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from prunewright.state import InputError
-from prunewright.tools.layers import Layer, find_blocks, find_layers, left_dense, named_blocks
-from prunewright.tools.models import LoadedModel
+from prunewright.tools.model.layers import Layer, find_blocks, find_layers, left_dense, named_blocks
+from prunewright.tools.model.loading import LoadedModel
 
 Load = Callable[..., LoadedModel]
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from prunewright.state import InputError, StoreError
-from prunewright.tools import models
-from prunewright.tools.models import (
+from prunewright.tools.model import loading as models
+from prunewright.tools.model.loading import (
     LoadedModel,
     load_model,
     model_skeleton,

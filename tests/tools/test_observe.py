@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prunewright.tools.layers import Layer
-from prunewright.tools.models import LoadedModel
-from prunewright.tools.observe import ProductObserver, UseObserver
-from prunewright.tools.perplexity import hidden_states
+from prunewright.tools.model.head import hidden_states
+from prunewright.tools.model.layers import Layer
+from prunewright.tools.model.loading import LoadedModel
+from prunewright.tools.model.observe import ProductObserver, UseObserver
 
 Load = Callable[..., LoadedModel]
 

@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 from prunewright.graph import baseline
 from prunewright.graph.cli import app
 from prunewright.state import InputError, StoreError
-from prunewright.tools import packing
-from prunewright.tools.packing import pack_model, unpack_model
+from prunewright.tools.store import packing
+from prunewright.tools.store.packing import pack_model, unpack_model
 
 WEIGHTS = "model.safetensors"
 
@@ -126,7 +126,7 @@ def test_only_pieces_are_in_memory(tmp_path: Path) -> None:
     save_file({"large": values}, tmp_path / "model" / WEIGHTS)
     code = (
         "import resource, sys\n"
-        "from prunewright.tools.packing import pack_model, unpack_model\n"
+        "from prunewright.tools.store.packing import pack_model, unpack_model\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "pack_model(sys.argv[1], sys.argv[2]); unpack_model(sys.argv[2], sys.argv[3])\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)\n"

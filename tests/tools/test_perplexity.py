@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from prunewright.tools import perplexity as module
-from prunewright.tools.models import LoadedModel
-from prunewright.tools.perplexity import (
+from prunewright.tools.model import head as module
+from prunewright.tools.model.head import (
     Head,
     change_with_error,
     hidden_states,
@@ -20,6 +19,7 @@ from prunewright.tools.perplexity import (
     token_losses,
     window_losses,
 )
+from prunewright.tools.model.loading import LoadedModel
 
 Load = Callable[..., LoadedModel]
 

@@ -12,12 +12,8 @@ from torch.nn import functional
 
 from prunewright.state import InputError
 from prunewright.state.profile import COST_DELTAS
-from prunewright.tools import profiling
-from prunewright.tools.criteria import LayerStatistics, fisher, prune_mask
-from prunewright.tools.layers import find_layers
-from prunewright.tools.models import LoadedModel
-from prunewright.tools.perplexity import Head
-from prunewright.tools.profiling import (
+from prunewright.tools.calibration import profiling
+from prunewright.tools.calibration.profiling import (
     build_profile,
     measure_activations,
     measure_gradients,
@@ -26,6 +22,10 @@ from prunewright.tools.profiling import (
     salience_percentile,
     z_scores,
 )
+from prunewright.tools.criteria import LayerStatistics, fisher, prune_mask
+from prunewright.tools.model.head import Head
+from prunewright.tools.model.layers import find_layers
+from prunewright.tools.model.loading import LoadedModel
 
 Load = Callable[..., LoadedModel]
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from prunewright.state import InputError
-from prunewright.tools.questions import hash_questions, load_choices, load_facts, shown_form
+from prunewright.tools.texts.questions import hash_questions, load_choices, load_facts, shown_form
 
 OFFICIAL = {
     "Dataset": "FreebaseQA-dev",

@@ -10,10 +10,10 @@ import transformers
 from torch import Tensor, nn
 
 from prunewright.state import InputError
-from prunewright.tools.layers import find_layers
-from prunewright.tools.models import LoadedModel, load_model
-from prunewright.tools.perplexity import Head, token_losses
-from prunewright.tools.reach import used_layers
+from prunewright.tools.model.head import Head, token_losses
+from prunewright.tools.model.layers import find_layers
+from prunewright.tools.model.loading import LoadedModel, load_model
+from prunewright.tools.model.reach import used_layers
 
 Load = Callable[..., LoadedModel]
 Form = tuple[tuple[int, ...], bool]

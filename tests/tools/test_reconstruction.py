@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prunewright.tools.reconstruction import solve
+from prunewright.tools.solve.reconstruction import solve
 
 
 def problem(

@@ -22,7 +22,7 @@ from prunewright.state import InputError, StoreError
 from prunewright.state.shown import clean
 from prunewright.tools import load_trace
 from prunewright.tools.report import build_report, write_report
-from prunewright.tools.rundir import RunDirectory
+from prunewright.tools.store.rundir import RunDirectory
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from prunewright.state import StoreError
-from prunewright.tools.revisions import DENSE, RevisionStore, pack_layer, unpack_kept
+from prunewright.tools.store.revisions import DENSE, RevisionStore, pack_layer, unpack_kept
 
 
 def unpacked(bits: Tensor, *shape: int) -> Tensor:

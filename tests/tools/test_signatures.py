@@ -1,5 +1,5 @@
 from prunewright.state import Decision, StepRecord
-from prunewright.state.history import Verdict
+from prunewright.state.step import Verdict
 from prunewright.tools.signatures import failure_signatures
 
 

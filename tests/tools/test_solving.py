@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from prunewright.state import InputError
-from prunewright.tools import reconstruction
-from prunewright.tools.blocks import BlockRunner
 from prunewright.tools.criteria import CRITERIA, sparsegpt
-from prunewright.tools.layers import find_blocks
-from prunewright.tools.models import LoadedModel
-from prunewright.tools.perplexity import hidden_states
-from prunewright.tools.solving import Wanted, solve_blocks
+from prunewright.tools.model.head import hidden_states
+from prunewright.tools.model.layers import find_blocks
+from prunewright.tools.model.loading import LoadedModel
+from prunewright.tools.solve import reconstruction
+from prunewright.tools.solve.blocks import BlockRunner
+from prunewright.tools.solve.solving import Wanted, solve_blocks
 
 Loader = Callable[..., LoadedModel]
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from prunewright.state import StoreError
-from prunewright.tools.storage import (
+from prunewright.tools.store.storage import (
     canonical_json,
     read_json,
     sha256_bytes,

@@ -21,8 +21,8 @@ from prunewright.tools.allocation import (
     uniform,
 )
 from prunewright.tools.allocation.counts import Allotment
-from prunewright.tools.perplexity import Progress
-from prunewright.tools.workbench import Workbench
+from prunewright.tools.bench.workbench import Workbench
+from prunewright.tools.model.head import Progress
 
 Allocate = Callable[[Workbench, Progress | None], Allotment]
 """Zeros of each layer for a workbench's target, with what was chosen on the way."""

@@ -10,8 +10,8 @@ from prunewright.state import InputError
 from prunewright.state.config import Options
 from prunewright.tools.allocation.blocks import block_counts, by_block
 from prunewright.tools.allocation.counts import Allotment
-from prunewright.tools.perplexity import Progress
-from prunewright.tools.workbench import Workbench
+from prunewright.tools.bench.workbench import Workbench
+from prunewright.tools.model.head import Progress
 
 _SPREAD = {"magnitude": 0.5, "sparsegpt": 0.2}
 """eps by criterion in the authors' scripts for Llama-2-7B; Wanda's, 0.3, for all others."""

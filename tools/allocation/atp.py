@@ -5,9 +5,9 @@ from pydantic import Field
 from prunewright.state.config import Options
 from prunewright.tools.allocation.blocks import block_counts
 from prunewright.tools.allocation.counts import Allotment
-from prunewright.tools.perplexity import Progress, perplexity
-from prunewright.tools.revisions import DENSE
-from prunewright.tools.workbench import Workbench
+from prunewright.tools.bench.workbench import Workbench
+from prunewright.tools.model.head import Progress, perplexity
+from prunewright.tools.store.revisions import DENSE
 
 
 class AtpOptions(Options):

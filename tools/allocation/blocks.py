@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 
 from prunewright.tools.allocation.counts import Allotment, Bounds, exact_counts
-from prunewright.tools.layers import Layer
-from prunewright.tools.models import LoadedModel
-from prunewright.tools.workbench import Workbench
+from prunewright.tools.bench.workbench import Workbench
+from prunewright.tools.model.layers import Layer
+from prunewright.tools.model.loading import LoadedModel
 
 
 def by_block(loaded: LoadedModel) -> dict[int, list[Layer]]:

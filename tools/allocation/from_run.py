@@ -5,10 +5,10 @@ from pathlib import Path
 from prunewright.state import InputError
 from prunewright.state.config import Options
 from prunewright.tools.allocation.counts import Allotment
-from prunewright.tools.perplexity import Progress
-from prunewright.tools.rundir import RunDirectory
-from prunewright.tools.trace import layer_sparsities, read_story
-from prunewright.tools.workbench import Workbench
+from prunewright.tools.bench.workbench import Workbench
+from prunewright.tools.model.head import Progress
+from prunewright.tools.store.rundir import RunDirectory
+from prunewright.tools.store.trace import layer_sparsities, read_story
 
 NEAR = 0.001
 """How far the run's sparsity may lie from the target."""

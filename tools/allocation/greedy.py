@@ -6,15 +6,15 @@ from itertools import pairwise
 from prunewright.state.config import Options
 from prunewright.tools.allocation.blocks import layer_counts
 from prunewright.tools.allocation.counts import Allotment
-from prunewright.tools.perplexity import Progress
-from prunewright.tools.profiling import (
+from prunewright.tools.bench.workbench import Workbench
+from prunewright.tools.calibration.profiling import (
     crowded_costs,
     crowding_exponent,
     predict_losses,
     statistics_of,
 )
-from prunewright.tools.revisions import DENSE
-from prunewright.tools.workbench import Workbench
+from prunewright.tools.model.head import Progress
+from prunewright.tools.store.revisions import DENSE
 
 WIDTH = 0.025
 """Sparsity of one slice of a layer."""

@@ -5,8 +5,8 @@ import math
 from prunewright.state.config import Options
 from prunewright.tools.allocation.blocks import layer_counts
 from prunewright.tools.allocation.counts import Allotment
-from prunewright.tools.perplexity import Progress
-from prunewright.tools.workbench import Workbench
+from prunewright.tools.bench.workbench import Workbench
+from prunewright.tools.model.head import Progress
 
 
 class UniformOptions(Options):

@@ -11,11 +11,11 @@ from prunewright.tools.evaluation.harness import Quiz, ask
 from prunewright.tools.evaluation.scores import Comparison, TaskScore, compare
 from prunewright.tools.evaluation.windows import kept_losses
 from prunewright.tools.masks import count_zeros
-from prunewright.tools.models import LoadedModel, load_model
-from prunewright.tools.perplexity import Head, Progress, perplexity
-from prunewright.tools.storage import write_json
-from prunewright.tools.texts import load_test_windows
-from prunewright.tools.tokens import embedding_rows
+from prunewright.tools.model.head import Head, Progress, perplexity
+from prunewright.tools.model.loading import LoadedModel, load_model
+from prunewright.tools.model.tokens import embedding_rows
+from prunewright.tools.store.storage import write_json
+from prunewright.tools.texts.windows import load_test_windows
 
 Protocol = Literal["windows", "literature"]
 

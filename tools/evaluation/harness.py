@@ -16,21 +16,21 @@ from pydantic import BaseModel, ConfigDict
 from prunewright.state import InputError
 from prunewright.tools.evaluation.kept import damaged, read_kept
 from prunewright.tools.evaluation.scores import QuestionOutcome, TaskScore, summarize
-from prunewright.tools.models import LoadedModel
-from prunewright.tools.perplexity import Progress
-from prunewright.tools.questions import (
+from prunewright.tools.model.head import Progress
+from prunewright.tools.model.loading import LoadedModel
+from prunewright.tools.store.storage import (
+    canonical_json,
+    sha256_bytes,
+    sha256_file,
+    write_json,
+)
+from prunewright.tools.texts.questions import (
     EMBEDDED,
     ChoiceQuestion,
     Question,
     hash_questions,
     load_choices,
     load_facts,
-)
-from prunewright.tools.storage import (
-    canonical_json,
-    sha256_bytes,
-    sha256_file,
-    write_json,
 )
 
 CHUNK = 32

@@ -6,7 +6,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from prunewright.state import StoreError
-from prunewright.tools.storage import read_json
+from prunewright.tools.store.storage import read_json
 
 Kept = TypeVar("Kept", bound=BaseModel)
 

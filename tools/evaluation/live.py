@@ -7,10 +7,10 @@ from typing import Any
 from lm_eval.api.model import TemplateLM
 
 from prunewright.state import InputError
-from prunewright.tools.continuations import Continuations
-from prunewright.tools.models import LoadedModel
-from prunewright.tools.perplexity import Head
-from prunewright.tools.tokens import check_ids, embedding_rows, start_tokens
+from prunewright.tools.model.continuations import Continuations
+from prunewright.tools.model.head import Head
+from prunewright.tools.model.loading import LoadedModel
+from prunewright.tools.model.tokens import check_ids, embedding_rows, start_tokens
 
 
 class LiveModel(TemplateLM):  # type: ignore[misc]

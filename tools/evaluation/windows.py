@@ -7,9 +7,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from prunewright.tools.evaluation.kept import damaged, read_kept
-from prunewright.tools.models import LoadedModel
-from prunewright.tools.perplexity import Head, Progress, window_losses
-from prunewright.tools.storage import canonical_json, sha256_bytes, write_json
+from prunewright.tools.model.head import Head, Progress, window_losses
+from prunewright.tools.model.loading import LoadedModel
+from prunewright.tools.store.storage import canonical_json, sha256_bytes, write_json
 
 CHUNK = 8
 """Windows whose losses are stored together: what a kill can cost."""

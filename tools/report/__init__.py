@@ -20,13 +20,13 @@ from prunewright.state import InputError, PruneConfig, StoreError
 from prunewright.state.config import BASELINE
 from prunewright.state.metrics import NEGLIGIBLE
 from prunewright.state.shown import clean
-from prunewright.tools.cache import cache_directory
 from prunewright.tools.ending import ended_words
 from prunewright.tools.report.charts import VERDICTS, heat_maps, prediction_chart, step_charts
-from prunewright.tools.rundir import RunDirectory
 from prunewright.tools.signatures import failure_signatures
-from prunewright.tools.storage import remove_unfinished, write_atomic
-from prunewright.tools.trace import Story, read_story
+from prunewright.tools.store.cache import cache_directory
+from prunewright.tools.store.rundir import RunDirectory
+from prunewright.tools.store.storage import remove_unfinished, write_atomic
+from prunewright.tools.store.trace import Story, read_story
 
 FILE = "report.html"
 """Its name in a run directory."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from prunewright.state import LayerProfile, StepRecord
 from prunewright.state.profile import short_name
-from prunewright.tools.trace import Story, accepted_perplexity, layer_sparsities
+from prunewright.tools.store.trace import Story, accepted_perplexity, layer_sparsities
 
 Spec = dict[str, Any]
 

@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from prunewright.state.comparison import DENSE_NAME, Comparison, Summary
+from prunewright.state.study import DENSE_NAME, Comparison, Summary
 from prunewright.tools.report import plotting_script, render_page
 from prunewright.tools.report.charts import Spec
 from prunewright.tools.report.tables import comparison_tables, to_markdown
-from prunewright.tools.storage import write_atomic, write_json
+from prunewright.tools.store.storage import write_atomic, write_json
 
 PLOTS = "plots"
 _SHAPES = [

@@ -3,9 +3,9 @@
 import re
 from dataclasses import dataclass, field
 
-from prunewright.state.comparison import DENSE_NAME, Comparison, Spread
 from prunewright.state.shown import clean, one_line
-from prunewright.tools.comparison import SAME_SPARSITY
+from prunewright.state.study import DENSE_NAME, Comparison, Spread
+from prunewright.tools.study import SAME_SPARSITY
 
 OFF_TARGET = "†"
 """Marks a sparsity that is not the target's."""

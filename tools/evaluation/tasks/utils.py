@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from prunewright.tools.questions import shown_form
+from prunewright.tools.texts.questions import shown_form
 
 Doc = dict[str, Any]
 Likelihood = tuple[float, bool]

@@ -1,0 +1,178 @@
+"""One checked decision: what the agent sees, what it answers, what is wrong with that."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from prunewright.graph.agents import InvalidAnswerError, Observation, Refusal
+from prunewright.graph.agents.base import Agent, quote_name
+from prunewright.state import (
+    AgentError,
+    Decision,
+    DecisionReport,
+    LayerDelta,
+    ModelProfile,
+    PruneContext,
+    PruneRequest,
+    PruneState,
+    Spent,
+    StepRecord,
+    check_decision,
+)
+from prunewright.state.decision import SHOWN, first_problems
+from prunewright.state.secrets import redact, redact_all
+from prunewright.state.step import MAX_REFUSED
+from prunewright.tools.store.rundir import RunDirectory
+
+_log = logging.getLogger("prunewright")
+
+
+def observe(
+    state: PruneState,
+    request: PruneRequest,
+    context: PruneContext,
+    run: RunDirectory,
+    records: Sequence[StepRecord],
+) -> Observation:
+    """What the agent sees at this point of a run; of the earlier steps' records with feedback."""
+    assert state["profile"] is not None
+    return Observation(
+        step=state["step"],
+        steps_left=max(1, context.max_steps - state["step"]),
+        target=request.target,
+        sparsity=state["sparsity"],
+        max_step=request.step,
+        max_delta=request.max_delta,
+        max_layer_sparsity=request.max_layer_sparsity,
+        max_increase=context.guard.max_increase,
+        max_knowledge_drop=context.guard.max_knowledge_drop,
+        criterion=request.criterion,
+        pattern=request.pattern,
+        dense_perplexity=state["dense_perplexity"],
+        perplexity=state["perplexity"],
+        profile=run.read_profile(state["profile"]["path"]),
+        signals=context.signals,
+        history=tuple(records) if context.feedback else (),
+        feedback=context.feedback,
+        prompts=context.prompts,
+        seed=request.seed,
+        thread=run.thread() or "",
+        stalls=state["stalls"],
+    )
+
+
+def ask(name: str, agent: Agent, observation: Observation, *, repairs: int) -> DecisionReport:
+    """One checked decision of an agent, with full layer names; empty after the last refusal."""
+    refusals: list[Refusal] = []
+    notes: list[str] = []
+    before = spent_by(agent)
+    for _ in range(repairs + 1):
+        try:
+            answer = agent.decide(replace(observation, refusals=tuple(refusals)))
+            if not isinstance(answer, Decision):  # of a class of the user's
+                raise AgentError(f"{name} returned a {type(answer).__name__}, not a Decision")
+            decision, problems = check(answer, observation)
+            text = answer.model_dump_json()
+        except InvalidAnswerError as error:
+            problems, text = [str(error)], error.answer
+        notes += getattr(agent, "notes", [])
+        if not problems:
+            break
+        refusals.append(Refusal(text, tuple(problems)))
+        _log.info("%s: an answer was refused: %s", name, redact("; ".join(problems)))
+    else:
+        decision = Decision(reasoning="No valid answer: nothing is pruned.", layers=[], done=False)
+    deltas = {item.name: item.delta for item in decision.layers}
+    after = spent_by(agent)
+    report = DecisionReport(
+        agent=name,
+        decision=decision,
+        predicted_change=observation.profile.predicted_change(deltas) if deltas else None,
+        invalid_answers=["; ".join(refusal.problems) for refusal in refusals],
+        refused_answers=[_kept(refusal.answer) for refusal in refusals],
+        repairs=min(len(refusals), repairs),
+        notes=notes,
+        calls=after.calls - before.calls,
+        tokens=after.tokens - before.tokens,
+        probes=observation.probes.reports if observation.probes else [],
+    )
+    # A server knows the key, and what it says is stored.
+    return DecisionReport.model_validate(redact_all(report.model_dump()))
+
+
+def _kept(answer: str) -> str:
+    """A refused answer as it may be stored: bounded, without keys and lone surrogates."""
+    return redact(answer)[:MAX_REFUSED].encode("utf-8", "replace").decode()
+
+
+def check(answer: Decision, observation: Observation) -> tuple[Decision, list[str]]:
+    """The answer layer by layer with full names, and what is wrong with it."""
+    decision, problems = expand(answer, observation.profile)
+    decision = whole_deltas(decision, observation)
+    problems += check_decision(
+        decision,
+        observation.room(),
+        {p.name: p.pruned for p in observation.profile.layers},
+        {p.name: p.parameters for p in observation.profile.layers},
+        max_delta=observation.max_delta,
+        max_step=observation.budget,
+        fixed=observation.fixed_deltas(),
+    )
+    return decision, problems
+
+
+def whole_deltas(decision: Decision, observation: Observation) -> Decision:
+    """With a pattern, its sparsity as a delta means the whole layer, whatever that adds to it.
+
+    A layer that has zeros of its own adds less.
+    """
+    fixed, whole = observation.fixed_deltas() or {}, observation.pattern_sparsity or 0.0
+
+    def settled(item: LayerDelta) -> LayerDelta:
+        delta = fixed.get(item.name, 0.0)
+        if not delta or abs(item.delta - math.copysign(whole, delta)) > SHOWN:
+            return item
+        return LayerDelta(name=item.name, delta=delta)
+
+    return decision.model_copy(update={"layers": [settled(item) for item in decision.layers]})
+
+
+def spent_by(agent: Agent) -> Spent:
+    """What an agent has spent so far; one that asks no LLM counts nothing."""
+    return Spent(calls=getattr(agent, "calls", 0), tokens=getattr(agent, "tokens", 0))
+
+
+def expand(decision: Decision, profile: ModelProfile) -> tuple[Decision, list[str]]:
+    """The decision layer by layer with full names, and what is wrong with its groups.
+
+    A group is taken by its block numbers, both included: the first and the last must hold the
+    projection; blocks between them that do not (hybrid models) have nothing to give.
+    """
+    full = {p.short_name: p.name for p in profile.layers}
+    blocks: dict[str, dict[int, str]] = {}
+    for layer in profile.layers:
+        blocks.setdefault(layer.projection, {})[layer.block] = layer.name
+    layers = [
+        LayerDelta(name=full.get(item.name, item.name), delta=item.delta)
+        for item in decision.layers
+    ]
+    problems = []
+    for group in decision.groups:
+        words = f"group {group.projection[:80]!r} from {group.first} to {group.last}"
+        held = blocks.get(group.projection)
+        if held is None:
+            known = [quote_name(name) for name in blocks]
+            more = f" and {len(known) - 20} more" if len(known) > 20 else ""
+            problems.append(f"{words}: no such projection; known: {', '.join(known[:20])}{more}")
+        elif group.first > group.last:
+            problems.append(f"{words}: from must not be above to")
+        elif missing := {group.first, group.last} - set(held):
+            problems.append(f"{words}: block {min(missing)} does not hold it")
+        else:
+            layers += [
+                LayerDelta(name=name, delta=group.delta)
+                for block, name in sorted(held.items())
+                if group.first <= block <= group.last
+            ]
+    return decision.model_copy(update={"layers": layers, "groups": []}), first_problems(problems)

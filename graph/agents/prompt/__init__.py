@@ -1,0 +1,1 @@
+"""What an LLM is told of a step: the templates, and the words and tables that fill them."""

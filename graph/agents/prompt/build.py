@@ -1,0 +1,193 @@
+"""The prompt of one step: rules, state and table, then what was refused and why."""
+
+import functools
+import itertools
+import math
+import traceback
+from pathlib import Path
+from typing import Any
+
+from jinja2 import (
+    BaseLoader,
+    ChoiceLoader,
+    FileSystemLoader,
+    PackageLoader,
+    StrictUndefined,
+    TemplateSyntaxError,
+)
+from jinja2.sandbox import SandboxedEnvironment
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
+
+from prunewright.graph.agents.base import Observation
+from prunewright.graph.agents.prompt.feedback import (
+    compile_feedback,
+    last_changes,
+    last_measured,
+    percent,
+)
+from prunewright.graph.agents.prompt.table import MAX_ROWS, shown_layers, table
+from prunewright.state import InputError
+from prunewright.state.decision import MAX_LESSON, MAX_LESSONS
+
+__all__ = ["MAX_ROWS", "check_prompts", "floor_digits", "prompt", "shown_layers"]
+
+FILES = ("system.md", "step.md")
+"""The templates: the rules, which stay the same over a run, and the state at one step."""
+
+
+_SAMPLE: dict[str, Any] = {
+    "criterion": "wanda",
+    "max_increase": 0.15,
+    "max_delta": 0.15,
+    "max_layer_sparsity": 0.9,
+    "max_lessons": MAX_LESSONS,
+    "max_lesson": MAX_LESSON,
+    "step": 2,
+    "steps": 40,
+    "steps_left": 38,
+    "target": 0.45,
+    "sparsity": 0.1,
+    "pace": 0.01,
+    "budget": "0.05",
+    "dense_perplexity": 20.0,
+    "table": "name | share",
+}
+# What is empty, or None, without feedback or before the first step.
+_FORMS: dict[str, tuple[Any, ...]] = {
+    "pattern": (None, "2:4"),
+    "signals": ([], ["z_s", "z_g"], ["z_s", "z_g", "z_c"]),
+    "feedback": (True, False),
+    "perplexity": (None, 21.0),
+    "max_knowledge_drop": (None, 0.5),
+    "last_change": ("", "+1.2 ± .10 %"),
+    "gradient_age": (None, 1),
+    "history": ("", "step gained"),
+    "lessons": ([], ["a lesson"]),
+}
+
+
+def prompt(observation: Observation, rows: int = MAX_ROWS) -> list[BaseMessage]:
+    """The messages of one step: rules, state and table, then refused answers and why.
+
+    Nothing of a signal that is hidden stands in them, and without feedback nothing of what
+    earlier steps came to.
+
+    Args:
+        observation: what the agent may see.
+        rows: layers shown at most.
+
+    Raises:
+        InputError: a template of the user's cannot be rendered.
+    """
+    values = _values(observation, rows)
+    system, step = (_render(name, observation.prompts, values) for name in FILES)
+    messages: list[BaseMessage] = [SystemMessage(system), HumanMessage(step)]
+    for refusal in observation.refusals:
+        if refusal.answer:
+            messages.append(AIMessage(refusal.answer[:20_000]))
+        problems = "\n".join(f"- {problem}" for problem in refusal.problems)
+        messages.append(
+            HumanMessage(
+                f"That answer was refused and nothing was pruned:\n{problems}\n"
+                "Answer again with a whole, corrected JSON object."
+            )
+        )
+    return messages
+
+
+def check_prompts(folder: str | None) -> None:
+    """Refuse templates of the user's that cannot work, before anything costs time.
+
+    They are rendered for samples: with and without feedback, signals and earlier steps.
+
+    Args:
+        folder: theirs; None is the project's own, which work.
+
+    Raises:
+        InputError: no such folder, neither template in it, or an error in one, with its line.
+    """
+    if folder is None:
+        return
+    if not Path(folder).is_dir():
+        raise InputError(f"prompts: {folder} is no folder")
+    if not any((Path(folder) / name).is_file() for name in FILES):
+        raise InputError(f"prompts: {folder} holds neither {' nor '.join(FILES)}")
+    for changes in itertools.product(*([(key, v) for v in vs] for key, vs in _FORMS.items())):
+        values = _SAMPLE | dict(changes)
+        values["fixed_delta"] = 0.5 if values["pattern"] else None
+        for name in FILES:
+            _render(name, folder, values)
+
+
+def floor_digits(value: float, digits: int = 4) -> str:
+    """A bound as it may be shown: rounded down, so that who keeps to it is not refused."""
+    if value <= 0:
+        return "0"
+    scale = 10.0 ** (digits - 1 - math.floor(math.log10(value)))
+    return f"{math.floor(value * scale + 1e-6) / scale:.{digits}g}"
+
+
+def _values(o: Observation, rows: int) -> dict[str, Any]:
+    """What a template may use, as docs/prompts.md tells."""
+    last = last_measured(o)
+    return {
+        "criterion": o.criterion,
+        "signals": list(o.signals),
+        "feedback": o.feedback,
+        "max_increase": o.max_increase,
+        "max_knowledge_drop": o.max_knowledge_drop,
+        "pattern": None if o.pattern_sparsity is None else o.pattern,
+        "fixed_delta": o.pattern_sparsity,
+        "max_delta": o.max_delta,
+        "max_layer_sparsity": o.max_layer_sparsity,
+        "max_lessons": MAX_LESSONS,
+        "max_lesson": MAX_LESSON,
+        "step": o.step + 1,
+        "steps": o.step + o.steps_left,
+        "steps_left": o.steps_left - 1,
+        "target": o.target,
+        "sparsity": o.sparsity,
+        "pace": o.pace,
+        "budget": floor_digits(o.budget),
+        "dense_perplexity": o.dense_perplexity,
+        "perplexity": o.perplexity if o.feedback else None,
+        "last_change": f"{percent(last.change)} ± {percent(last.change_stderr).lstrip('+')} %"
+        if last
+        else "",
+        "gradient_age": o.gradient_age if {"z_g", "z_c"} & set(o.signals) else None,
+        "history": compile_feedback(o),
+        "lessons": [" ".join(lesson.split()) for lesson in o.lessons] if o.feedback else [],
+        "table": table(o, last_changes(o), rows),
+    }
+
+
+def _render(name: str, folder: str | None, values: dict[str, Any]) -> str:
+    try:
+        return _environment(folder).get_template(name).render(**values).strip()
+    except Exception as error:  # a template may do whatever the sandbox allows
+        # Jinja rewrites the traceback: its frames in templates have the template's own lines.
+        frames = [
+            (frame.filename, frame.lineno)
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename.endswith(".md")
+        ]
+        if isinstance(error, TemplateSyntaxError):
+            frames.append((error.filename or name, error.lineno))
+        file, line = frames[-1] if frames else (str(Path(folder or "") / name), None)
+        where = f"{file}, line {line}" if line else file
+        raise InputError(f"prompts: {where}: {type(error).__name__}: {error}") from error
+
+
+@functools.cache
+def _environment(folder: str | None) -> SandboxedEnvironment:
+    loaders: list[BaseLoader] = [PackageLoader("prunewright.graph.agents.prompt", "")]
+    if folder is not None:
+        loaders.insert(0, FileSystemLoader(folder))
+    return SandboxedEnvironment(
+        loader=ChoiceLoader(loaders),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # Who edits templates while a run goes on finds each change in the next step.
+        cache_size=0 if folder else 400,
+    )

@@ -1,0 +1,133 @@
+"""What the earlier steps came to, in words, for the next decision."""
+
+from collections.abc import Sequence
+from statistics import median
+
+from prunewright.graph.agents.base import Observation, quote_name
+from prunewright.graph.agents.prompt.table import by_blocks, with_heads
+from prunewright.graph.correction import ALL, DEPTHS, depth_of, ratios
+from prunewright.state import StepRecord
+from prunewright.state.shown import one_line
+
+ROLLBACKS = 2
+"""Rolled-back steps whose layers and deltas are told: the latest."""
+ITEMS = 24
+"""Groups of layers named of one step."""
+
+
+def compile_feedback(observation: Observation) -> str:
+    """All that an LLM is told of its earlier steps; "" without feedback or before the first.
+
+    A line a step; of the latest rollbacks and the last step also the layers with their deltas,
+    of the last step the agent's own reasoning; what was measured over what was predicted, by
+    projection and by depth. Of predicted costs only where the signals hold z_c.
+    """
+    records = observation.history
+    if not observation.feedback or not records:
+        return ""
+    costs = "z_c" in observation.signals
+    lines = _table(records, costs)
+    for record in [r for r in records if r.verdict == "rolled_back"][-ROLLBACKS:]:
+        why = f"Step {record.step + 1} was rolled back: {one_line(record.reason, 300)}."
+        lines.append(f"{why} It was {_layers(observation, record)}")
+    lines += _last(observation, records[-1])
+    if costs:
+        lines += _ratios(observation, ratios(records))
+    return "\n".join(lines)
+
+
+def last_changes(observation: Observation) -> dict[str, str]:
+    """Step, from 1, that last changed each layer, with an x if it was rolled back."""
+    found: dict[str, str] = {}
+    for record in observation.history if observation.feedback else ():
+        mark = "x" if record.verdict == "rolled_back" else ""
+        found |= dict.fromkeys(record.applied, f"{record.step + 1}{mark}")
+    return found
+
+
+def last_measured(observation: Observation) -> StepRecord | None:
+    """The last step whose perplexity was measured; None without feedback."""
+    records = observation.history if observation.feedback else ()
+    return next((r for r in reversed(records) if r.change is not None), None)
+
+
+def percent(value: float | None) -> str:
+    """A fraction in per cent, signed, with two or three digits; "-" for None."""
+    if value is None:
+        return "-"
+    value *= 100
+    digits = 2 if abs(value) < 0.995 else 1 if abs(value) < 9.95 else 0
+    return f"{value:+.{digits}f}".replace("+0.", "+.").replace("-0.", "-.")
+
+
+def _table(records: Sequence[StepRecord], costs: bool) -> list[str]:
+    noise = [r.change_stderr for r in records if r.change_stderr is not None]
+    error = f", within {percent(median(noise)).lstrip('+')} or so" if noise else ""
+    head = f"step gained change{' predicted' if costs else ''}"
+    title = (
+        "Earlier steps, in per cent: sparsity that the model gained, change of the perplexity"
+        f"{error}{', predicted by the costs' if costs else ''}:"
+    )
+    lines = []
+    for r in records:
+        if r.verdict == "empty":
+            lines.append(f"{r.step + 1} nothing was pruned: {one_line(r.reason, 200)}")
+            continue
+        cells = [str(r.step + 1), percent(_gained(r)), percent(r.change)]
+        cells += [percent(r.predicted_change)] if costs else []
+        cells += [_facts(r)] if r.candidate_knowledge is not None else []
+        cells += ["rolled back"] if r.verdict == "rolled_back" else []
+        lines.append(" ".join(cells))
+    return [title, *with_heads(head, lines, 10)]
+
+
+def _facts(record: StepRecord) -> str:
+    """How the log-probability of the right answers to the facts stood to the dense model's."""
+    assert record.candidate_knowledge is not None
+    assert record.knowledge_dense is not None
+    return f"facts {record.candidate_knowledge - record.knowledge_dense:+.3f} nats"
+
+
+def _gained(record: StepRecord) -> float | None:
+    """Sparsity that the step added to the model; None if it was rolled back."""
+    accepted = record.verdict == "accepted"
+    return record.sparsity - record.sparsity_before if accepted else None
+
+
+def _last(observation: Observation, record: StepRecord) -> list[str]:
+    lines = []
+    if record.applied and record.verdict == "accepted":
+        lines.append(f"The last step was {_layers(observation, record)}")
+    if record.decision.expected_ppl_change is not None:
+        lines.append(f"You expected {percent(record.decision.expected_ppl_change)} % of it.")
+    if record.review is not None and record.review.verdict == "rejected":
+        words = one_line(record.review.words, 1000)
+        return [*lines, f"A person rejected your last decision: {words}"]
+    if record.review is not None and record.review.verdict == "edited":
+        lines.append("A person edited your decision before it was applied.")
+    if record.decision.reasoning:
+        lines.append(f"Your reasoning then: {one_line(record.decision.reasoning, 300)}")
+    return lines
+
+
+def _layers(observation: Observation, record: StepRecord) -> str:
+    shown = {name: f"{delta:+.3f}".replace("0.", ".") for name, delta in record.applied.items()}
+    return by_blocks(observation.profile.layers, shown, ITEMS)
+
+
+def _ratios(observation: Observation, found: dict[str, tuple[float, float]]) -> list[str]:
+    """Measured over predicted cost: overall, by projection and by depth, with its error."""
+    if not found:
+        return []
+    blocks = 1 + max(p.block for p in observation.profile.layers)
+    spans = {depth: [b for b in range(blocks) if depth_of(b, blocks) == depth] for depth in DEPTHS}
+    names = {depth: f"blocks {span[0]}-{span[-1]}" for depth, span in spans.items() if span}
+    kinds = sorted(found.keys() - {ALL, *DEPTHS})
+    groups = [(quote_name(kind), kind) for kind in kinds]
+    groups += [(name, depth) for depth, name in names.items() if depth in found]
+    parts = [f"{name} {found[kind][0]:.2f} ± {found[kind][1]:.2f}" for name, kind in groups]
+    overall, error = found[ALL]
+    return [
+        f"Measured over predicted cost, of all steps: {overall:.2f} ± {error:.2f}; "
+        + ", ".join(parts)
+    ]

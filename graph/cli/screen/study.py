@@ -1,0 +1,61 @@
+"""What `prunewright compare` prints."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from prunewright.graph.cli.screen.console import LABELS, Live, Screen, duration, one_line
+from prunewright.state.shown import clean
+from prunewright.state.study import CellResult, Scores
+from prunewright.tools.report.tables import Table
+
+_CELL_STYLES = {"done": "green", "cached": "green", "failed": "red"}
+
+
+class Cells(Live):
+    """The live part of a comparison: a line a cell, and what the one at work is doing."""
+
+    def __init__(self, screen: Screen) -> None:
+        super().__init__(screen)
+        self._name = ""
+        self.say("reading the model and the texts")
+
+    def on_event(self, mode: str, event: dict[str, Any]) -> None:
+        """Take an event of `compare`."""
+        if mode != "cell":
+            if "progress" in event:
+                part = event["progress"]
+                label = LABELS.get(part["label"], part["label"])
+                self.progress(f"{self._name}: {label}", part["done"], part["total"])
+        elif event["state"] == "running":
+            self._name = clean(f"cell {event['number']} of {event['of']}, {event['cell']}")
+            self.say(self._name)
+        else:
+            number = f"cell {event['number']:>3} of {event['of']}  "
+            style = _CELL_STYLES[event["state"]]
+            if event["number"] == event["of"]:
+                self.say("drawing the plots")
+            words = _cell_words(event["result"]) if event["result"] else event["error"]
+            self.screen.line(
+                number, (f"{event['state']:<8}", style), f"{event['cell']}  {one_line(words, 300)}"
+            )
+
+
+def _cell_words(result: CellResult | Scores) -> str:
+    """What a cell came to, in a line."""
+    if isinstance(result, Scores):
+        scores, ended = result, ""
+    else:
+        scores = result.scores
+        ended = f"sparsity {result.sparsity:.4f}  {duration(result.seconds)}  "
+    texts = (f"{name} {score.perplexity:.3f}" for name, score in scores.texts.items())
+    return f"{ended}perplexity {', '.join(texts)}"
+
+
+def print_tables(screen: Screen, tables: Iterable[Table]) -> None:
+    """The tables of a comparison, with their notes."""
+    for table in tables:
+        screen.line()
+        screen.line((table.title, "bold"))
+        screen.table(table.columns, table.rows, left=table.left)
+        for note in table.notes:
+            screen.line(note)

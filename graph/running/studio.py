@@ -1,0 +1,129 @@
+"""What `langgraph.json` names: the graph for LangGraph's server, and where its threads are kept."""
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
+from langgraph.runtime import Runtime
+from pydantic import ConfigDict, Field, ValidationError
+
+from prunewright.graph.agents import check_agent
+from prunewright.graph.builder import build_graph
+from prunewright.graph.nodes import Node, run_directory
+from prunewright.graph.running.checkpoints import serve_checkpoints
+from prunewright.graph.running.stopping import call_cancellable
+from prunewright.graph.running.tracing import labelled
+from prunewright.state import (
+    InputError,
+    PruneContext,
+    PruneRequest,
+    PruneState,
+    PruneUpdate,
+    PrunewrightError,
+)
+from prunewright.state.config import CriterionName
+
+DATABASE_VARIABLE = "PRUNEWRIGHT_STUDIO_DB"
+"""Environment variable that says where the server keeps its threads."""
+DATABASE = "runs/studio/state.sqlite"
+
+_NODES = {
+    "criterion": "profile",
+    "agent": "agent_decide",
+    "agent_options": "agent_decide",
+    "asking": "agent_decide",
+    "feedback": "agent_decide",
+    "signals": "agent_decide",
+    "probes": "agent_decide",
+    "prompts": "agent_decide",
+    "guard": "evaluate_ppl",
+    "max_steps": "reflect",
+    "max_stalls": "reflect",
+}
+"""The node at which Studio offers a key of the context."""
+
+
+def _offer_at_nodes(schema: dict[str, Any]) -> None:
+    for name in ("allocation", "allocation_options"):  # a baseline's
+        schema["properties"].pop(name)
+    for name, node in _NODES.items():
+        schema["properties"][name]["langgraph_nodes"] = [node]
+
+
+class RunError(RuntimeError):
+    """A `PrunewrightError` for a client: of others than Python's own the server hides the words."""
+
+
+class StudioContext(PruneContext):
+    """Who decides and how, and what an assistant brings to the runs that it starts."""
+
+    model_config = ConfigDict(json_schema_extra=_offer_at_nodes)
+
+    criterion: CriterionName | None = Field(
+        None, description="the criterion of runs that this assistant starts; null: the request's"
+    )
+
+
+def served(node: Node) -> Callable[[PruneState, Runtime[StudioContext]], Awaitable[PruneUpdate]]:
+    """The node as the server runs it: in a thread that a cancelled run stops.
+
+    While it works, the run's directory is locked against other processes.
+    """
+
+    def work(state: PruneState, runtime: Runtime[StudioContext]) -> PruneUpdate:
+        given = runtime.context or StudioContext()
+        context = PruneContext(**given.model_dump(exclude={"criterion"}))
+        plain = cast("Runtime[PruneContext]", runtime).override(context=context)
+        directory = run_directory(plain)
+        try:
+            with directory.locked():
+                try:
+                    if state.get("status", "running") != "running":
+                        raise InputError(
+                            f"the run of this thread has ended ({state['status']}): start a new "
+                            "thread, or fork from an earlier checkpoint"
+                        )
+                    if "revision" not in state:
+                        check_agent(context)
+                        if given.criterion is not None:
+                            request = {**dict(state["request"]), "criterion": given.criterion}
+                            state = {**state, "request": request}
+                    with _traced(state, context):
+                        return node(state, plain)
+                except Exception:
+                    directory.abandon()
+                    raise
+        except PrunewrightError as error:
+            raise RunError(str(error)) from error
+
+    async def wrapper(state: PruneState, runtime: Runtime[StudioContext]) -> PruneUpdate:
+        return await call_cancellable(partial(work, state, runtime))
+
+    return wrapper
+
+
+def _traced(state: PruneState, context: PruneContext) -> AbstractContextManager[None]:
+    """Labels for the node's traces; a request that the node will refuse has none."""
+    try:
+        return labelled(PruneRequest.model_validate(state["request"]), context)
+    except ValidationError:
+        return nullcontext()
+
+
+@asynccontextmanager
+async def checkpointer() -> AsyncIterator[AsyncSqliteSaver]:
+    """The server's checkpoints, in a file that outlives it.
+
+    The file is `DATABASE`, below the folder that the server was started in, or what the variable
+    `DATABASE_VARIABLE` names.
+    """
+    path = Path(os.environ.get(DATABASE_VARIABLE) or DATABASE)
+    async with serve_checkpoints(path) as saver:
+        yield saver
+
+
+graph = build_graph(wrap=served, context=StudioContext)

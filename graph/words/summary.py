@@ -1,0 +1,50 @@
+"""What a node did, in words for whoever watches the state, in Studio or elsewhere."""
+
+from prunewright.graph.cli.screen.console import layers_words, step_line
+from prunewright.state import DecisionReport, ModelProfile, StepRecord
+from prunewright.state.shown import clean
+
+_NAMED = 3
+
+
+def profile_words(step: int, profile: ModelProfile) -> str:
+    """What the profile came to."""
+    cheapest = sorted(profile.layers, key=lambda layer: (layer.z_c, layer.name))[:_NAMED]
+    named = ", ".join(f"{p.short_name} z_c {p.z_c:+.2f}" for p in cheapest)
+    return clean(f"step {step + 1}: {len(profile.layers)} layers profiled, cheapest {named}")
+
+
+def decision_words(report: DecisionReport) -> str:
+    """Who chose what."""
+    deltas = {item.name: item.delta for item in report.decision.layers}
+    if not deltas:
+        return clean(f"{report.agent} chose no layer")
+    predicted = report.predicted_change
+    tail = "" if predicted is None else f", predicted {predicted:+.2%} perplexity"
+    return clean(f"{report.agent} chose {layers_words(deltas)}{tail}")
+
+
+def applied_words(applied: dict[str, float], before: float, after: float | None) -> str:
+    """What was pruned."""
+    if after is None:
+        return "nothing was pruned"
+    return clean(f"{layers_words(applied)}: sparsity {before:.4f} to {after:.4f}")
+
+
+def evaluated_words(before: float, after: float, reason: str) -> str:
+    """What the guard measured and decided.
+
+    Args:
+        before: perplexity of the accepted revision.
+        after: the candidate's.
+        reason: why the candidate is rolled back; "" if it is accepted.
+    """
+    return f"perplexity {before:.3f} to {after:.3f}, " + (
+        f"to be rolled back: {reason}" if reason else "accepted"
+    )
+
+
+def step_words(record: StepRecord) -> str:
+    """The whole step in a line."""
+    parts = (part if isinstance(part, str) else part[0] for part in step_line(record))
+    return clean(" ".join("".join(parts).split()))

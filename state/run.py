@@ -1,0 +1,120 @@
+"""The graph's state: plain Python only, small enough to be stored at every superstep."""
+
+from typing import Annotated, Any, Literal
+
+from typing_extensions import TypedDict
+
+from prunewright.state.config import PruneRequest
+from prunewright.state.step import StepSummary
+
+Status = Literal["running", "target_reached", "max_steps", "stalled"]
+
+STATUS_WORDS: dict[Status, str] = {
+    "running": "still running",
+    "target_reached": "the target sparsity is reached",
+    "max_steps": "max_steps is used up before the target",
+    "stalled": "too many steps in a row came to nothing",
+}
+"""Each status in short; what a run's steps add to it, `prunewright.tools.ending` says."""
+
+TOLERANCE = 0.001
+"""Distance from the target sparsity that counts as reached."""
+
+
+def add_up(left: dict[str, float], right: dict[str, float]) -> dict[str, float]:
+    """Reducer: the sums, key by key."""
+    return {key: left.get(key, 0) + right.get(key, 0) for key in left | right}
+
+
+class Knowledge(TypedDict):
+    """Mean log-probability of the right answers to the facts, nats a token."""
+
+    dense: float
+    accepted: float
+    revision: str
+    """The accepted revision that it was measured at."""
+    facts: str
+    """sha256 of the facts."""
+
+
+class PruneInput(TypedDict):
+    """What starts a run."""
+
+    request: PruneRequest
+
+
+class PruneState(TypedDict):
+    """All that is checkpointed. Revisions and files are named, never contained."""
+
+    summary: str
+    """What the last node did, in words for whoever watches."""
+    request: dict[str, Any]
+    step: int
+    status: Status
+    revision: str
+    """The accepted revision."""
+    sparsity: float
+    perplexity: float
+    """Guard perplexity of the accepted revision."""
+    guard_losses: list[float]
+    """Its mean loss on each guard window, nats a token."""
+    dense_perplexity: float
+    gradient_revision: str
+    """The revision at which gradients were last taken."""
+    gradient_step: int
+    """Index of the step at which they were."""
+    profile: dict[str, Any] | None
+    """``path`` of the full profile in the run directory; a compact ``table`` until the decision."""
+    decision: dict[str, Any] | None
+    """The agent's, until it is applied."""
+    candidate: str | None
+    candidate_sparsity: float | None
+    candidate_perplexity: float | None
+    candidate_losses: list[float]
+    knowledge: Knowledge | None
+    """As last measured. Absent, like the candidate's, while the guard never bounded it."""
+    candidate_knowledge: float | None
+    """The candidate's; None: not measured, or not finite."""
+    applied: str
+    """Path of the step's `AppliedDecision` in the run directory: too large for every checkpoint."""
+    rollback_reason: str
+    rollbacks: int
+    stalls: int
+    """Rollbacks and empty decisions in a row."""
+    history: list[StepSummary]
+    """The latest steps; the record of each names that of the step before."""
+    seconds: Annotated[dict[str, float], add_up]
+    """Wall time by node."""
+    tokens: Annotated[dict[str, float], add_up]
+    """Tokens scored (calibration, guard) and exchanged with the LLM."""
+
+
+class PruneUpdate(TypedDict, total=False):
+    """What a node returns: a part of `PruneState`."""
+
+    summary: str
+    request: dict[str, Any]
+    step: int
+    status: Status
+    revision: str
+    sparsity: float
+    perplexity: float
+    guard_losses: list[float]
+    dense_perplexity: float
+    gradient_revision: str
+    gradient_step: int
+    profile: dict[str, Any] | None
+    decision: dict[str, Any] | None
+    candidate: str | None
+    candidate_sparsity: float | None
+    candidate_perplexity: float | None
+    candidate_losses: list[float]
+    knowledge: Knowledge | None
+    candidate_knowledge: float | None
+    applied: str
+    rollback_reason: str
+    rollbacks: int
+    stalls: int
+    history: list[StepSummary]
+    seconds: dict[str, float]
+    tokens: dict[str, float]

@@ -1,0 +1,1 @@
+"""The live model of a process, with the weights of any revision."""

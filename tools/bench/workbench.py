@@ -1,0 +1,572 @@
+"""The live model of a process, brought to whichever revision a node needs."""
+
+import ctypes
+import random
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from prunewright.state import InputError, PruneRequest, StoreError, parse_pattern
+from prunewright.state.profile import ModelProfile
+from prunewright.tools.calibration.profiling import (
+    Activations,
+    Gradients,
+    build_profile,
+    measure_activations,
+    measure_gradients,
+    statistics_of,
+)
+from prunewright.tools.criteria import CRITERIA, prune_mask
+from prunewright.tools.masks import INTEGERS, count_zeros, nm_count
+from prunewright.tools.model.continuations import answer_scores, fact_tokens
+from prunewright.tools.model.head import Head, Progress, window_losses
+from prunewright.tools.model.layers import Layer
+from prunewright.tools.model.loading import LoadedModel, load_model
+from prunewright.tools.model.tokens import embedding_rows
+from prunewright.tools.solve.blocks import BlockRunner, BlockTokens
+from prunewright.tools.solve.solving import Wanted, solve_blocks, solves
+from prunewright.tools.store.revisions import Manifest, RevisionStore, StoredLayer, unpack_kept
+from prunewright.tools.store.standing import setting_files
+from prunewright.tools.texts.questions import hash_questions, load_facts
+from prunewright.tools.texts.windows import EMBEDDED, Windows, load_windows
+
+
+class Workbench:
+    """A loaded model with its texts; knows which revision its weights are at.
+
+    All that it computes is a function of the request and a revision: what is remembered here
+    only saves time, and a process that starts anew computes the same again.
+    """
+
+    def __init__(self, request: PruneRequest) -> None:
+        self.request = request
+        self.loaded: LoadedModel = load_model(
+            request.model,
+            dtype=request.dtype,
+            device=request.device,
+            trust_remote_code=request.trust_remote_code,
+        )
+        _own_memory(self.loaded)
+        self.loaded.check_length(request.texts.windows.length)
+        self._rows = embedding_rows(self.loaded.model)
+        self.windows: Windows = load_windows(
+            request.texts, self.loaded.tokenizer, request.seed, rows=self._rows
+        )
+        self._stamps = _stamps(request, self.loaded.directory)
+        self.head = Head(self.loaded.model)
+        self.store = RevisionStore(Path())
+        self._at: Manifest = {}
+        self._zeros = {
+            name: count_zeros(self.loaded.weight(ly)) for name, ly in self.loaded.layers.items()
+        }
+        self.dense_zeros = dict(self._zeros)
+        """Number of exact zeros that each layer has in the dense model: no mask takes them away."""
+        self._pattern_gains: dict[str, int] | None = None
+        self._counted: dict[tuple[str, str | None], int] = {
+            (name, None): zeros for name, zeros in self._zeros.items()
+        }
+        """Zeros of a layer by the mask that it had: a rollback need not count them again."""
+        uses = ("calibration", "gradient", "solve", "guard", "probe", "allocation", "test")
+        self.tokens = dict.fromkeys(uses, 0)
+        """Tokens run through the model so far, by use."""
+        self._activations: tuple[str, Activations] | None = None
+        self._gradients: tuple[str, Gradients] | None = None
+        self._facts: tuple[str, list[tuple[list[int], list[int]]]] | None = None
+
+    @property
+    def stale(self) -> bool:
+        """Whether a file that the model or a local text was read from has changed since."""
+        return self._stamps != _stamps(self.request, self.loaded.directory)
+
+    def sync(self, revision: str) -> None:
+        """Bring the live weights to a revision, touching only the layers that differ.
+
+        Raises:
+            StoreError: a manifest or mask is missing or damaged, or of another model; the weights
+                stay as they were.
+        """
+        target = self.store.manifest(revision)
+        if unknown := set(target) - set(self.loaded.layers):
+            raise StoreError(
+                f"revision {revision} belongs to another model: it prunes {min(unknown)}, which "
+                f"{self.request.model} does not have"
+            )
+        layers = [ly for n, ly in self.loaded.layers.items() if target.get(n) != self._at.get(n)]
+        # All of them read and checked before any weight changes.
+        stored = {
+            layer.name: self._stored(target[layer.name], layer)
+            for layer in layers
+            if layer.name in target
+        }
+        largest = max((self.loaded.weight(layer).nbytes for layer in layers), default=0)
+        scratch = torch.empty(largest, dtype=torch.uint8)
+        for layer, dense in zip(layers, self.loaded.dense_layers(layers), strict=True):
+            digest, weight = target.get(layer.name), self.loaded.weight(layer)
+            self._at[layer.name] = ""  # should this be interrupted, the next sync mends it
+            if digest is None:
+                weight.copy_(dense)
+            else:
+                _write_stored(weight, dense, stored.pop(layer.name), scratch)
+            key = (layer.name, digest)
+            if key not in self._counted:
+                self._counted[key] = count_zeros(weight)
+            self._zeros[layer.name] = self._counted[key]
+            if digest is None:
+                self._at.pop(layer.name)
+            else:
+                self._at[layer.name] = digest
+
+    def _stored(self, digest: str, layer: Layer) -> StoredLayer:
+        found, dtype = self.store.read(digest, layer.shape), self.loaded.weight(layer).dtype
+        if found.kept is not None and found.kept.dtype != dtype:
+            raise StoreError(
+                f"the weights that a revision holds of {layer.name} are {found.kept.dtype}, and "
+                f"they are loaded as {dtype}"
+            )
+        return found
+
+    def sparsities(self) -> dict[str, float]:
+        """Fraction of exact zeros of each layer's live weights."""
+        return {n: self._zeros[n] / ly.numel for n, ly in self.loaded.layers.items()}
+
+    def sparsity(self) -> float:
+        """Fraction of exact zeros over all prunable weights."""
+        return sum(self._zeros.values()) / self.loaded.prunable
+
+    def zeros(self) -> dict[str, int]:
+        """Number of exact zeros of each layer's live weights."""
+        return dict(self._zeros)
+
+    def pattern_gains(self) -> dict[str, int]:
+        """Weights that the N:M pattern takes from each layer whose inputs divide into groups.
+
+        What is zero in the dense model is not taken, so a layer that has the pattern there gives
+        none.
+        """
+        pattern = parse_pattern(self.request.pattern)
+        if pattern is None:
+            return {}
+        if self._pattern_gains is None:
+            keep_n, group_m = pattern
+            self._pattern_gains = {
+                name: nm_count(layer.matrix(self.loaded.dense(layer)), keep_n, group_m)
+                - self.dense_zeros[name]
+                if self.dense_zeros[name]
+                else layer.numel // group_m * (group_m - keep_n)
+                for name, layer in self.loaded.layers.items()
+                if layer.inputs % group_m == 0
+            }
+        return dict(self._pattern_gains)
+
+    def activations(self, revision: str, progress: Progress | None = None) -> Activations:
+        """Input statistics at a revision."""
+        if self._activations is None or self._activations[0] != revision:
+            self.sync(revision)
+            measured = measure_activations(self.loaded, self.windows.calibration, progress)
+            self._activations = (revision, measured)
+            self.tokens["calibration"] += self.windows.calibration.numel()
+        return self._activations[1]
+
+    def gradients(self, revision: str, progress: Progress | None = None) -> Gradients:
+        """Gradient statistics at a revision."""
+        if self._gradients is None or self._gradients[0] != revision:
+            self.sync(revision)
+            windows = self.windows.calibration[: self.request.texts.windows.gradient]
+            measured = measure_gradients(
+                self.loaded,
+                self.head,
+                windows,
+                checkpointing=self.request.profile.gradient_checkpointing,
+                by_weight=CRITERIA[self.request.criterion].by_weight,
+                progress=progress,
+            )
+            self._gradients = (revision, measured)
+            self.tokens["gradient"] += windows.numel()
+        return self._gradients[1]
+
+    def forget_statistics(self) -> None:
+        """Let statistics be taken, and their tokens be counted, anew."""
+        self._activations = self._gradients = None
+
+    def profile(
+        self, revision: str, gradient_revision: str, progress: Progress | None = None
+    ) -> ModelProfile:
+        """Every layer's signals at a revision, with gradients from another."""
+        gradients = self.gradients(gradient_revision, progress)
+        activations = self.activations(revision, progress)
+        self.sync(revision)
+        layers, pattern = self.loaded.layers, parse_pattern(self.request.pattern)
+        whole, gains = self.request.pattern_sparsity or 0.0, self.pattern_gains()
+        return build_profile(
+            self.loaded,
+            activations,
+            gradients,
+            self.request.criterion,
+            revision=revision,
+            gradient_revision=gradient_revision,
+            sparsities=self.sparsities(),
+            own={n: zeros / layers[n].numel for n, zeros in self.dense_zeros.items()},
+            pattern=pattern,
+            pattern_own={n: whole - gain / layers[n].numel for n, gain in gains.items()},
+            patterned=set(self.store.manifest(revision)),
+            reconstruct=self.request.reconstruct,
+        )
+
+    def check_blocks(self) -> None:
+        """Refuse a model that does not run block by block, where its blocks shall be solved so.
+
+        Raises:
+            InputError: it does more between its blocks than handing hidden states on.
+        """
+        if solves(self.request):
+            BlockRunner(self.loaded, self.windows.calibration[:1])
+
+    def guard_losses(self, revision: str, progress: Progress | None = None) -> list[float]:
+        """Mean loss of each guard window at a revision, nats a token."""
+        self.sync(revision)
+        self.tokens["guard"] += self.windows.guard.numel()
+        return window_losses(self.loaded.model, self.head, self.windows.guard, progress)
+
+    def facts_hash(self) -> str:
+        """sha256 of the facts that `knowledge` scores.
+
+        Raises:
+            InputError: they cannot be read, or are too few.
+        """
+        return self._drawn_facts()[0]
+
+    def knowledge(self, revision: str, progress: Progress | None = None) -> float:
+        """Mean log-probability of the right answers to the facts at a revision, nats a token.
+
+        Each fact's preferred answer after its bare question: the mean over its tokens, then over
+        the facts. Not finite where the model is broken.
+
+        Raises:
+            InputError: the facts cannot be read, or are too few.
+        """
+        pairs = self._drawn_facts()[1]
+        self.sync(revision)
+        self.tokens["guard"] += sum(len(a) + len(b) - 1 for a, b in pairs)
+        scores = answer_scores(self.loaded.model, self.head, pairs, progress)
+        return sum(scores) / len(scores)
+
+    def _drawn_facts(self) -> tuple[str, list[tuple[list[int], list[int]]]]:
+        """Hash and tokens of the facts, drawn by the seed when they are first needed."""
+        if self._facts is None:
+            source, count = self.request.texts.knowledge, self.request.texts.facts
+            facts = load_facts(source)
+            if len(facts) < count:
+                raise InputError(
+                    f"{source} holds {len(facts)} facts, {count} are asked for: lower texts.facts"
+                )
+            drawn = random.Random(f"{self.request.seed}/knowledge").sample(facts, count)
+            pairs = fact_tokens(drawn, self.loaded.tokenizer, rows=self._rows)
+            self._facts = hash_questions(drawn), pairs
+        return self._facts
+
+    def test_losses(self, revision: str, progress: Progress | None = None) -> list[float]:
+        """Mean loss of each test window at a revision, nats a token."""
+        self.sync(revision)
+        self.tokens["test"] += self.windows.test.numel()
+        return window_losses(self.loaded.model, self.head, self.windows.test, progress)
+
+    def prune(
+        self,
+        revision: str,
+        gradient_revision: str,
+        counts: dict[str, int] | None = None,
+        progress: Progress | None = None,
+    ) -> str:
+        """Store the revision in which some layers have a given number of zeros.
+
+        Masks are made from the dense weights with the statistics of ``revision``. With an N:M
+        pattern a layer takes it as a whole, or is dense again if its count is `dense_zeros`.
+
+        Args:
+            revision: the revision to change; statistics are taken at it.
+            gradient_revision: where gradients were taken.
+            counts: zeros wanted by layer, the dense model's own included; None prunes every layer
+                to the request's N:M pattern.
+            progress: told after each layer.
+
+        Returns:
+            The new revision's name. The live model is left at ``revision``.
+
+        Raises:
+            InputError: a layer's inputs do not divide into the pattern's groups.
+            StoreError: cannot write.
+        """
+        request = self.request
+        manifest = self.store.manifest(revision)
+        about = {"parent": revision, "criterion": request.criterion, "pattern": request.pattern}
+        if not solves(request):
+            masks = self._masks(revision, gradient_revision, counts, progress)
+            return self.store.put(manifest, masks, about)
+        wanted = self._wanted(revision, gradient_revision, counts, progress)
+        ran = BlockTokens(self.loaded.model)
+        try:
+            self._at |= dict.fromkeys(wanted, "")  # no revision's, so that the sync restores them
+            with ran:
+                solved, notes = solve_blocks(
+                    self.loaded,
+                    self.windows.calibration,
+                    wanted,
+                    criterion=request.criterion,
+                    reconstruct=request.reconstruct,
+                    progress=progress,
+                )
+        except ValueError as error:
+            raise InputError(f"the layers cannot be pruned so: {error}") from error
+        finally:
+            self.sync(revision)
+        self.tokens["solve"] += ran.tokens
+        return self.store.put(
+            manifest,
+            {name: self._beyond(name, layer.mask) for name, layer in solved.items()},
+            about | {"reconstruct": request.reconstruct, "notes": notes},
+            {name: layer.weight for name, layer in solved.items()},
+        )
+
+    def _amount(
+        self, name: str, counts: dict[str, int] | None
+    ) -> tuple[int | None, tuple[int, int] | None]:
+        """What `prune` takes from a layer: a number of weights, or the request's pattern."""
+        pattern = parse_pattern(self.request.pattern)
+        count = None if counts is None else counts[name]
+        dense = count == self.dense_zeros[name]
+        return (count, None) if pattern is None or dense else (None, pattern)
+
+    def _beyond(self, name: str, mask: Tensor) -> Tensor:
+        """A mask, or one of nothing if it holds no more than the layer's own zeros.
+
+        So a layer that gives back all that it can is the dense one, bit for bit and by name.
+        """
+        mine = int(mask.count_nonzero())
+        return mask if mine > self.dense_zeros[name] else torch.zeros_like(mask)
+
+    def _wanted(
+        self,
+        revision: str,
+        gradient_revision: str,
+        counts: dict[str, int] | None,
+        progress: Progress | None,
+    ) -> dict[str, Wanted]:
+        """What a solve is asked for: the layers that change and, if reconstructed, all pruned."""
+        wanted = {}
+        rule = CRITERIA[self.request.criterion]
+        if not rule.solves:
+            masks = self._masks(revision, gradient_revision, counts, progress)
+            wanted = {name: Wanted(mask=mask) for name, mask in masks.items()}
+        else:
+            squares: dict[str, Tensor] = {}
+            if rule.needs_gradients:
+                squares = self.gradients(gradient_revision, progress).gradient_square
+            for name in self.loaded.layers if counts is None else counts:
+                pruned, pattern = self._amount(name, counts)
+                wanted[name] = Wanted(
+                    pruned=pruned,
+                    pattern=pattern,
+                    gradient_square=squares.get(name),
+                    shrinkage=self.request.shrinkage if rule.shrinks else 0.0,
+                )
+        if self.request.reconstruct:
+            for name, digest in self.store.manifest(revision).items():
+                if name not in wanted:
+                    layer = self.loaded.layers[name]
+                    kept = unpack_kept(self._stored(digest, layer).bits, layer.numel)
+                    wanted[name] = Wanted(mask=kept.view(layer.shape) == 0)
+        self.sync(revision)
+        return wanted
+
+    def trial_losses(
+        self,
+        revision: str,
+        gradient_revision: str,
+        counts: dict[str, int],
+        windows: int,
+        progress: Progress | None = None,
+        *,
+        use: Literal["probe", "allocation"] = "probe",
+    ) -> list[float]:
+        """Losses of the first guard windows if some layers had a given number of zeros.
+
+        Masks are those of `prune`, but none is stored, and the live model is left at ``revision``.
+        Nothing is solved: with SparseGPT or ``reconstruct`` the mask is that of its ``score``, the
+        weights that are left keep their values, and the losses are higher than they would be.
+
+        Args:
+            revision: the revision to change; statistics are taken at it.
+            gradient_revision: where gradients were taken.
+            counts: zeros wanted by layer, as for `prune`.
+            windows: how many of the guard windows; all, if there are fewer.
+            progress: told after each layer and window.
+            use: what the tokens are counted for.
+
+        Returns:
+            Mean loss of each window, nats a token.
+        """
+        masks = self._masks(revision, gradient_revision, counts, progress)
+        guard = self.windows.guard[:windows]
+        try:
+            for name, mask in masks.items():
+                self.try_mask(name, mask, self.loaded.dense(self.loaded.layers[name]))
+            self.tokens[use] += guard.numel()
+            return window_losses(self.loaded.model, self.head, guard, progress)
+        finally:
+            self.sync(revision)
+
+    def try_mask(self, name: str, mask: Tensor, dense: Tensor) -> None:
+        """Give a live layer a mask that is not stored; the next `sync` takes it back.
+
+        Args:
+            name: the layer's.
+            mask: bool, True where pruned, of the weights' shape.
+            dense: its dense weights.
+        """
+        weight = self.loaded.weight(self.loaded.layers[name])
+        self._at[name] = ""  # no revision's
+        # What is left keeps the values that it has, which a solve may have changed.
+        weight.copy_(torch.where(weight != 0, weight, dense)).masked_fill_(
+            mask.to(weight.device), 0
+        )
+
+    def _masks(
+        self,
+        revision: str,
+        gradient_revision: str,
+        counts: dict[str, int] | None,
+        progress: Progress | None,
+    ) -> dict[str, Tensor]:
+        """The masks of `prune`: bool by layer, True where pruned."""
+        request = self.request
+        rule = CRITERIA[request.criterion]
+        gradients = self.gradients(gradient_revision, progress) if rule.needs_gradients else None
+        activations = self.activations(revision, progress)
+        self.sync(revision)
+        names = self.loaded.layers if counts is None else counts
+        layers = [self.loaded.layers[name] for name in names]
+        masks = {}
+        for index, (layer, dense) in enumerate(
+            zip(layers, self.loaded.dense_layers(layers), strict=True)
+        ):
+            name = layer.name
+            pruned, pattern = self._amount(name, counts)
+            try:
+                mask = prune_mask(
+                    layer.matrix(dense),
+                    statistics_of(name, activations, gradients),
+                    request.criterion,
+                    pruned=pruned,
+                    pattern=pattern,
+                )
+            except ValueError as error:
+                raise InputError(f"{name} cannot be pruned so: {error}") from error
+            masks[name] = self._beyond(name, layer.stored(mask).cpu())
+            if progress is not None:
+                progress("masks", index + 1, len(names))
+        return masks
+
+
+def _own_memory(loaded: LoadedModel) -> None:
+    """Give each tensor memory of its own.
+
+    On a processor they are loaded as views of one map of the file, which stays as long as any of
+    them is alive: beside the pages that masks are written to.
+    """
+    if loaded.device.type == "cpu":
+        for tensor in (*loaded.model.parameters(), *loaded.model.buffers()):
+            tensor.data = tensor.data.clone()
+
+
+def _write_stored(weight: Tensor, dense: Tensor, stored: StoredLayer, scratch: Tensor) -> None:
+    """Set a layer to what a revision holds of it; for the arguments see `_write_masked`."""
+    _write_masked(weight, dense, stored.bits, scratch)
+    if stored.kept is not None:
+        places = unpack_kept(stored.bits, weight.numel()).bool()
+        places = places.view(weight.shape).to(weight.device)
+        weight.masked_scatter_(places, stored.kept.to(weight.device))
+
+
+def _write_masked(weight: Tensor, dense: Tensor, bits: Tensor, scratch: Tensor) -> None:
+    """Set a layer to its dense values, bit for bit, and to +0.0 where a bit of the mask is set.
+
+    As a product of integers: that is many times as fast as `torch.where` and `masked_fill_` on
+    a processor, and a product of floats would leave -0.0.
+
+    Args:
+        weight: what is written.
+        dense: of its shape and dtype.
+        bits: the packed mask.
+        scratch: at least as many bytes, used again for each layer since fresh memory costs more
+            time than the product.
+    """
+    integers = INTEGERS[weight.dtype.itemsize]
+    kept = scratch[: weight.nbytes].view(integers)
+    kept = kept.copy_(unpack_kept(bits, weight.numel())).view(weight.shape)
+    torch.mul(dense.view(integers), kept.to(weight.device), out=weight.view(integers))
+
+
+def _stamps(request: PruneRequest, directory: Path) -> set[tuple[str, int, int]]:
+    """Path, size and time of change of the files of a model and of the local texts."""
+    paths = [*directory.glob("*.safetensors"), *setting_files(directory)]
+    texts = request.texts
+    for source in {texts.calibration, texts.guard, texts.test, texts.knowledge}:
+        if source is not None and source != EMBEDDED:
+            path = Path(source).expanduser()
+            paths += path.rglob("*") if path.is_dir() else [path]
+    stamps = set()
+    for path in paths:
+        with suppress(OSError):  # a data set of the hub; a file that has just gone
+            found = path.stat()
+            stamps.add((str(path), found.st_size, found.st_mtime_ns))
+    return stamps
+
+
+_lock = threading.RLock()
+_current: Workbench | None = None
+
+
+@contextmanager
+def workbench(request: PruneRequest, run_directory: Path) -> Iterator[Workbench]:
+    """The process's workbench for a request, held by the caller until the block ends.
+
+    One model is live at a time: threads with the same request share it in turn, each syncing
+    it to its own revisions; another request replaces it, and so does a change of the files
+    that the model and the texts were read from.
+
+    Args:
+        request: what to load.
+        run_directory: where the caller's revisions are stored.
+    """
+    global _current
+    with _lock:
+        if _current is None or _current.request != request or _current.stale:
+            if _current is not None:
+                _current.loaded.close()
+                _current = None
+            _current = Workbench(request)
+        store = RevisionStore(run_directory / "revisions")
+        if _current.store.directory != store.directory:
+            _current.store = store
+        try:
+            yield _current
+        finally:
+            _release_memory()
+
+
+def _release_memory() -> None:
+    """Give freed memory back to the system, where glibc would keep it.
+
+    Each node computes in a thread of its own, and glibc keeps what a thread frees for the next
+    ones: without this a run grows by some 100 MB a step.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent in other C libraries
+        if trim is not None:
+            trim(0)

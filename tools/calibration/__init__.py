@@ -1,0 +1,1 @@
+"""What calibration measures of each layer: activations, gradients, and costs from both."""

@@ -1,0 +1,1 @@
+"""The model itself: found, checked, loaded, looked into, scored."""

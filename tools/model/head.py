@@ -1,0 +1,152 @@
+"""Token losses and perplexity without ever holding a sequence's full logits."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from prunewright.tools.model.layers import find_body
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, the parts done and the parts in all."""
+
+TOKENS_AT_ONCE = 256
+
+
+def hidden_states(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
+    """The last hidden state [batch, length, width]: the blocks and the final norm, no head.
+
+    Args:
+        model: the causal LM.
+        ids: token ids [batch, length].
+        options: what else the body of the model is told, such as ``attention_mask``.
+    """
+    base = model.base_model
+    if base is model:  # a family that does not name its body: the smallest model with the blocks
+        base = model.get_submodule(find_body(model))
+    states: Tensor = base(input_ids=ids, **{"use_cache": False, **options}).last_hidden_state
+    return states
+
+
+class Head:
+    """Logits from hidden states as the model itself makes them.
+
+    Some families cap or scale the output of ``lm_head``; what is done here is compared once
+    with the model's own logits, and a model for which it differs is scored through its whole
+    forward pass instead, at the price of full logits.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        config = model.config.get_text_config()
+        self._cap = getattr(config, "final_logit_softcapping", None)
+        self._scale = getattr(config, "logit_scale", None) or 1.0
+        self._divide = getattr(config, "logits_scaling", None) or 1.0
+        head = model.get_output_embeddings()
+        self._head = head
+        self.exact = head is not None and self._agrees()
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocabulary] in float32."""
+        assert self._head is not None
+        # Some families (Mamba) carry float32 from block to block in a model of half precision.
+        hidden = hidden.to(next(self._head.parameters()).dtype)
+        logits: Tensor = self._head(hidden).float() * self._scale / self._divide
+        return self._cap * torch.tanh(logits / self._cap) if self._cap else logits
+
+    @torch.no_grad()
+    def _agrees(self) -> bool:
+        ids = torch.arange(1, 9, device=self._model.device).unsqueeze(0)
+        ids = ids % self._model.config.get_text_config().vocab_size
+        whole = self._model(input_ids=ids, use_cache=False).logits.float()
+        parts = self(hidden_states(self._model, ids))
+        return bool((whole - parts).abs().max() <= tolerance(self._model, whole))
+
+
+def tolerance(model: PreTrainedModel, logits: Tensor) -> float:
+    """By how much logits may differ that two ways of one model make: half precision does by shape.
+
+    Args:
+        model: which made them.
+        logits: those of one way.
+    """
+    relative = 1e-4 if model.dtype == torch.float32 else 0.02
+    return relative * float(logits.abs().max()) + 1e-6
+
+
+@torch.no_grad()
+def token_losses(model: PreTrainedModel, head: Head, ids: Tensor) -> Tensor:
+    """Next-token losses of one window.
+
+    Args:
+        model: the causal LM.
+        head: its head.
+        ids: token ids [length].
+
+    Returns:
+        Losses [length - 1] in nats, float32.
+    """
+    ids = ids.to(model.device).unsqueeze(0)
+    if not head.exact:
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        return functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+    hidden, targets = hidden_states(model, ids)[0, :-1], ids[0, 1:]
+    return torch.cat(
+        [
+            functional.cross_entropy(head(part), target, reduction="none")
+            for part, target in zip(
+                hidden.split(TOKENS_AT_ONCE), targets.split(TOKENS_AT_ONCE), strict=True
+            )
+        ]
+    )
+
+
+def window_losses(
+    model: PreTrainedModel, head: Head, windows: Tensor, progress: Progress | None = None
+) -> list[float]:
+    """Mean token loss of each window.
+
+    Args:
+        model: the causal LM.
+        head: its head.
+        windows: token ids [windows, length].
+        progress: told after each window.
+
+    Returns:
+        One mean loss a window, nats a token.
+    """
+    losses = []
+    for index, window in enumerate(windows):
+        losses.append(float(token_losses(model, head, window).cpu().double().mean()))
+        if progress is not None:
+            progress("perplexity", index + 1, len(windows))
+    return losses
+
+
+def perplexity(losses: list[float]) -> float:
+    """exp of the mean loss; inf where that overflows or a loss is not finite."""
+    mean = sum(losses) / len(losses)
+    try:
+        return math.exp(mean) if math.isfinite(mean) else math.inf
+    except OverflowError:
+        return math.inf
+
+
+def change_with_error(before: list[float], after: list[float]) -> tuple[float, float]:
+    """Relative perplexity change and its standard error, paired over the windows.
+
+    The error is that of the mean of the windows' loss differences, carried to the relative
+    change by its derivative. Both are inf where the change overflows.
+    """
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    n = len(differences)
+    mean = sum(differences) / n
+    spread = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n) if n > 1 else 0.0
+    try:
+        return math.expm1(mean), math.exp(mean) * spread
+    except OverflowError:
+        return math.inf, math.inf

@@ -1,0 +1,1 @@
+"""A pruned model as a directory that loads anywhere."""

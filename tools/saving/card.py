@@ -1,0 +1,161 @@
+"""The README.md of a saved model: where it comes from, how it was pruned, what that came to."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prunewright.state import PruneConfig
+from prunewright.state.config import BASELINE
+from prunewright.state.metrics import NEGLIGIBLE, Metrics
+from prunewright.tools.model.loading import EMBEDDED
+
+_EMBEDDED_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_LICENSE_KEYS = ("license", "license_name", "license_link")
+_NOT_OWNERS = {
+    "checkpoint", "checkpoints", "content", "data", "home", "mnt", "model", "models", "out",
+    "output", "outputs", "results", "root", "runs", "saved", "tmp", "workspace",
+}  # fmt: skip
+"""What begins a path and is not an account's name."""
+_FRONT_BYTES = 65_536
+
+
+def model_card(config: PruneConfig, metrics: Metrics, directory: Path, values: str = "") -> str:
+    """The README.md of a saved model: base model, method, numbers, and what zeros do not give.
+
+    Args:
+        config: of the run; it holds no secrets.
+        metrics: what the run came to.
+        directory: of the model that was pruned.
+        values: what to know of the values saved.
+    """
+    base = hub_name(config.model, directory)
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if base:
+        front["base_model"] = base
+    front |= license_of(directory)
+    front["tags"] = ["pruning", "sparse", "prunewright", config.criterion]
+    title = (base or Path(config.model).name).rpartition("/")[2]
+    ppl = metrics.perplexity
+    # Where it was written says nothing of how.
+    recipe = config.model_dump(mode="json", exclude={"out"})
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False)}---
+# {title}, pruned to {metrics.sparsity:.1%}
+
+Pruned with Prunewright after training, without retraining: {metrics.sparsity:.2%} of the weights
+in the decoder blocks' linear layers are exactly zero{_dense_words(metrics)}. Embeddings, norms and
+the head are dense.
+{f"{chr(10)}Numbers: {values}.{chr(10)}" if values else ""}
+| | dense | pruned |
+|---|---|---|
+| perplexity, guard text | {ppl.guard.dense:.3f} | {ppl.guard.final:.3f} |
+| perplexity, test text ({config.texts.test}) | {ppl.test.dense:.3f} | {ppl.test.final:.3f} |
+
+Method: {_method_words(metrics.method)}, criterion {config.criterion_words};
+{_steps_words(metrics)}.
+Masks: `{metrics.revision}`.
+
+Zeros alone make a model neither smaller on disk nor faster: that takes a storage format or a
+runtime that uses them.{_pattern_words(config.pattern, whole=metrics.status != BASELINE)}
+
+## Recipe
+
+```yaml
+{yaml.safe_dump(recipe, sort_keys=False)}```
+"""
+
+
+def hub_name(name: str, directory: Path) -> str | None:
+    """The hub name of a model, where one is known; never a path of some machine.
+
+    It is the name given, that of the hub's cache that the directory lies in, or the one that an
+    earlier version of transformers noted in the configuration.
+
+    Args:
+        name: as the user gave it.
+        directory: where the model was found.
+    """
+    if name == EMBEDDED:
+        return _EMBEDDED_NAME
+    if not Path(name).expanduser().is_dir():
+        return name
+    cache = directory.parent.parent.name
+    if directory.parent.name == "snapshots" and cache.startswith("models--"):
+        return cache.removeprefix("models--").replace("--", "/")
+    config = _config(directory)
+    noted = config.get("_name_or_path")
+    return noted if isinstance(noted, str) and _plausible(noted) else None
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    # Not `read_json`: some hold Infinity.
+    content = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
+
+
+def _plausible(name: str) -> bool:
+    part = r"[A-Za-z0-9](?:[\w.-]{0,94}[A-Za-z0-9])?"
+    if re.fullmatch(f"{part}/{part}", name, re.ASCII) is None or Path(name).exists():
+        return False
+    owner, _, own = name.partition("/")
+    return owner.lower() not in _NOT_OWNERS and re.match(r"checkpoint-\d", own) is None
+
+
+def license_of(directory: Path) -> dict[str, str]:
+    """What the front matter of a model's README.md says of its licence."""
+    try:
+        with (directory / "README.md").open(encoding="utf-8") as file:
+            lines = file.read(_FRONT_BYTES).split("\n")
+        end = lines.index("---", 1) if lines[0].strip() == "---" else 0
+        front = yaml.safe_load("\n".join(lines[1:end]))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    found = front if isinstance(front, dict) else {}
+    return {
+        key: value for key in _LICENSE_KEYS if isinstance(value := found.get(key), str) and value
+    }
+
+
+def _steps_words(metrics: Metrics) -> str:
+    if not metrics.reason:
+        return "one shot"
+    return f"{metrics.steps} steps, {metrics.rollbacks} rolled back; {metrics.reason}"
+
+
+def _dense_words(metrics: Metrics) -> str:
+    """How many of the zeros were there before; "" if hardly any were."""
+    if metrics.dense_sparsity < NEGLIGIBLE:
+        return ""
+    return f", {metrics.dense_sparsity:.2%} in the base model already"
+
+
+def _pattern_words(pattern: str, *, whole: bool) -> str:
+    """What is known of runtimes for an N:M pattern; the sources stand in the project's README.
+
+    Args:
+        pattern: of the request.
+        whole: whether a run chose the layers that take it, so that others are dense.
+    """
+    if pattern == "unstructured":
+        return ""
+    chosen = f" Each layer is dense or {pattern} as a whole." if whole else ""
+    if pattern != "2:4":
+        return f"{chosen} NVIDIA's sparse tensor cores take 2:4, not {pattern}: it is for research."
+    return f"""{chosen}
+
+2:4 is the pattern of NVIDIA's sparse tensor cores (Ampere and later; cuSPARSELt, CUTLASS). This
+directory is stored dense: it runs no faster until each 2:4 layer is converted, in PyTorch by
+`torch.sparse.to_sparse_semi_structured`. vLLM and llm-compressor no longer support 2:4."""
+
+
+def _method_words(method: dict[str, str]) -> str:
+    """Who or what shared the target out over the layers."""
+    words = method["agent"]
+    if "allocation" in method:
+        words += f", allocation {method['allocation']}"
+    if method.get("allocation_options", "{}") != "{}":
+        words += f" {method['allocation_options']}"
+    return words

@@ -1,0 +1,1 @@
+"""Kept weights updated: the inputs of a block, the sweep, least squares."""

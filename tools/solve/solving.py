@@ -1,0 +1,263 @@
+"""Pruning block by block with an update of the kept weights, on what the pruned blocks give."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from prunewright.state import PruneRequest
+from prunewright.state.config import CriterionName
+from prunewright.tools.criteria import (
+    CRITERIA,
+    LayerStatistics,
+    expert_shares,
+    fisher,
+    prune_mask,
+    sparsegpt,
+)
+from prunewright.tools.model.head import Progress
+from prunewright.tools.model.layers import Layer
+from prunewright.tools.model.loading import LoadedModel
+from prunewright.tools.solve import reconstruction
+from prunewright.tools.solve.blocks import BlockRunner
+
+PASSES = 2
+"""Times that the windows go through the blocks, before their layers are solved and after; see
+`BlockRunner` for what comes before, most often two windows' pass."""
+
+
+def solves(request: PruneRequest) -> bool:
+    """Whether weights that are kept get other values, which is done block by block."""
+    return request.reconstruct or CRITERIA[request.criterion].solves
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What shall become of a layer: a mask that is given, or a number or pattern to choose one by.
+
+    Attributes:
+        mask: True where pruned, of the parameter's shape; its kept weights are reconstructed.
+        pruned: weights that the criterion's sweep shall prune, the layer's own zeros included.
+        pattern: ``(keep_n, group_m)`` for it.
+        gradient_square: E[d_i^2] [outputs] or [experts, outputs], if the criterion weighs outputs.
+        shrinkage: what the sweep adds of its own diagonal to X^T X (`sparsegpt.prune`).
+    """
+
+    mask: Tensor | None = None
+    pruned: int | None = None
+    pattern: tuple[int, int] | None = None
+    gradient_square: Tensor | None = None
+    shrinkage: float = 0.0
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A layer's mask, True where pruned, and its weights, 0 there; of the parameter's shape."""
+
+    mask: Tensor
+    weight: Tensor
+
+
+_Key = tuple[str, int]
+"""A layer and the index of its expert, 0 where nothing is fused."""
+
+
+@dataclass
+class _Grams:
+    """X^T X of the layers of a block, float32.
+
+    Layers that are given the same tensor (queries, keys and values) share one.
+    """
+
+    _grams: dict[_Key, Tensor] = field(default_factory=dict)
+    _leaders: dict[_Key, _Key] = field(default_factory=dict)
+    _last: tuple[Tensor, _Key] | None = None
+
+    def of(self, key: _Key) -> Tensor | None:
+        """That of a layer; None if no token reached it."""
+        return self._grams[self._leaders[key]] if key in self._leaders else None
+
+    def see(self, layer: Layer, expert: int | None, inputs: Tensor, _: Tensor) -> None:
+        """Add what a layer is given now."""
+        key = (layer.name, expert or 0)
+        last, self._last = self._last, (inputs, key)
+        if last is not None and _same(last[0], inputs):
+            self._leaders[key] = self._leaders[last[1]]
+            return
+        self._leaders[key] = key
+        x = inputs.reshape(-1, inputs.shape[-1]).float()
+        if key not in self._grams:
+            self._grams[key] = x.new_zeros(x.shape[1], x.shape[1])
+        self._grams[key].addmm_(x.T, x)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors, both alive, are views of the same values."""
+    return (
+        one.data_ptr() == other.data_ptr()
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+    )
+
+
+def solve_blocks(
+    loaded: LoadedModel,
+    windows: Tensor,
+    wanted: dict[str, Wanted],
+    *,
+    criterion: CriterionName = "sparsegpt",
+    reconstruct: bool,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Solved], list[str]]:
+    """Prune some layers block by block, each on what the blocks before it give once pruned.
+
+    A layer whose mask is given is reconstructed: its outputs are drawn to what its dense weights
+    make of the same inputs. The others are pruned by the sweep of ``criterion``, and reconstructed
+    on its masks if ``reconstruct`` says so. (To draw them to the outputs of the dense model, whose
+    inputs are others, was tried: what is fitted to inputs that are half noise shrinks, block after
+    block, and SmolLM2-135M broke.)
+
+    Args:
+        loaded: the model; layers that are not wanted keep their live weights.
+        windows: calibration token ids [windows, length].
+        wanted: what to prune.
+        criterion: one that solves, for layers whose mask is not given.
+        reconstruct: see above.
+        progress: told after each window of the first pass, and after each block.
+
+    Returns:
+        What was found by layer, in the model's dtype, on the processor; and notes on layers that
+        needed more damping or were left without an update. The live model has these weights.
+
+    Raises:
+        InputError: this model's blocks cannot be run one by one.
+        ValueError: a layer's inputs do not divide into groups of a pattern.
+    """
+    runner = BlockRunner(loaded, windows, progress)
+    by_block: dict[int, list[Layer]] = {}
+    for layer in loaded.layers.values():
+        if layer.name in wanted:
+            by_block.setdefault(layer.block, []).append(layer)
+    last = max(by_block, default=-1)
+    states = runner.first
+    solved: dict[str, Solved] = {}
+    notes: list[str] = []
+    for index in range(last + 1):
+        layers = by_block.get(index, [])
+        dense = {ly.name: d for ly, d in zip(layers, loaded.dense_layers(layers), strict=True)}
+        grams = _Grams()
+        _start(loaded, layers, dense, wanted)
+        for window, hidden in enumerate(states if layers else []):
+            runner.run(index, window, hidden, grams.see, layers)
+        for layer in layers:
+            found, words = _solve(
+                layer, dense[layer.name], wanted[layer.name], grams, criterion, reconstruct
+            )
+            loaded.weight(layer).copy_(found.weight)
+            solved[layer.name] = Solved(found.mask.cpu(), loaded.weight(layer).cpu().clone())
+            notes += words
+        if index < last:
+            states = [runner.run(index, window, hidden) for window, hidden in enumerate(states)]
+        if progress is not None:
+            progress("solving blocks", index + 1, last + 1)
+    return solved, notes
+
+
+def _start(
+    loaded: LoadedModel, layers: list[Layer], dense: dict[str, Tensor], wanted: dict[str, Wanted]
+) -> None:
+    """Give layers the weights that a block is first seen with: dense, or masked if it is known."""
+    for layer in layers:
+        weight, mask = loaded.weight(layer).copy_(dense[layer.name]), wanted[layer.name].mask
+        if mask is not None:
+            weight.masked_fill_(mask.to(weight.device), 0)
+
+
+def _solve(
+    layer: Layer,
+    dense: Tensor,
+    wanted: Wanted,
+    grams: _Grams,
+    criterion: CriterionName,
+    reconstruct: bool,
+) -> tuple[Solved, list[str]]:
+    """One layer, expert by expert, of the parameter's shape; and what must be told of it."""
+    matrix = layer.matrix(dense)
+    fused = matrix.ndim == 3
+    experts = list(matrix) if fused else [matrix]
+    given = None if wanted.mask is None else layer.matrix(wanted.mask.to(dense.device))
+    shares = expert_shares(wanted.pruned, experts)
+    masks, weights, notes = [], [], []
+    for index, weight in enumerate(experts):
+        name = f"{layer.name}, expert {index}" if fused else layer.name
+        gram = grams.of((layer.name, index))
+        if given is not None:
+            mask = given[index] if fused else given
+            found = weight.float().masked_fill(mask, 0)
+        else:
+            squares = wanted.gradient_square
+            if squares is not None and fused:
+                squares = squares[index]
+            mask, found, words = _sweep(
+                weight,
+                gram,
+                shares[index],
+                wanted.pattern,
+                squares,
+                wanted.shrinkage,
+                criterion,
+                name,
+            )
+            notes += words
+        if not mask.any():
+            found = weight  # dense, and stays so
+        elif reconstruct and gram is not None:
+            better = reconstruction.solve(weight, mask, gram)
+            if bool(better.isfinite().all()):
+                found = better
+            else:
+                notes.append(f"{name}: its solve is not finite, so its weights are not updated")
+        elif gram is None:
+            notes.append(f"{name}: saw no calibration token, so its weights are not updated")
+        masks.append(mask)
+        weights.append(found)
+    mask, found = (torch.stack(masks), torch.stack(weights)) if fused else (masks[0], weights[0])
+    return Solved(layer.stored(mask), layer.stored(found.to(dense.dtype))), notes
+
+
+def _sweep(
+    weight: Tensor,
+    gram: Tensor | None,
+    pruned: int | None,
+    pattern: tuple[int, int] | None,
+    gradient_square: Tensor | None,
+    shrinkage: float,
+    criterion: CriterionName,
+    name: str,
+) -> tuple[Tensor, Tensor, list[str]]:
+    """Mask and weights of one matrix; by what is known of single weights, and without an update,
+    where no token came or no damping helps."""
+    dampings = CRITERIA[criterion].dampings
+    notes = []
+    inputs = torch.ones(weight.shape[1], device=weight.device)
+    if gram is not None:
+        factors = None if gradient_square is None else fisher.damped(gradient_square)
+        found = sparsegpt.prune(
+            weight,
+            gram,
+            pruned=pruned,
+            pattern=pattern,
+            factors=factors,
+            dampings=dampings,
+            shrinkage=shrinkage,
+        )
+        if found is not None:
+            mask, updated, damping = found
+            if damping != dampings[0]:
+                notes = [f"{name}: solved with a damping of {damping:g}"]
+            return mask, updated, notes
+        inputs = gram.diagonal().nan_to_num()
+        notes = [f"{name}: cannot be solved with any damping, so its weights are not updated"]
+    statistics = LayerStatistics(inputs, gradient_square)
+    mask = prune_mask(weight, statistics, criterion, pruned=pruned, pattern=pattern)
+    return mask, weight.float().masked_fill(mask, 0), notes

@@ -1,0 +1,234 @@
+"""A run read back from its directory: its story, and its trace as pandas frames."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from prunewright.state import (
+    COST_DELTAS,
+    InputError,
+    LayerProfile,
+    PruneConfig,
+    StepRecord,
+    StoreError,
+)
+from prunewright.state.metrics import Metrics
+from prunewright.state.profile import short_name
+from prunewright.state.shown import clean
+from prunewright.tools.store.rundir import RunDirectory
+from prunewright.tools.store.storage import read_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_HISTORY = (
+    "step",
+    "agent",
+    "verdict",
+    "reason",
+    "layers",
+    "gained",
+    "sparsity",
+    "perplexity",
+    "accepted_perplexity",
+    "change",
+    "stderr",
+    "predicted",
+    "expected",
+    "invalid_answers",
+    "repairs",
+    "calls",
+    "tokens",
+    "reasoning",
+    "notes",
+    "review",
+    "revision",
+)
+_DECISIONS = ("step", "verdict", "layer", "block", "projection", "delta")
+_CURVES = ("loss_cost", "regrow_gain")
+_SCALARS = tuple(name for name in LayerProfile.model_fields if name not in (*_CURVES, "name"))
+
+
+@dataclass(frozen=True)
+class Story:
+    """A run, finished or not.
+
+    Attributes:
+        directory: where it is.
+        config: what it was started with.
+        records: its steps so far.
+        metrics: what it came to; None while unfinished.
+    """
+
+    directory: RunDirectory
+    config: PruneConfig
+    records: list[StepRecord]
+    metrics: Metrics | None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A run as pandas frames; steps are counted from 1, as ``prunewright show`` counts them.
+
+    Attributes:
+        history: a row a step. ``gained`` and ``sparsity`` (after the step) are fractions of all
+            prunable weights; ``perplexity`` is what the step's candidate measured on the guard
+            text, ``accepted_perplexity`` that of the revision it left; ``change``, ``stderr``,
+            ``predicted`` (by the profile) and ``expected`` (by the agent) are relative
+            perplexity changes; ``tokens`` are those exchanged with an LLM; ``review`` is what a
+            person said to the decision.
+        decisions: a row a step and layer: the ``delta`` of sparsity that was applied. Those of a
+            rolled-back step were taken back.
+        profiles: a row a step and layer: all signals of `LayerProfile` before the step, with
+            ``loss_cost`` and ``regrow_gain`` in nats, a column for each delta:
+            ``loss_cost_0.05``.
+    """
+
+    history: "pd.DataFrame"
+    decisions: "pd.DataFrame"
+    profiles: "pd.DataFrame"
+
+
+def read_story(directory: RunDirectory) -> Story:
+    """Read a run.
+
+    Raises:
+        InputError: there is no run here, or a newer version made it.
+        StoreError: a file is damaged.
+    """
+    config = directory.config()
+    metrics = load_metrics(directory) if directory.metrics_file.exists() else None
+    return Story(directory, config, directory.read_trace(), metrics)
+
+
+def load_metrics(directory: RunDirectory) -> Metrics:
+    """metrics.json of a finished run.
+
+    Raises:
+        StoreError: missing or damaged.
+    """
+    content = read_json(directory.metrics_file)
+    try:
+        metrics = Metrics.model_validate(content)
+    except ValidationError as error:
+        raise StoreError(f"{directory.metrics_file} is damaged: {error}") from error
+    if not directory.holds(metrics.steps, "metrics", content):
+        raise StoreError(f"{directory.metrics_file} is damaged: it is not what the run wrote")
+    return metrics
+
+
+def layer_sparsities(story: Story) -> dict[str, float]:
+    """Each layer's sparsity after the last step: the last profile's, and what that step added.
+
+    Raises:
+        StoreError: the last step's profile is missing or damaged.
+    """
+    if not story.records:
+        return {}
+    last = story.records[-1]
+    found: dict[str, float] = {}
+    if last.profile:
+        profile = story.directory.read_profile(last.profile)
+        found = {layer.name: layer.sparsity for layer in profile.layers}
+    if last.verdict == "accepted":
+        for name, delta in last.applied.items():
+            found[name] = found.get(name, 0.0) + delta
+    return found
+
+
+def accepted_perplexity(record: StepRecord) -> float:
+    """Guard perplexity of the revision that a step left."""
+    if record.verdict == "accepted" and record.candidate_perplexity is not None:
+        return record.candidate_perplexity
+    return record.perplexity_before
+
+
+def load_trace(run_dir: str | Path) -> Trace:
+    """Read a run's steps, decisions and profiles, finished or not, as pandas frames.
+
+    Control and invisible characters in words are written out, since notebooks show the frames. A
+    baseline has one step and no profiles.
+
+    Raises:
+        InputError: pandas is not installed, there is no run here, or a newer version made it.
+        StoreError: a file is missing or damaged.
+    """
+    try:
+        import pandas as pd
+    except ImportError:
+        raise InputError("load_trace needs pandas: pip install 'prunewright[report]'") from None
+
+    directory = RunDirectory(run_dir)
+    records = read_story(directory).records
+
+    def frame(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> "pd.DataFrame":
+        words = [{k: clean(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows]
+        return pd.DataFrame(words, columns=list(columns))
+
+    curves = tuple(f"{name}_{delta:.2f}" for name in _CURVES for delta in COST_DELTAS)
+    return Trace(
+        history=frame([_history_row(record) for record in records], _HISTORY),
+        decisions=frame([row for record in records for row in _decision_rows(record)], _DECISIONS),
+        profiles=frame(
+            [
+                {"step": record.step + 1, "layer": layer.name, **_signals(layer)}
+                for record in records
+                if record.profile
+                for layer in directory.read_profile(record.profile).layers
+            ],
+            ("step", "layer", *_SCALARS, *curves),
+        ),
+    )
+
+
+def _history_row(record: StepRecord) -> dict[str, Any]:
+    return {
+        "step": record.step + 1,
+        "agent": record.agent,
+        "verdict": record.verdict,
+        "reason": record.reason,
+        "layers": len(record.applied),
+        "gained": record.sparsity - record.sparsity_before,
+        "sparsity": record.sparsity,
+        "perplexity": record.candidate_perplexity,
+        "accepted_perplexity": accepted_perplexity(record),
+        "change": record.change,
+        "stderr": record.change_stderr,
+        "predicted": record.predicted_change,
+        "expected": record.decision.expected_ppl_change,
+        "invalid_answers": len(record.invalid_answers),
+        "repairs": record.repairs,
+        "calls": record.llm_calls,
+        "tokens": record.llm_tokens,
+        "reasoning": record.decision.reasoning,
+        "notes": "\n".join(record.notes),
+        "review": record.review.verdict if record.review is not None else None,
+        "revision": record.revision,
+    }
+
+
+def _decision_rows(record: StepRecord) -> list[dict[str, Any]]:
+    rows = []
+    for name, delta in record.applied.items():
+        block, _, projection = short_name(name).partition(".")
+        rows.append(
+            {
+                "step": record.step + 1,
+                "verdict": record.verdict,
+                "layer": name,
+                "block": int(block) if block.isdigit() else None,
+                "projection": projection,
+                "delta": delta,
+            }
+        )
+    return rows
+
+
+def _signals(layer: LayerProfile) -> dict[str, Any]:
+    values = layer.model_dump(include=set(_SCALARS))
+    for curve in _CURVES:
+        for delta, value in zip(COST_DELTAS, getattr(layer, curve), strict=True):
+            values[f"{curve}_{delta:.2f}"] = value
+    return values

@@ -1,0 +1,402 @@
+"""What the cells of a comparison are made of, and what they come to together."""
+
+import importlib.metadata
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from prunewright.state import InputError, PruneConfig, PrunewrightError, StoreError
+from prunewright.state.metrics import Metrics
+from prunewright.state.study import (
+    DENSE_NAME,
+    SCHEMA_VERSION,
+    Cell,
+    CellResult,
+    CellState,
+    Comparison,
+    ComparisonConfig,
+    DenseCell,
+    EvaluationOptions,
+    EvaluationTask,
+    Method,
+    Scores,
+    Spread,
+    Summary,
+    TextResult,
+    cell_name,
+)
+from prunewright.tools.evaluation.harness import evaluate_tasks, prepare_quizzes
+from prunewright.tools.model.head import Head, Progress, perplexity, window_losses
+from prunewright.tools.model.loading import load_model, model_digest
+from prunewright.tools.model.tokens import embedding_rows
+from prunewright.tools.store.storage import canonical_json, read_json, sha256_bytes
+from prunewright.tools.texts.questions import hash_questions, load_facts
+from prunewright.tools.texts.windows import Role, load_test_windows, source_digest
+
+SAME_SPARSITY = 0.001
+"""How far a measured sparsity may lie from its target and still count as it."""
+NOT_SCORED_FOR_CHOOSING = ("test", "llm")
+"""Uses of tokens that choose nothing, or that are exchanged and not scored."""
+
+
+@dataclass
+class Digests:
+    """Hashes of the contents that cells stand on, each taken once."""
+
+    _models: dict[str, str] = field(default_factory=dict)
+    _texts: dict[tuple[str, Role], str] = field(default_factory=dict)
+    _questions: dict[EvaluationTask, str] = field(default_factory=dict)
+
+    def model(self, name: str) -> str:
+        """Of a model's files.
+
+        Raises:
+            InputError: no such model.
+        """
+        if name not in self._models:
+            self._models[name] = model_digest(name)
+        return self._models[name]
+
+    def text(self, source: str, role: Role) -> str:
+        """Of a source's documents.
+
+        Raises:
+            InputError: missing or unreadable.
+        """
+        if (source, role) not in self._texts:
+            self._texts[source, role] = source_digest(source, role)
+        return self._texts[source, role]
+
+    def evaluation(self, evaluation: EvaluationOptions) -> dict[str, str]:
+        """Of the evaluation's texts, by name."""
+        return {text.name: self.text(text.source, "test") for text in evaluation.texts}
+
+    def questions(self, evaluation: EvaluationOptions) -> dict[str, str]:
+        """Of the evaluation's questions and their examples, by the task's name.
+
+        Raises:
+            InputError: they cannot be read, or lm-eval is missing.
+        """
+        for task in evaluation.tasks:
+            if task not in self._questions:
+                self._questions[task] = prepare_quizzes([task.task], **_asking(task))[0].data_hash
+        return {task.name: self._questions[task] for task in evaluation.tasks}
+
+    def calibration(self, config: PruneConfig) -> dict[str, str]:
+        """Of a configuration's own texts, and of the facts that its guard asks, by role."""
+        texts = config.texts
+        sources: dict[Role, str] = {
+            "calibration": texts.calibration,
+            "guard": texts.guard or texts.calibration,
+            "test": texts.test,
+        }
+        found = {str(role): self.text(source, role) for role, source in sources.items()}
+        if config.guard.max_knowledge_drop is not None:
+            found["knowledge"] = hash_questions(load_facts(texts.knowledge))
+        return found
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A cell before it is run.
+
+    Attributes:
+        method: what is done; `DENSE_NAME` stands for the unpruned model.
+        seed: of its windows.
+        target: the sparsity asked for.
+        config: its settled configuration.
+        key: hash of all that its result follows from.
+    """
+
+    method: Method
+    seed: int
+    target: float
+    config: PruneConfig
+    key: str
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        if self.method.name == DENSE_NAME:
+            return DENSE_NAME
+        return cell_name(self.method.name, self.target, self.seed)
+
+
+def cell_key(
+    kind: str,
+    config: PruneConfig,
+    evaluation: EvaluationOptions,
+    digests: Digests,
+    files: Mapping[str, str] | None = None,
+) -> str:
+    """Hash of all that a cell's result follows from.
+
+    Args:
+        kind: run or baseline.
+        config: the cell's configuration.
+        evaluation: what it is scored on.
+        digests: gives the hashes of contents.
+        files: hashes of other files that it reads, by name.
+
+    Raises:
+        InputError: the model or a text cannot be used, or an evaluation text chooses something.
+    """
+    own, scored = digests.calibration(config), digests.evaluation(evaluation)
+    for name, digest in scored.items():
+        for role in ("calibration", "guard"):
+            if own[role] == digest:
+                raise InputError(
+                    f"the evaluation text {name} is the {role} text too: results are only worth "
+                    "something on a text that chooses nothing. Give another"
+                )
+    return _key(
+        kind=kind,
+        request=config.request.identity(),
+        context=_context(config),
+        evaluation=_without_paths(evaluation),
+        model=digests.model(config.model),
+        texts=[own, scored],
+        questions=digests.questions(evaluation),
+        files=dict(files or {}),
+    )
+
+
+def dense_key(config: PruneConfig, evaluation: EvaluationOptions, digests: Digests) -> str:
+    """As `cell_key` for the unpruned model.
+
+    Raises:
+        InputError: the model or a text cannot be used.
+    """
+    return _key(
+        kind="dense",
+        config=config.model_dump(mode="json", include={"trust_remote_code", "dtype", "device"}),
+        evaluation=_without_paths(evaluation),
+        model=digests.model(config.model),
+        texts=digests.evaluation(evaluation),
+        questions=digests.questions(evaluation),
+    )
+
+
+def _context(config: PruneConfig) -> dict[str, Any]:
+    """Who decides and how, without the paths of files, which have hashes of their own."""
+    context = config.context.model_dump(mode="json", exclude={"out", "prompts"})
+    for name, kind in (("agent", "replay:"), ("allocation", "from:")):
+        if context[name].startswith(kind):
+            context[name] = kind
+    return context
+
+
+def _without_paths(evaluation: EvaluationOptions) -> dict[str, Any]:
+    each = {"texts": {"__all__": {"source"}}, "tasks": {"__all__": {"data", "examples"}}}
+    return evaluation.model_dump(mode="json", exclude=each)
+
+
+def _key(**parts: Any) -> str:
+    identity = parts | {"schema": SCHEMA_VERSION, "version": package_version()}
+    return sha256_bytes(canonical_json(identity))[:20]
+
+
+def package_version() -> str:
+    """Of the installed package."""
+    return importlib.metadata.version("prunewright")
+
+
+def score_model(
+    model: str,
+    evaluation: EvaluationOptions,
+    *,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+    progress: Progress | None = None,
+) -> Scores:
+    """Score a model, dense or pruned, on a comparison's texts and questions.
+
+    Raises:
+        InputError: the model or a text cannot be used.
+        PrunewrightError: a loss is not finite.
+    """
+    loaded = load_model(
+        model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, keep_dense=False
+    )
+    try:
+        loaded.check_length(evaluation.length)
+        head = Head(loaded.model)
+        rows = embedding_rows(loaded.model)
+        texts = {}
+        for text in evaluation.texts:
+            windows = load_test_windows(
+                text.source, loaded.tokenizer, text.windows, evaluation.length, rows=rows
+            )
+            losses = window_losses(loaded.model, head, windows, progress)
+            value = perplexity(losses)
+            if not math.isfinite(value):
+                raise PrunewrightError(f"the perplexity on {text.name} is not finite")
+            texts[text.name] = TextResult(perplexity=value, losses=tuple(losses))
+        tasks: dict[str, float] = {}
+        for task in evaluation.tasks:
+            (found,) = evaluate_tasks(loaded, [task.task], **_asking(task), progress=progress)
+            if found.log_probability is None:
+                raise PrunewrightError(f"the log-probabilities of {task.name} are not finite")
+            tasks |= dict(zip(task.columns, (found.accuracy, found.log_probability), strict=True))
+        return Scores(texts=texts, tasks=tasks)
+    finally:
+        loaded.close()
+
+
+def _asking(task: EvaluationTask) -> dict[str, Any]:
+    """What `evaluate_tasks` is told of a task."""
+    return {
+        "data": {task.task: task.data},
+        "examples": {} if task.examples is None else {task.task: task.examples},
+        "shots": task.shots,
+        "limit": task.limit,
+    }
+
+
+def cell_result(metrics: Metrics, scores: Scores) -> CellResult:
+    """What a finished run and its scores come to."""
+    return CellResult(
+        status=metrics.status,
+        sparsity=metrics.sparsity,
+        steps=metrics.steps,
+        rollbacks=metrics.rollbacks,
+        revision=metrics.revision,
+        tokens=metrics.tokens,
+        tokens_for_choosing=sum(
+            n for use, n in metrics.tokens.items() if use not in NOT_SCORED_FOR_CHOOSING
+        ),
+        seconds=metrics.seconds["total"],
+        peak_memory_bytes=metrics.peak_memory_bytes,
+        scores=scores,
+    )
+
+
+def build_comparison(
+    config: ComparisonConfig,
+    plan: Iterable[Planned],
+    results: Mapping[str, CellResult],
+    errors: Mapping[str, str],
+    dense: DenseCell,
+) -> Comparison:
+    """Put the cells together with their ratios and sums.
+
+    Args:
+        config: the comparison's.
+        plan: its cells.
+        results: those that are done, by key.
+        errors: why others failed, by key.
+        dense: the unpruned model.
+    """
+    plan = list(plan)
+    control = {
+        (cell.seed, cell.target): results[cell.key]
+        for cell in plan
+        if cell.method.name == config.control and cell.key in results
+    }
+    cells = []
+    for cell in plan:
+        result = results.get(cell.key)
+        state: CellState = "done"
+        if result is None:
+            state = "failed" if cell.key in errors else "pending"
+        cells.append(
+            Cell(
+                method=cell.method.name,
+                kind=cell.method.resolved_kind,
+                seed=cell.seed,
+                target=cell.target,
+                key=cell.key,
+                state=state,
+                error=errors.get(cell.key, ""),
+                on_target=result is not None
+                and abs(result.sparsity - cell.target) <= SAME_SPARSITY,
+                result=result,
+                ratio=_ratio(result, control.get((cell.seed, cell.target))),
+            )
+        )
+    return Comparison(
+        version=package_version(),
+        config=config,
+        dense=dense,
+        cells=tuple(cells),
+        summary=tuple(summarise(config, cells)),
+    )
+
+
+def _ratio(result: CellResult | None, control: CellResult | None) -> dict[str, float]:
+    if result is None or control is None:
+        return {}
+    return {
+        name: score.perplexity / control.scores.texts[name].perplexity
+        for name, score in result.scores.texts.items()
+    }
+
+
+def summarise(config: ComparisonConfig, cells: list[Cell]) -> list[Summary]:
+    """Mean and spread over seeds of each method at each target, in the order of the methods."""
+    groups: dict[tuple[str, float], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.method, cell.target), []).append(cell)
+    order = [method.name for method in config.methods]
+    return [
+        _summary(method, target, groups[method, target])
+        for method, target in sorted(groups, key=lambda pair: (order.index(pair[0]), pair[1]))
+    ]
+
+
+def _summary(method: str, target: float, cells: list[Cell]) -> Summary:
+    done = [(cell, cell.result) for cell in cells if cell.result is not None]
+    results = [result for _, result in done]
+
+    def spreads(values: list[Mapping[str, float]]) -> dict[str, Spread]:
+        names = dict.fromkeys(name for by_name in values for name in by_name)
+        return {n: spread([by_name[n] for by_name in values if n in by_name]) for n in names}
+
+    return Summary(
+        method=method,
+        target=target,
+        seeds=len(done),
+        missing=len(cells) - len(done),
+        on_target=all(cell.on_target for cell, _ in done),
+        sparsity=spread([r.sparsity for r in results]) if results else None,
+        tokens_for_choosing=spread([r.tokens_for_choosing for r in results]) if results else None,
+        seconds=spread([r.seconds for r in results]) if results else None,
+        peak_memory_bytes=spread([r.peak_memory_bytes for r in results]) if results else None,
+        perplexity=spreads([{n: s.perplexity for n, s in r.scores.texts.items()} for r in results]),
+        ratio=spreads([cell.ratio for cell, _ in done]),
+        tasks=spreads([r.scores.tasks for r in results]),
+    )
+
+
+def spread(values: Iterable[float]) -> Spread:
+    """Mean and sample standard deviation of some numbers.
+
+    Raises:
+        statistics.StatisticsError: there are none.
+    """
+    numbers = list(values)
+    return Spread(
+        mean=statistics.fmean(numbers),
+        sd=statistics.stdev(numbers) if len(numbers) > 1 else None,
+        n=len(numbers),
+    )
+
+
+def load_comparison(path: str | Path) -> Comparison:
+    """Read a comparison.json, or that of a directory.
+
+    Raises:
+        StoreError: missing, damaged, or of another version.
+    """
+    file = Path(path)
+    file = file / "comparison.json" if file.is_dir() else file
+    try:
+        return Comparison.model_validate(read_json(file))
+    except ValidationError as error:
+        raise StoreError(f"{file} is not a comparison of this version: {error}") from error
