@@ -24,7 +24,7 @@ from prunewright.state import (
     PruneContext,
     PruneRequest,
     PruneState,
-    StepRecord,
+    Step,
 )
 from prunewright.tools.store.rundir import RunDirectory
 from prunewright.tools.store.storage import write_json
@@ -44,13 +44,13 @@ class Prompted:
         return read_answer(self._answer)
 
 
-def make_record(step: int, profile: ModelProfile, path: str) -> StepRecord:
+def make_record(step: int, profile: ModelProfile, path: str) -> Step:
     """A step that touched a fifth of the layers."""
     dice = random.Random(step)
     chosen = dice.sample(profile.layers, len(profile.layers) // 5)
     applied = {p.name: dice.uniform(0.02, 0.15) for p in chosen}
     costs = predicted_costs(applied, profile)
-    return StepRecord(
+    return Step(
         step=step,
         agent="prompted",
         verdict="rolled_back" if step % 9 == 5 else "accepted",
@@ -99,10 +99,7 @@ def main() -> None:
         write_json(run.manifest_file, {"thread": "benchmark"})
         path = run.write_step_file(options.steps, "profile", profile.model_dump(mode="json"))
         records = [make_record(i, profile, path) for i in range(options.steps)]
-        history = [
-            {"record": run.write_step_file(r.step, "record", r.model_dump(mode="json"))}
-            for r in records
-        ]
+        run.write_trace(records)
         state = cast(
             PruneState,
             {
@@ -111,7 +108,6 @@ def main() -> None:
                 "perplexity": 24.0,
                 "dense_perplexity": 20.0,
                 "stalls": 0,
-                "history": history,
                 "profile": {"path": path},
             },
         )
@@ -119,7 +115,7 @@ def main() -> None:
         parts: dict[str, list[float]] = {"observation": [], "prompt": [], "all": []}
         for _ in range(options.repeats + 1):
             began = time.process_time()
-            observation = observe(state, request, context, run, run.read_records(history))
+            observation = observe(state, request, context, run, run.read_trace())
             seen = time.process_time()
             report = ask("prompted", agent, observation, repairs=0)
             ended = time.process_time()

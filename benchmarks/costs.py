@@ -20,14 +20,15 @@ from typing import Any
 import torch
 
 from prunewright.graph import run
-from prunewright.state import StepRecord, load_config
+from prunewright.state import Step, load_config
+from prunewright.state.run import DENSE
 from prunewright.tools import results
 from prunewright.tools.bench import workbench
 from prunewright.tools.bench.workbench import Workbench
 from prunewright.tools.calibration import profiling
 from prunewright.tools.model import head as perplexity
 from prunewright.tools.model.loading import load_model
-from prunewright.tools.store.revisions import DENSE, unpack_kept
+from prunewright.tools.store.revisions import unpack_kept
 from prunewright.tools.store.rundir import RunDirectory
 
 FEW_LAYERS = 40
@@ -78,7 +79,7 @@ def revision_bytes(store: Path, old: dict[str, str], new: dict[str, str], name: 
     return sum(file.stat().st_size for file in files)
 
 
-def step_bytes(bench: Workbench, records: list[StepRecord]) -> list[int]:
+def step_bytes(bench: Workbench, records: list[Step]) -> list[int]:
     """What each step that made a candidate stored beyond one bit a weight of its layers."""
     over, accepted = [], DENSE
     for record in records:
@@ -110,7 +111,7 @@ def seconds_of(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def time_rollbacks(bench: Workbench, records: list[StepRecord]) -> dict[str, Any]:
+def time_rollbacks(bench: Workbench, records: list[Step]) -> dict[str, Any]:
     """Medians of rollbacks of the last candidate, of a part of it, and of reloads."""
     at = max(i for i, record in enumerate(records) if record.candidate)
     old = records[at - 1].revision if at else DENSE

@@ -14,10 +14,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from prunewright.state import load_config
+from prunewright.state.run import DENSE
 from prunewright.tools.bench.workbench import Workbench, workbench
 from prunewright.tools.calibration.profiling import crowded_costs, predict_losses, statistics_of
-from prunewright.tools.model.head import perplexity
-from prunewright.tools.store.revisions import DENSE
+from prunewright.tools.losses import perplexity
 
 WIDTH = 0.05
 LEVELS = [WIDTH * n for n in range(18)]

@@ -12,12 +12,13 @@ from functools import partial
 from pathlib import Path
 
 from prunewright.state import load_config
+from prunewright.state.run import DENSE
 from prunewright.tools.allocation import resolve_allocation
 from prunewright.tools.bench.workbench import workbench
-from prunewright.tools.model.head import perplexity, window_losses
+from prunewright.tools.losses import perplexity
+from prunewright.tools.model.head import window_losses
 from prunewright.tools.model.tokens import embedding_rows
 from prunewright.tools.solve import reconstruction
-from prunewright.tools.store.revisions import DENSE
 from prunewright.tools.texts.windows import load_test_windows
 
 solve = reconstruction.solve

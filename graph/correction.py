@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from prunewright.state import LayerProfile, ModelProfile, StepRecord
+from prunewright.state import LayerProfile, ModelProfile, Step
 
 DEPTHS = ("early", "middle", "late")
 """The thirds of a model's blocks."""
@@ -32,7 +32,7 @@ def predicted_costs(deltas: Mapping[str, float], profile: ModelProfile) -> dict[
     return costs
 
 
-def ratios(records: Sequence[StepRecord]) -> dict[str, tuple[float, float]]:
+def ratios(records: Sequence[Step]) -> dict[str, tuple[float, float]]:
     """Measured over predicted cost with its standard error: of all steps, and of kinds of layers.
 
     A step's ratio is its measured rise of the loss, log(1 + change), over what was predicted for

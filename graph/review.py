@@ -7,30 +7,30 @@ from pydantic import ValidationError
 
 from prunewright.graph.agents import Observation
 from prunewright.graph.agents.asking import check
-from prunewright.state import Decision, DecisionReport, Review, ReviewAnswer, ReviewRequest
+from prunewright.state import Decision, Review, ReviewAnswer, ReviewRequest, Step
 from prunewright.state.config import describe_validation_error
 from prunewright.state.review import HOW, ReviewedLayer
 
 
-def review(report: DecisionReport, observation: Observation) -> DecisionReport:
+def review(step: Step, observation: Observation) -> Step:
     """Have a person approve, edit or reject a decision; a refused answer is asked for again.
 
     The node that calls it starts anew at each answer, so it must not have done anything yet.
 
     Args:
-        report: the agent's decision, with full layer names.
+        step: the agent's decision, with full layer names.
         observation: what an edit is checked against, as the agent's answer is.
 
     Returns:
-        The report with the decision to apply, empty after a rejection, and the `Review`.
+        The step with the decision to apply, empty after a rejection, and the `Review`.
     """
     problems: list[str] = []
     refused: list[str] = []
     answer: Any = None
     while True:
-        asked = _request(report, observation, problems, answer)
+        asked = _request(step, observation, problems, answer)
         answer = interrupt(asked.model_dump(mode="json"))
-        settled, problems = _settle(answer, report, observation)
+        settled, problems = _settle(answer, step, observation)
         if settled is not None:
             assert settled.review is not None
             found = settled.review.model_copy(update={"refused": refused})
@@ -41,16 +41,16 @@ def review(report: DecisionReport, observation: Observation) -> DecisionReport:
 
 
 def _request(
-    report: DecisionReport, observation: Observation, problems: list[str], answer: Any
+    step: Step, observation: Observation, problems: list[str], answer: Any
 ) -> ReviewRequest:
     layers = {layer.name: layer for layer in observation.profile.layers}
     short = [layer.short_name for layer in layers.values()]
     unique = len(set(short)) == len(short)
-    decision = report.decision
+    decision = step.decision
     gain = sum(item.delta * layers[item.name].parameters for item in decision.layers)
     return ReviewRequest(
         step=observation.step + 1,
-        agent=report.agent,
+        agent=step.agent,
         reasoning=decision.reasoning,
         layers=[
             ReviewedLayer(
@@ -64,20 +64,18 @@ def _request(
         rebalance=decision.rebalance,
         lessons=decision.lessons,
         expected_ppl_change=decision.expected_ppl_change,
-        predicted_change=report.predicted_change,
+        predicted_change=step.predicted_change,
         perplexity=observation.perplexity,
         sparsity=observation.sparsity,
         sparsity_after=observation.sparsity + gain / observation.prunable,
-        notes=[*report.notes, *(f"refused: {words}" for words in report.invalid_answers)],
+        notes=[*step.notes, *(f"refused: {words}" for words in step.invalid_answers)],
         problems=problems,
         refused=answer,
     )
 
 
-def _settle(
-    answer: Any, report: DecisionReport, observation: Observation
-) -> tuple[DecisionReport | None, list[str]]:
-    """The report as a person's answer makes it, or None and what is wrong with the answer."""
+def _settle(answer: Any, step: Step, observation: Observation) -> tuple[Step | None, list[str]]:
+    """The step as a person's answer makes it, or None and what is wrong with the answer."""
     if not isinstance(answer, dict):
         return None, [HOW]
     try:
@@ -86,18 +84,18 @@ def _settle(
         return None, [f"{describe_validation_error(error, ReviewAnswer)}: {HOW}"]
     if sum(value is not None for value in (given.approve, given.edit, given.reject)) != 1:
         return None, [HOW]
-    proposed = report.decision
+    proposed = step.decision
     if given.edit is not None:
         decision, problems = _edited(given.edit, proposed, observation)
         if decision is None:
             return None, problems
-        deltas = {item.name: item.delta for item in decision.layers}
+        deltas = decision.deltas
         changes = {
             "decision": decision,
             "predicted_change": observation.profile.predicted_change(deltas),
             "review": Review(verdict="edited", proposed=proposed),
         }
-        return report.model_copy(update=changes), []
+        return step.model_copy(update=changes), []
     if given.reject is not None:
         words = given.reject.strip()
         if not words:
@@ -112,8 +110,8 @@ def _settle(
             "predicted_change": None,
             "review": Review(verdict="rejected", words=words, proposed=proposed),
         }
-        return report.model_copy(update=changes), []
-    return report.model_copy(update={"review": Review(verdict="approved")}), []
+        return step.model_copy(update=changes), []
+    return step.model_copy(update={"review": Review(verdict="approved")}), []
 
 
 def _edited(

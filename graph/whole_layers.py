@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 
 from prunewright.state import InputError, ModelProfile, PruneRequest
 from prunewright.state.run import TOLERANCE
-from prunewright.tools.masks import most_zeros
+from prunewright.tools.counting import most_zeros
 from prunewright.tools.model.loading import LoadedModel
 
 MISSING = "is missing to the target, too little for any dense layer"

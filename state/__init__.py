@@ -21,14 +21,7 @@ from prunewright.state.errors import (
 from prunewright.state.profile import COST_DELTAS, LayerProfile, ModelProfile
 from prunewright.state.review import Review, ReviewAnswer, ReviewRequest
 from prunewright.state.run import STATUS_WORDS, PruneInput, PruneState, PruneUpdate
-from prunewright.state.step import (
-    AppliedDecision,
-    DecisionReport,
-    ProbeReport,
-    Spent,
-    StepRecord,
-    StepSummary,
-)
+from prunewright.state.step import ProbeReport, Spent, Step, StepSummary
 
 # A library configures no logging: what is not asked for is not heard.
 logging.getLogger("prunewright").addHandler(logging.NullHandler())
@@ -37,9 +30,7 @@ __all__ = [
     "COST_DELTAS",
     "STATUS_WORDS",
     "AgentError",
-    "AppliedDecision",
     "Decision",
-    "DecisionReport",
     "GroupDelta",
     "InputError",
     "LayerDelta",
@@ -58,7 +49,7 @@ __all__ = [
     "ReviewPendingError",
     "ReviewRequest",
     "Spent",
-    "StepRecord",
+    "Step",
     "StepSummary",
     "StoreError",
     "check_decision",

@@ -15,6 +15,8 @@ from prunewright.state.loading import parse_yaml
 from prunewright.state.secrets import find_secret
 
 DEFAULT_AGENT = "google_genai:gemini-3-flash-preview"
+EMBEDDED = "embedded"
+"""The name of the model, texts and questions that are installed with the package."""
 BASELINE = "baseline"
 """The name that stands for "no agent" in a run directory's config and trace."""
 

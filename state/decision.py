@@ -80,6 +80,11 @@ class Decision(BaseModel):
         description="what to remember in later steps; replaces the lessons so far",
     )
 
+    @property
+    def deltas(self) -> dict[str, float]:
+        """Sparsity added to each layer that is named."""
+        return {item.name: item.delta for item in self.layers}
+
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, data: Any) -> Any:

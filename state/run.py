@@ -1,5 +1,6 @@
 """The graph's state: plain Python only, small enough to be stored at every superstep."""
 
+import hashlib
 from typing import Annotated, Any, Literal
 
 from typing_extensions import TypedDict
@@ -17,6 +18,8 @@ STATUS_WORDS: dict[Status, str] = {
 }
 """Each status in short; what a run's steps add to it, `prunewright.tools.ending` says."""
 
+DENSE = hashlib.sha256(b"{}").hexdigest()
+"""The name of the revision without masks, the dense model: the hash of an empty manifest."""
 TOLERANCE = 0.001
 """Distance from the target sparsity that counts as reached."""
 
@@ -65,8 +68,8 @@ class PruneState(TypedDict):
     """Index of the step at which they were."""
     profile: dict[str, Any] | None
     """``path`` of the full profile in the run directory; a compact ``table`` until the decision."""
-    decision: dict[str, Any] | None
-    """The agent's, until it is applied."""
+    proposal: dict[str, Any] | None
+    """The `Step` as the agent proposed it, until it is applied."""
     candidate: str | None
     candidate_sparsity: float | None
     candidate_perplexity: float | None
@@ -75,14 +78,14 @@ class PruneState(TypedDict):
     """As last measured. Absent, like the candidate's, while the guard never bounded it."""
     candidate_knowledge: float | None
     """The candidate's; None: not measured, or not finite."""
-    applied: str
-    """Path of the step's `AppliedDecision` in the run directory: too large for every checkpoint."""
+    step_file: str
+    """Path of the `Step` as applied in the run directory: too large for every checkpoint."""
     rollback_reason: str
     rollbacks: int
     stalls: int
     """Rollbacks and empty decisions in a row."""
     history: list[StepSummary]
-    """The latest steps; the record of each names that of the step before."""
+    """The latest steps, by whose seals trace.jsonl is checked."""
     seconds: Annotated[dict[str, float], add_up]
     """Wall time by node."""
     tokens: Annotated[dict[str, float], add_up]
@@ -104,14 +107,14 @@ class PruneUpdate(TypedDict, total=False):
     gradient_revision: str
     gradient_step: int
     profile: dict[str, Any] | None
-    decision: dict[str, Any] | None
+    proposal: dict[str, Any] | None
     candidate: str | None
     candidate_sparsity: float | None
     candidate_perplexity: float | None
     candidate_losses: list[float]
     knowledge: Knowledge | None
     candidate_knowledge: float | None
-    applied: str
+    step_file: str
     rollback_reason: str
     rollbacks: int
     stalls: int

@@ -1,4 +1,4 @@
-"""What is kept of each step: the full record on disk, a short one in the state."""
+"""A step of a run, from the proposal to the verdict, and what the state keeps of it."""
 
 from typing import Literal
 
@@ -11,7 +11,8 @@ from prunewright.state.review import Review
 MAX_REFUSED = 4_000
 """Characters that are kept of an answer that was refused."""
 
-Verdict = Literal["accepted", "rolled_back", "empty"]
+Verdict = Literal["open", "accepted", "rolled_back", "empty"]
+"""What became of a step; open while nothing did yet."""
 
 
 class Spent(BaseModel):
@@ -45,11 +46,17 @@ class ProbeReport(BaseModel):
     """Why it was not measured; "" if it was."""
 
 
-class DecisionReport(BaseModel):
-    """A decision and how it came about."""
+class Step(BaseModel):
+    """One step of a run: proposed, then applied, measured, and judged.
+
+    Each node fills in what it adds. The last, `reflect`, makes of it a line of trace.jsonl.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    # Proposed: who decided what, and how that came about.
+    step: int
+    """Counted from 0."""
     agent: str
     decision: Decision
     predicted_change: float | None = None
@@ -59,100 +66,76 @@ class DecisionReport(BaseModel):
     refused_answers: list[str] = []
     """Their texts in the same order, cut at `MAX_REFUSED` characters, without keys."""
     repairs: int = 0
-    """How many of them were sent back."""
+    """How many of them were sent back with what was wrong."""
     notes: list[str] = []
-    calls: int = 0
+    llm_calls: int = 0
     """Requests to the LLM, failed ones too."""
-    tokens: int = 0
+    llm_tokens: int = 0
     """Tokens exchanged with it."""
     probes: list[ProbeReport] = []
-    """Trials measured before it."""
+    """Trials that the agent had measured before it decided."""
     review: Review | None = None
-    """What a person said to it; None: nobody was asked."""
+    """What a person said to the decision; None: nobody was asked."""
 
-    @property
-    def refused(self) -> bool:
-        """Whether every answer was refused, the last repair's, too."""
-        return len(self.invalid_answers) > self.repairs
+    # Where it began.
+    profile: str = ""
+    """Path of the step's profile in the run directory; "" for a baseline's."""
+    sparsity_before: float
+    perplexity_before: float
+    asked: float | None = None
+    """Sparsity that the step might add, within its bound and up to the target; None: a baseline."""
 
-
-class AppliedDecision(BaseModel):
-    """A decision and what came of it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    report: DecisionReport
+    # Applied.
     applied: dict[str, float] = {}
     """Sparsity really added to each layer, after the landing on the target."""
     predicted_costs: dict[str, float] = {}
     """Predicted rise of the mean token loss for it, nats, by ``projection@depth``."""
-    notes: list[str] = []
+    candidate: str | None = None
+    """The revision that it made; None: it changed no weight."""
 
-
-class StepRecord(BaseModel):
-    """One step, whole: a line of trace.jsonl."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    step: int
-    agent: str
-    verdict: Verdict
-    reason: str
-    """Why the step was rolled back or is empty; "" for an accepted one."""
-    decision: Decision
-    applied: dict[str, float]
-    """Sparsity really added to each layer, after the landing on the target."""
-    predicted_costs: dict[str, float] = {}
-    """Predicted rise of the mean token loss for it, nats, by ``projection@depth``."""
-    invalid_answers: list[str]
-    refused_answers: list[str] = []
-    """Texts of the answers that were refused, as in `DecisionReport`."""
-    notes: list[str]
-    profile: str
-    """Path of the step's profile in the run directory."""
-    revision: str
-    """The accepted revision after the step."""
-    candidate: str | None
-    sparsity_before: float
-    sparsity: float
-    asked: float | None = None
-    """Sparsity that the step might add, within its bound and up to the target; None: a baseline."""
-    perplexity_before: float
-    candidate_perplexity: float | None
+    # Measured.
+    candidate_perplexity: float | None = None
     """None: not evaluated, or not finite (the reason says which)."""
-    change: float | None
+    change: float | None = None
     """Relative perplexity change of the candidate over the revision accepted before."""
-    change_stderr: float | None
+    change_stderr: float | None = None
     """Standard error of the paired change over the guard windows."""
     knowledge_dense: float | None = None
     """Mean log-probability of the right answers to the facts by the dense model, nats a token;
     None: the guard did not bound it."""
     candidate_knowledge: float | None = None
     """The candidate's; None: not measured, or not finite (the reason says so)."""
-    predicted_change: float | None
-    repairs: int = 0
-    """Refused answers that were sent back with what was wrong."""
-    llm_calls: int = 0
-    """Requests to the LLM, failed ones too."""
-    llm_tokens: int
-    probes: list[ProbeReport] = []
-    """Trials that the agent had measured before it decided."""
-    review: Review | None = None
-    """What a person said to the decision; None: nobody was asked."""
+
+    # Judged.
+    verdict: Verdict = "open"
+    reason: str = ""
+    """Why the step was rolled back or is empty; "" for an accepted one."""
+    revision: str
+    """The accepted revision, after the step once it is judged."""
+    sparsity: float
+    """Of that revision."""
     previous: str = ""
-    """Path of the record of the step before in the run directory; "" for the first step's."""
+    """Seal of the line of the step before in trace.jsonl; "" for the first step's."""
 
     @property
     def refused(self) -> bool:
-        """Whether every answer of the step was refused."""
+        """Whether every answer was refused, the last repair's, too."""
         return len(self.invalid_answers) > self.repairs
+
+    @property
+    def accepted_perplexity(self) -> float:
+        """Guard perplexity of the revision that the step left."""
+        if self.verdict == "accepted" and self.candidate_perplexity is not None:
+            return self.candidate_perplexity
+        return self.perplexity_before
 
 
 class StepSummary(TypedDict):
-    """What the checkpointed state keeps of a step; the record lies in ``record``."""
+    """What the checkpointed state keeps of a step; trace.jsonl has the whole."""
 
     step: int
-    record: str
+    seal: str
+    """Of the step's line in trace.jsonl."""
     verdict: Verdict
     sparsity: float
     perplexity: float

@@ -10,19 +10,20 @@ from prunewright.state import (
     InputError,
     LayerDelta,
     PruneConfig,
-    StepRecord,
+    Step,
     parse_pattern,
 )
 from prunewright.state.config import BASELINE
 from prunewright.state.metrics import Metrics
+from prunewright.state.run import DENSE
 from prunewright.tools.allocation import resolve_allocation
 from prunewright.tools.bench.own_zeros import check_pattern, check_target, own_zeros_words
 from prunewright.tools.bench.workbench import workbench
-from prunewright.tools.model.head import Progress, change_with_error, perplexity
+from prunewright.tools.losses import change_with_error, perplexity
+from prunewright.tools.model.head import Progress
 from prunewright.tools.model.layers import Layer
 from prunewright.tools.results import Outcome, finish
 from prunewright.tools.saving.model import try_saving
-from prunewright.tools.store.revisions import DENSE
 from prunewright.tools.store.rundir import RunDirectory
 
 
@@ -62,7 +63,8 @@ def prune_once(
         bench.forget_statistics()  # those of an earlier baseline of this process
         bench.check_blocks()
         values = try_saving(run, bench, revisions=1)
-        run.begin(thread, request, config.context, bench, values)
+        told = {"values": values, "notes": bench.loaded.notes}
+        run.begin(thread, request, config.context, bench.facts(), **told)
         if begun is not None:
             begun()
         tokens = dict(bench.tokens)
@@ -81,39 +83,27 @@ def prune_once(
         applied = bench.sparsities()
         value = perplexity(losses)
         change, stderr = change_with_error(before, losses)
-        run.write_trace(
-            [
-                StepRecord(
-                    step=0,
-                    agent=BASELINE,
-                    verdict="accepted",
-                    reason="",
-                    decision=Decision(
-                        reasoning=f"Allocation {config.allocation}, one shot, "
-                        f"pattern {request.pattern}.",
-                        layers=[LayerDelta(name=n, delta=s) for n, s in applied.items()],
-                    ),
-                    applied=applied,
-                    invalid_answers=[],
-                    notes=[
-                        *bench.loaded.notes,
-                        *notes,
-                        *bench.store.about(revision).get("notes", []),
-                    ],
-                    profile="",
-                    revision=revision,
-                    candidate=revision,
-                    sparsity_before=dense_sparsity,
-                    sparsity=bench.sparsity(),
-                    perplexity_before=perplexity(before),
-                    candidate_perplexity=value if math.isfinite(value) else None,
-                    change=change if math.isfinite(value) else None,
-                    change_stderr=stderr if math.isfinite(value) else None,
-                    predicted_change=None,
-                    llm_tokens=0,
-                )
-            ]
+        finite = math.isfinite(value)
+        step = Step(
+            step=0,
+            agent=BASELINE,
+            verdict="accepted",
+            decision=Decision(
+                reasoning=f"Allocation {config.allocation}, one shot, pattern {request.pattern}.",
+                layers=[LayerDelta(name=n, delta=s) for n, s in applied.items()],
+            ),
+            applied=applied,
+            notes=[*bench.loaded.notes, *notes, *bench.store.about(revision).get("notes", [])],
+            revision=revision,
+            candidate=revision,
+            sparsity_before=dense_sparsity,
+            sparsity=bench.sparsity(),
+            perplexity_before=perplexity(before),
+            candidate_perplexity=value if finite else None,
+            change=change if finite else None,
+            change_stderr=stderr if finite else None,
         )
+        run.write_trace([step])
         outcome = Outcome(
             status=BASELINE,
             method={

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal
 
-from prunewright.state import STATUS_WORDS, PruneContext, StepRecord
+from prunewright.state import STATUS_WORDS, PruneContext, Step
 from prunewright.state.metrics import Metrics
 from prunewright.state.run import TOLERANCE, Status
 from prunewright.state.shown import one_line
@@ -45,7 +45,7 @@ class Ending:
 
 def describe_ending(
     status: Status,
-    records: Sequence[StepRecord],
+    records: Sequence[Step],
     context: PruneContext,
     target: float,
     *,
@@ -110,9 +110,9 @@ def ended_words(metrics: Metrics) -> str:
     return metrics.reason or short
 
 
-def kind_of(record: StepRecord) -> Kind:
+def kind_of(record: Step) -> Kind:
     """What a step came to."""
-    if record.verdict != "empty":
+    if record.verdict in ("accepted", "rolled_back"):
         return record.verdict
     if record.review is not None and record.review.verdict == "rejected":
         return "rejected"

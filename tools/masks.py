@@ -9,7 +9,6 @@ parts share a count (rows, experts, panels), those with more zeros of their own 
 keep them, and the others give as much less.
 """
 
-import math
 from typing import Literal
 
 import numpy as np
@@ -162,18 +161,6 @@ def nm_count(weight: Tensor, keep_n: int, group_m: int) -> int:
 def zero_places(weight: Tensor) -> Tensor | None:
     """True where a weight is zero, of its shape; None, at little cost, where none is."""
     return weight == 0 if count_zeros(weight) else None
-
-
-def most_zeros(target: float, total: int) -> int:
-    """The largest number of weights whose share of ``total`` is not above a target sparsity.
-
-    By the share itself, as it is reported: a product of floats may lie on the other side of a
-    whole number.
-    """
-    count = math.floor(target * total)
-    if (count + 1) / total <= target:
-        return count + 1
-    return count if count / total <= target else count - 1
 
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

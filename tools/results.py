@@ -11,11 +11,12 @@ from pathlib import Path
 
 from prunewright.state import PrunewrightError
 from prunewright.state.metrics import Metrics, Pair, Perplexities
+from prunewright.state.run import DENSE
 from prunewright.tools.bench.workbench import Workbench
-from prunewright.tools.model.head import Progress, perplexity
+from prunewright.tools.losses import perplexity
+from prunewright.tools.model.head import Progress
 from prunewright.tools.saving.card import model_card
 from prunewright.tools.saving.model import save_model
-from prunewright.tools.store.revisions import DENSE
 from prunewright.tools.store.rundir import RunDirectory
 from prunewright.tools.store.storage import write_json
 

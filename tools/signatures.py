@@ -1,6 +1,6 @@
 """Signatures of a run that goes wrong, found in its steps."""
 
-from prunewright.state import StepRecord
+from prunewright.state import Step
 
 ROLLBACK_RATE = 0.25
 """Share of rolled-back steps above which the agent is not adapting."""
@@ -10,12 +10,12 @@ STAGNANT_GAIN = 0.005
 STAGNANT_SHARE = 1 / 40
 
 
-def failure_signatures(records: list[StepRecord]) -> list[str]:
+def failure_signatures(records: list[Step]) -> list[str]:
     """What went wrong in a run, one sentence each; empty if nothing did."""
     return list(find_signatures(records).values())
 
 
-def find_signatures(records: list[StepRecord]) -> dict[str, str]:
+def find_signatures(records: list[Step]) -> dict[str, str]:
     """What went wrong in a run, a sentence by kind.
 
     Looked for: more than a quarter of the steps rolled back, sparsity that stands still over
@@ -46,7 +46,7 @@ def find_signatures(records: list[StepRecord]) -> dict[str, str]:
     return found
 
 
-def _stagnant(records: list[StepRecord]) -> tuple[int, int] | None:
+def _stagnant(records: list[Step]) -> tuple[int, int] | None:
     """Indices of the first and last step of the first stretch without progress."""
     for first in range(len(records) - STAGNANT_STEPS + 1):
         last = first + STAGNANT_STEPS - 1

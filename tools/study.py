@@ -31,7 +31,8 @@ from prunewright.state.study import (
     cell_name,
 )
 from prunewright.tools.evaluation.harness import evaluate_tasks, prepare_quizzes
-from prunewright.tools.model.head import Head, Progress, perplexity, window_losses
+from prunewright.tools.losses import perplexity
+from prunewright.tools.model.head import Head, Progress, window_losses
 from prunewright.tools.model.loading import load_model, model_digest
 from prunewright.tools.model.tokens import embedding_rows
 from prunewright.tools.store.storage import canonical_json, read_json, sha256_bytes

@@ -10,14 +10,13 @@ from prunewright.graph.agents.base import Agent, quote_name
 from prunewright.state import (
     AgentError,
     Decision,
-    DecisionReport,
     LayerDelta,
     ModelProfile,
     PruneContext,
     PruneRequest,
     PruneState,
     Spent,
-    StepRecord,
+    Step,
     check_decision,
 )
 from prunewright.state.decision import SHOWN, first_problems
@@ -33,9 +32,9 @@ def observe(
     request: PruneRequest,
     context: PruneContext,
     run: RunDirectory,
-    records: Sequence[StepRecord],
+    earlier: Sequence[Step],
 ) -> Observation:
-    """What the agent sees at this point of a run; of the earlier steps' records with feedback."""
+    """What the agent sees at this point of a run; of the earlier steps with feedback."""
     assert state["profile"] is not None
     return Observation(
         step=state["step"],
@@ -53,7 +52,7 @@ def observe(
         perplexity=state["perplexity"],
         profile=run.read_profile(state["profile"]["path"]),
         signals=context.signals,
-        history=tuple(records) if context.feedback else (),
+        history=tuple(earlier) if context.feedback else (),
         feedback=context.feedback,
         prompts=context.prompts,
         seed=request.seed,
@@ -62,11 +61,14 @@ def observe(
     )
 
 
-def ask(name: str, agent: Agent, observation: Observation, *, repairs: int) -> DecisionReport:
-    """One checked decision of an agent, with full layer names; empty after the last refusal."""
+def ask(name: str, agent: Agent, observation: Observation, *, repairs: int) -> Step:
+    """A step as an agent proposes it: one checked decision, with full layer names.
+
+    The decision is empty after the last refusal.
+    """
     refusals: list[Refusal] = []
     notes: list[str] = []
-    before = spent_by(agent)
+    before = spent_on(agent)
     for _ in range(repairs + 1):
         try:
             answer = agent.decide(replace(observation, refusals=tuple(refusals)))
@@ -83,22 +85,28 @@ def ask(name: str, agent: Agent, observation: Observation, *, repairs: int) -> D
         _log.info("%s: an answer was refused: %s", name, redact("; ".join(problems)))
     else:
         decision = Decision(reasoning="No valid answer: nothing is pruned.", layers=[], done=False)
-    deltas = {item.name: item.delta for item in decision.layers}
-    after = spent_by(agent)
-    report = DecisionReport(
+    after = spent_on(agent)
+    step = Step(
+        step=observation.step,
         agent=name,
         decision=decision,
-        predicted_change=observation.profile.predicted_change(deltas) if deltas else None,
+        predicted_change=observation.profile.predicted_change(decision.deltas)
+        if decision.layers
+        else None,
         invalid_answers=["; ".join(refusal.problems) for refusal in refusals],
         refused_answers=[_kept(refusal.answer) for refusal in refusals],
         repairs=min(len(refusals), repairs),
         notes=notes,
-        calls=after.calls - before.calls,
-        tokens=after.tokens - before.tokens,
+        llm_calls=after.calls - before.calls,
+        llm_tokens=after.tokens - before.tokens,
         probes=observation.probes.reports if observation.probes else [],
+        sparsity_before=observation.sparsity,
+        sparsity=observation.sparsity,
+        perplexity_before=observation.perplexity,
+        revision=observation.profile.revision,
     )
     # A server knows the key, and what it says is stored.
-    return DecisionReport.model_validate(redact_all(report.model_dump()))
+    return Step.model_validate(redact_all(step.model_dump()))
 
 
 def _kept(answer: str) -> str:
@@ -138,7 +146,7 @@ def whole_deltas(decision: Decision, observation: Observation) -> Decision:
     return decision.model_copy(update={"layers": [settled(item) for item in decision.layers]})
 
 
-def spent_by(agent: Agent) -> Spent:
+def spent_on(agent: Agent) -> Spent:
     """What an agent has spent so far; one that asks no LLM counts nothing."""
     return Spent(calls=getattr(agent, "calls", 0), tokens=getattr(agent, "tokens", 0))
 

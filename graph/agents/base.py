@@ -14,7 +14,7 @@ from prunewright.state import (
     ModelProfile,
     ProbeReport,
     PrunewrightError,
-    StepRecord,
+    Step,
 )
 from prunewright.state.config import Signal, pattern_sparsity
 from prunewright.state.decision import MAX_NAME
@@ -110,7 +110,7 @@ class Observation:
     max_knowledge_drop: float | None = None
     pattern: str = "unstructured"
     signals: tuple[Signal, ...] = ("z_s", "z_g", "z_c")
-    history: tuple[StepRecord, ...] = ()
+    history: tuple[Step, ...] = ()
     feedback: bool = True
     prompts: str | None = None
     seed: int = 0

@@ -5,10 +5,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from prunewright.graph.agents.base import Observation
-from prunewright.state import AgentError, Decision, InputError, StepRecord
+from prunewright.state import AgentError, Decision, InputError, Step
 from prunewright.state.config import problem_words
 from prunewright.tools.store.rundir import RunDirectory
-from prunewright.tools.store.storage import parse_json
+from prunewright.tools.store.steps import read_line
 
 MAX_LINE = 8 * 2**20
 """Bytes of one line of a trace; a step of 4,096 layers takes less than three million."""
@@ -78,13 +78,13 @@ class ReplayAgent:
                         f"{item.name[:80]!r}, which this model does not have"
                     )
 
-    def _differences(self, observation: Observation, record: StepRecord) -> list[str]:
+    def _differences(self, observation: Observation, record: Step) -> list[str]:
         other = other_standing(self._path, self._run) if self._run is not None else ""
         if other and not any(other in earlier.notes for earlier in observation.history):
             return [other, *self._deviations(observation, record)]
         return self._deviations(observation, record)
 
-    def _deviations(self, observation: Observation, record: StepRecord) -> list[str]:
+    def _deviations(self, observation: Observation, record: Step) -> list[str]:
         before = record.sparsity_before
         if not abs(observation.sparsity - before) <= TOLERANCE:
             return [
@@ -125,37 +125,35 @@ def _trace(path: str | Path) -> Path:
     return path / "trace.jsonl" if path.is_dir() else path
 
 
-def _read(path: Path) -> list[StepRecord]:
+def _read(path: Path) -> list[Step]:
     if not path.is_file():
         raise InputError(f"cannot replay {path}: no such file (give a trace.jsonl or a run)")
-    records: list[StepRecord] = []
+    steps: list[Step] = []
     try:
         if path.stat().st_size > MAX_TRACE:
             raise InputError(f"cannot replay {path}: it is larger than {MAX_TRACE:,} bytes")
         with path.open("rb") as file:
             while line := file.readline(MAX_LINE + 1):
-                where = f"cannot replay {path}, line {len(records) + 1}"
+                where = f"cannot replay {path}, line {len(steps) + 1}"
                 if len(line) > MAX_LINE:
                     raise InputError(f"{where}: it is longer than {MAX_LINE:,} bytes")
-                records.append(_record(line, len(records), path.parent, where))
-                if records[-1].step != len(records) - 1:
+                steps.append(_step(line, where))
+                if steps[-1].step != len(steps) - 1:
                     raise InputError(
-                        f"{where}: it holds step {records[-1].step}, not {len(records) - 1}"
+                        f"{where}: it holds step {steps[-1].step}, not {len(steps) - 1}"
                     )
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    if not records:
+    if not steps:
         raise InputError(f"cannot replay {path}: it holds no step")
-    return records
+    return steps
 
 
-def _record(line: bytes, step: int, directory: Path, where: str) -> StepRecord:
+def _step(line: bytes, where: str) -> Step:
     try:
-        record = StepRecord.model_validate_json(line)
-        record.decision.model_dump_json()  # lone surrogates are legal JSON that no file can hold
-        if not RunDirectory(directory).holds(step, "record", parse_json(line)):
-            raise InputError(f"{where}: it is damaged: the step's record holds another")
-        return record
+        step = read_line(line).step
+        step.decision.model_dump_json()  # lone surrogates are legal JSON that no file can hold
+        return step
     except ValidationError as error:
         problems = problem_words(error, "line", most=4)
         raise InputError(f"{where}: not a step of a trace: {problems[:500]}") from None

@@ -32,7 +32,7 @@ from prunewright.graph.cli.options import (
 from prunewright.graph.cli.screen import console
 from prunewright.graph.cli.screen.console import Live, Screen
 from prunewright.graph.cli.session import DONE, ENDED_EARLY, Session, quiet_transformers
-from prunewright.state import PruneConfig, StepRecord, load_config
+from prunewright.state import PruneConfig, Step, load_config
 from prunewright.state.config import BASELINE
 from prunewright.state.metrics import NEGLIGIBLE
 from prunewright.state.run import Status
@@ -327,7 +327,7 @@ def _live(
     screen: Screen,
     config: PruneConfig,
     directory: Path,
-    records: list[StepRecord] | None = None,
+    records: list[Step] | None = None,
 ) -> Iterator[Live]:
     from prunewright.graph.agents.replay import other_standing
     from prunewright.tools.store.rundir import RunDirectory

@@ -54,6 +54,7 @@ def preview(directory: RunDirectory, step: int | None = None) -> Preview:
         StoreError: a file of the run is missing or damaged.
     """
     config = directory.config()
+    directory.check_format()
     if config.agent == BASELINE:
         raise InputError(f"{directory.path} holds a baseline: no agent is asked in it")
     newest, state = _states(directory, step)
@@ -73,7 +74,7 @@ def preview(directory: RunDirectory, step: int | None = None) -> Preview:
         about = "the step that the run is at"
     else:
         about = f"the step before the next: step {newest['step'] + 1} has no profile yet"
-    records = directory.read_records(state["history"])
+    records = directory.read_steps(state["history"])
     observation = observe(state, config.request, config.context, directory, records)
     return Preview(state["step"], about, prompt(observation), answer_schema())
 

@@ -266,6 +266,7 @@ def _remove_half_forks(folder: Path) -> None:
 
 def _changed(directory: RunDirectory, changes: dict[str, Any]) -> PruneConfig:
     """A run's configuration with some keys of its context changed."""
+    directory.check_format()
     config = directory.config()
     if changes:
         changed = validate_config(config.model_dump() | changes)
@@ -297,7 +298,7 @@ def _check_moved(directory: RunDirectory, before: PruneConfig, now: PruneConfig)
     request = directory.locate(now.request)
     with workbench(request, directory.path) as bench:
         try:
-            directory.check(request, bench)
+            directory.check(request, bench.facts())
         except StoreError as error:
             raise InputError(f"{words}: {error}") from error
 
@@ -428,7 +429,7 @@ def save(run_directory: str | Path, on_event: OnEvent | None = None) -> RunResul
         raise InputError(f"{directory.model} is there already")
     request = directory.locate(config.request)
     with stop_on_signals(), directory.locked(), workbench(request, directory.path) as bench:
-        directory.check(request, bench)
+        directory.check(request, bench.facts())
         losses = bench.guard_losses(metrics.revision, _progress(on_event))
         save_pruned(directory, bench, metrics, losses)
     return RunResult(directory.path, metrics)

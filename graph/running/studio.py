@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from prunewright.graph.agents import check_agent
 from prunewright.graph.builder import build_graph
-from prunewright.graph.nodes import Node, run_directory
+from prunewright.graph.nodes.common import Node, run_directory
 from prunewright.graph.running.checkpoints import serve_checkpoints
 from prunewright.graph.running.stopping import call_cancellable
 from prunewright.graph.running.tracing import labelled

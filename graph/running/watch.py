@@ -6,7 +6,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from prunewright.state import StepRecord
+from prunewright.state import Step
 from prunewright.tools.store.rundir import RunDirectory
 from prunewright.tools.store.trace import load_metrics
 
@@ -31,7 +31,7 @@ def follow(directory: RunDirectory, poll: float = POLL) -> Iterator[tuple[str, d
         StoreError: a file is damaged.
     """
     directory.config()
-    records: list[StepRecord] = []
+    steps: list[Step] = []
     stamp: tuple[int, int] | None = None
     looks: list[int | None] = []
     told: tuple[int | None] | None = None
@@ -41,12 +41,12 @@ def follow(directory: RunDirectory, poll: float = POLL) -> Iterator[tuple[str, d
         metrics = load_metrics(directory) if directory.metrics_file.exists() else None
         if stamp != (stamp := _stamp(directory.trace_file)):
             now = directory.read_trace()
-            pairs = zip(records, now, strict=False)
+            pairs = zip(steps, now, strict=False)
             same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
             # Steps that were taken otherwise, after going back in time, are told again.
-            for record in now[same:]:
-                yield "custom", {"step": record.model_dump(mode="json")}
-            records = now
+            for step in now[same:]:
+                yield "custom", {"step": step.model_dump(mode="json")}
+            steps = now
         if metrics is not None:
             yield "custom", {"metrics": metrics.model_dump(mode="json")}
             return
@@ -55,7 +55,7 @@ def follow(directory: RunDirectory, poll: float = POLL) -> Iterator[tuple[str, d
         if len(looks) == 2 and looks[0] == looks[1] and told != (looks[1],):
             told = (looks[1],)
             yield "holder", {"process": looks[1]}
-        if (found := _ended(directory, len(records))) != phase:
+        if (found := _ended(directory, len(steps))) != phase:
             phase = found
             if phase:
                 yield "updates", {phase: {}}

@@ -1,7 +1,7 @@
 """What a node did, in words for whoever watches the state, in Studio or elsewhere."""
 
 from prunewright.graph.cli.screen.console import layers_words, step_line
-from prunewright.state import DecisionReport, ModelProfile, StepRecord
+from prunewright.state import ModelProfile, Step
 from prunewright.state.shown import clean
 
 _NAMED = 3
@@ -14,14 +14,14 @@ def profile_words(step: int, profile: ModelProfile) -> str:
     return clean(f"step {step + 1}: {len(profile.layers)} layers profiled, cheapest {named}")
 
 
-def decision_words(report: DecisionReport) -> str:
+def decision_words(step: Step) -> str:
     """Who chose what."""
-    deltas = {item.name: item.delta for item in report.decision.layers}
+    deltas = step.decision.deltas
     if not deltas:
-        return clean(f"{report.agent} chose no layer")
-    predicted = report.predicted_change
+        return clean(f"{step.agent} chose no layer")
+    predicted = step.predicted_change
     tail = "" if predicted is None else f", predicted {predicted:+.2%} perplexity"
-    return clean(f"{report.agent} chose {layers_words(deltas)}{tail}")
+    return clean(f"{step.agent} chose {layers_words(deltas)}{tail}")
 
 
 def applied_words(applied: dict[str, float], before: float, after: float | None) -> str:
@@ -44,7 +44,7 @@ def evaluated_words(before: float, after: float, reason: str) -> str:
     )
 
 
-def step_words(record: StepRecord) -> str:
+def step_words(step: Step) -> str:
     """The whole step in a line."""
-    parts = (part if isinstance(part, str) else part[0] for part in step_line(record))
+    parts = (part if isinstance(part, str) else part[0] for part in step_line(step))
     return clean(" ".join("".join(parts).split()))

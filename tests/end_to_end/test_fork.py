@@ -101,7 +101,7 @@ def test_a_fork_may_begin_while_the_run_is_at_work_elsewhere(
     tmp_path: Path,
 ) -> None:
     # Killed in its third step: its log is open, as it is while a process writes to it.
-    kill = {"at": "prunewright.graph.nodes:ask", "when": "before", "nth": 3}
+    kill = {"at": "prunewright.graph.nodes.decide:ask", "when": "before", "nth": 3}
     out = tmp_path / "run"
     submit({"do": "run", "config": reference_config, "out": str(out), "kill": kill})
     before = {k: v for k, v in contents(out).items() if not k.endswith("-shm")}
@@ -182,12 +182,12 @@ def test_time_travel_inside_a_thread_has_the_weights_of_the_step(
 
     # The first decision edited, which every later one then differs by.
     old = before("apply_prune", 0)
-    report = old.values["decision"]
+    report = old.values["proposal"]
     kept = report["decision"]["layers"][1:]
     too_much = [{"name": kept[0]["name"], "delta": 0.9}]
     for layers, words in ((too_much, "0.9"), (kept, "")):
         edited = report | {"decision": report["decision"] | {"layers": layers}}
-        at = graph.update_state(old.config, {"decision": edited}, as_node="agent_decide")
+        at = graph.update_state(old.config, {"proposal": edited}, as_node="agent_decide")
         if words:
             with pytest.raises(InputError, match=f"cannot be applied: .*{words}.*edit it again"):
                 graph.invoke(None, at, context=context)

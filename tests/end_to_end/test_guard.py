@@ -17,15 +17,15 @@ from prunewright.graph import run
 from prunewright.graph.agents import Observation
 from prunewright.graph.agents.controls import GreedyAgent
 from prunewright.graph.agents.prompt.build import prompt
-from prunewright.state import Decision, InputError, StepRecord
+from prunewright.state import Decision, InputError, Step
 from prunewright.state.config import validate_config
+from prunewright.state.run import DENSE
 from prunewright.tools.bench.workbench import Workbench, workbench
-from prunewright.tools.store.revisions import DENSE
+from prunewright.tools.store.rundir import RunDirectory
 
 
-def records(path: Path) -> list[StepRecord]:
-    lines = (path / "trace.jsonl").read_text().splitlines()
-    return [StepRecord.model_validate_json(line) for line in lines]
+def records(path: Path) -> list[Step]:
+    return RunDirectory(path).read_trace()
 
 
 def read_groups(text: str) -> dict[str, float]:

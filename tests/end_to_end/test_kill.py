@@ -17,6 +17,7 @@ from prunewright.graph import build_graph
 NODES = "prunewright.graph.nodes"
 BENCH = "prunewright.tools.bench.workbench:Workbench"
 RUN = "prunewright.tools.store.rundir:RunDirectory"
+STEPS = "prunewright.tools.store.steps:StepLog"
 RESULTS = "prunewright.tools.results"
 SAVING = "prunewright.tools.saving.model"
 MASKS = "prunewright.tools.store.revisions:write_atomic"
@@ -38,7 +39,7 @@ CASES = {
         at("prunewright.tools.bench.workbench:measure_activations", "after", 3, caller="profile"),
         "profile",
     ),
-    "agent_decide, step 1": (at(f"{NODES}:ask", nth=2), "agent_decide"),
+    "agent_decide, step 1": (at(f"{NODES}.decide:ask", nth=2), "agent_decide"),
     "apply_prune, step 0, a mask in hand": (
         at(MASKS, "before", 1, match="/masks/"),
         "apply_prune",
@@ -50,18 +51,15 @@ CASES = {
     "evaluate_ppl, step 2": (at(f"{BENCH}.guard_losses", nth=4), "evaluate_ppl"),
     "rollback, before": (at(f"{BENCH}.sync", "before", caller="rollback"), "rollback"),
     "rollback, weights restored": (at(f"{BENCH}.sync", caller="rollback"), "rollback"),
-    "reflect, step 1, record written": (
-        at(f"{RUN}.write_step_file", nth=2, match="record"),
-        "reflect",
-    ),
-    "reflect, step 2, trace written": (at(f"{RUN}.write_trace", nth=3), "reflect"),
+    "reflect, step 1, before its line": (at(f"{STEPS}.append", "before", nth=2), "reflect"),
+    "reflect, step 2, line written": (at(f"{STEPS}.append", nth=3), "reflect"),
     "reflect, saving the final model": (
         at(f"{SAVING}:rewrite"),
         "reflect",
     ),
     "reflect, saved model not verified": (at(f"{SAVING}:_verify", "before"), "reflect"),
     "reflect, model in place, no metrics": (at(f"{RESULTS}:write_json", "before"), "reflect"),
-    "reflect, all written": (at(f"{NODES}:finish"), "reflect"),
+    "reflect, all written": (at(f"{RESULTS}:finish"), "reflect"),
     # The node's writes are stored, the checkpoint after it is not: no node is left to run.
     "between a node and its checkpoint": (at(f"{SAVER}.put", "before", 9, pause=0.5), ""),
 }
@@ -100,11 +98,11 @@ def test_a_run_may_be_killed_again_and_again(
     out = tmp_path / "run"
     job: dict[str, Any] = {"do": "run", "config": reference_config, "out": str(out)}
     for kill in (
-        at(f"{NODES}:ask"),
-        at(f"{NODES}:ask"),
+        at(f"{NODES}.decide:ask"),
+        at(f"{NODES}.decide:ask"),
         at(f"{BENCH}.guard_losses"),
         at(f"{BENCH}.sync", caller="rollback"),
-        at(f"{RUN}.write_trace"),
+        at(f"{STEPS}.append"),
         at(f"{SAVING}:_verify", "before"),
     ):
         assert submit(job | {"kill": kill}) == {"signal": signal.SIGKILL}

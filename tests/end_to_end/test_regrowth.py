@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from prunewright.graph import run
-from prunewright.state import StepRecord
-from prunewright.tools.store.revisions import DENSE, RevisionStore
+from prunewright.state import Step
+from prunewright.state.run import DENSE
+from prunewright.tools.store.revisions import RevisionStore
 from prunewright.tools.store.rundir import RunDirectory
 
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
@@ -32,7 +33,7 @@ def listed(
     }
 
 
-def steps_of(out: Path) -> list[StepRecord]:
+def steps_of(out: Path) -> list[Step]:
     return RunDirectory(out).read_trace()
 
 
@@ -127,7 +128,7 @@ STORE = "prunewright.tools.store"
             "match": "/masks/",
         },
         {"at": f"{BENCH}.guard_losses", "when": "after"},
-        {"at": "prunewright.graph.nodes:ask", "when": "after"},
+        {"at": "prunewright.graph.nodes.decide:ask", "when": "after"},
     ],
     ids=["a mask of the step in hand", "the step measured", "the step after it decided"],
 )

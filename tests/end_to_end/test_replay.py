@@ -1,6 +1,7 @@
 """A trace reruns to the same final revision without whoever decided."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -105,7 +106,11 @@ def test_a_trace_of_another_model_is_refused_before_anything_is_pruned(
 ) -> None:
     path = tmp_path / "other.jsonl"
     text = (tmp_path / "copied" / "trace.jsonl").read_text()
-    path.write_text(text.replace("layers.1.mlp", "layers.47.mlp"))
+    other = text.replace("layers.1.mlp", "layers.47.mlp")
+    path.write_text(other)
+    with pytest.raises(InputError, match=r"line 1: .* damaged: its seal .* leaves the seal out"):
+        run(replaying | {"agent": f"replay:{path}"}, out=tmp_path / "other")
+    path.write_text(re.sub(r',"seal":"\w+"', "", other))
     with pytest.raises(InputError, match=r"belongs to another model: .*layers\.47\.mlp"):
         run(replaying | {"agent": f"replay:{path}"}, out=tmp_path / "other")
     assert not (tmp_path / "other" / "revisions").exists()

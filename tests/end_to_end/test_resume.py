@@ -18,7 +18,7 @@ from prunewright.graph import resume, run
 from prunewright.state import InputError, StoreError
 
 Submit = Callable[[dict[str, Any]], dict[str, Any]]
-KILL = {"at": "prunewright.graph.nodes:ask", "when": "before", "nth": 3}
+KILL = {"at": "prunewright.graph.nodes.decide:ask", "when": "before", "nth": 3}
 """In agent_decide of step 2, after an accepted and a rolled-back step."""
 
 
@@ -288,7 +288,7 @@ def test_a_run_goes_only_into_a_new_or_empty_directory(
 
 PUT = {"at": "prunewright.tools.store.revisions:RevisionStore.put", "nth": 2, "bytes": 60}
 SAVE = {"at": "prunewright.tools.saving.model:rewrite", "bytes": 5_000}
-STATE = {"at": "prunewright.graph.nodes:ask", "nth": 2, "bytes": 5_000}
+STATE = {"at": "prunewright.graph.nodes.decide:ask", "nth": 2, "bytes": 5_000}
 
 
 @pytest.mark.parametrize("for_good", [False, True])

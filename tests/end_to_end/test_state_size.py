@@ -119,7 +119,7 @@ def test_a_step_writes_one_bit_a_weight_of_what_it_changed(
     def on_event(mode: str, event: dict[str, Any]) -> None:
         if mode == "updates" and "apply_prune" in event:
             written.append(stored())
-            outcome = json.loads((out / event["apply_prune"]["applied"]).read_text())
+            outcome = json.loads((out / event["apply_prune"]["step_file"]).read_text())
             changed.append(sum(numel[name] for name in outcome["applied"]))
 
     run(config | {"agent": agent, "guard": {"max_increase": 1e6}}, out=out, on_event=on_event)

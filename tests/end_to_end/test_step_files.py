@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from langchain_core.runnables import RunnableConfig
 from quick import quick_config
 
-from prunewright.graph import fork, resume, run
+from prunewright.graph import build_graph, fork, resume, run
+from prunewright.graph.running.checkpoints import write_checkpoints
 from prunewright.state import InputError, StoreError
 from prunewright.tools.store.rundir import RunDirectory
 from prunewright.tools.store.trace import load_metrics, read_story
@@ -76,17 +78,18 @@ def flip(path: Path, seed: int = 0) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "stage"),
+    ("pattern", "stage"),
     [
-        *(("0000-record", "stopped"), ("0005-record", "stopped"), ("0008-record", "stopped")),
-        *(("0009-profile", "profiled"), ("0009-applied", "stopped")),
+        ("trace.jsonl", "stopped"),
+        ("steps/0009-profile-*.json", "profiled"),
+        ("steps/0009-applied-*.json", "stopped"),
     ],
 )
 def test_a_flip_in_what_a_run_goes_on_from_is_named(
-    kind: str, stage: str, request: pytest.FixtureRequest, tmp_path: Path
+    pattern: str, stage: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     out = Path(shutil.copytree(request.getfixturevalue(stage), tmp_path / "run"))
-    (path,) = out.glob(f"steps/{kind}-*.json")
+    (path,) = out.glob(pattern)
     whole = path.read_bytes()
     for seed in range(3):
         flip(path, seed)
@@ -124,7 +127,7 @@ def test_a_number_that_is_not_finite_is_damage(number: str, finished: Path, tmp_
     """Also in a run from somebody else, whose steps have no files to compare with."""
     out = Path(shutil.copytree(finished, tmp_path / "run"))
     for path in out.glob("steps/*"):
-        if "-record-" in path.name or "-metrics-" in path.name:
+        if "-metrics-" in path.name:
             path.unlink()
     metrics, trace, manifest = (
         out / name for name in ("metrics.json", "trace.jsonl", "manifest.json")
@@ -184,3 +187,31 @@ def test_a_step_adds_as_much_late_as_early(finished: Path) -> None:
         return sum(p.stat().st_size for p in finished.glob(f"steps/{step:04d}-*"))
 
     assert added(11) < 1.2 * added(1)
+
+
+def test_who_goes_back_in_a_thread_and_returns_finds_the_steps_again(
+    stopped: Path, tmp_path: Path
+) -> None:
+    """As Studio does, where each way of a thread stays open."""
+    out = Path(shutil.copytree(stopped, tmp_path / "run"))
+    trace = out / "trace.jsonl"
+    before = trace.read_bytes()
+    with write_checkpoints(out / "state.sqlite") as saver:
+        graph = build_graph(saver)
+        newest: RunnableConfig = {"configurable": {"thread_id": RunDirectory(out).thread()}}
+        history = list(graph.get_state_history(newest))
+        tip = history[0]
+        fourth = next(s for s in history if s.next == ("profile",) and s.values["step"] == 3)
+        context = RunDirectory(out).config().context
+        other = context.model_copy(update={"out": str(out), "agent": "random", "max_steps": 5})
+        graph.invoke(None, fourth.config, context=other)
+        steps = RunDirectory(out).read_trace()
+        assert [step.agent for step in steps] == ["uniform"] * 3 + ["random"] * 2
+        assert (
+            b"".join(before.splitlines(keepends=True)[:3])
+            == trace.read_bytes()[: before.index(b'{"step":3')]
+        )
+        same = context.model_copy(update={"out": str(out), "max_steps": 10})
+        graph.invoke(None, tip.config, context=same)
+    assert trace.read_bytes().startswith(before)
+    assert [step.step for step in RunDirectory(out).read_trace()] == list(range(10))

@@ -1,44 +1,38 @@
 """Watching a run from its files; run directories of other versions."""
 
-import hashlib
 import json
 import os
-import re
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from prunewright.graph import fork, resume
 from prunewright.graph.cli import app
 from prunewright.graph.running.watch import follow
 from prunewright.state import (
-    AppliedDecision,
     InputError,
-    ModelProfile,
-    PruneConfig,
-    PruneRequest,
-    StepRecord,
 )
 from prunewright.tools.store.rundir import RunDirectory
-from prunewright.tools.store.storage import canonical_json
 
 Submit = Callable[[dict[str, Any]], dict[str, Any]]
 
 
+def unsealed(line: str) -> dict[str, Any]:
+    step: dict[str, Any] = json.loads(line)
+    del step["seal"]
+    return step
+
+
 def trace(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (path / "trace.jsonl").read_text().splitlines()]
+    return [unsealed(line) for line in (path / "trace.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -48,7 +42,7 @@ def stopped(
     """A run that died in its third step, before its decision."""
     assert config["agent"] == "greedy"  # the fixture makes the agents of the tests importable
     out = tmp_path / "run"
-    kill = {"at": "prunewright.graph.nodes:ask", "when": "before", "nth": 3}
+    kill = {"at": "prunewright.graph.nodes.decide:ask", "when": "before", "nth": 3}
     submit({"do": "run", "config": reference_config, "out": str(out), "kill": kill})
     return out
 
@@ -119,14 +113,13 @@ def test_a_step_that_was_taken_again_is_told_again(reference: Path, tmp_path: Pa
         told = (event["step"] for mode, event in seen if mode == "custom" and "step" in event)
         return list(islice(told, count))
 
-    assert steps(2) == [json.loads(line) for line in lines[:2]]
+    assert steps(2) == [unsealed(line) for line in lines[:2]]
     # Somebody went back in time: the second step is another one.
-    other = json.loads(lines[1]) | {"reason": "another"}
-    RunDirectory(out).write_step_file(1, "record", other)
-    new = tmp_path / "new"
-    new.write_text("".join([lines[0], json.dumps(other) + "\n", lines[2]]))
-    new.rename(out / "trace.jsonl")
-    assert steps(2) == [other, json.loads(lines[2])]
+    (out / "trace.jsonl").write_text("".join(lines[:3]))
+    first, second, third = RunDirectory(out).read_trace()
+    other = second.model_copy(update={"reason": "another"})
+    RunDirectory(out).write_trace([first, other, third])
+    assert steps(2) == trace(out)[1:]
     metrics.rename(out / "metrics.json")
     assert [mode for mode, event in seen if "metrics" in event] == ["custom"]
 
@@ -134,72 +127,6 @@ def test_a_step_that_was_taken_again_is_told_again(reference: Path, tmp_path: Pa
 def test_only_a_run_can_be_watched(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a run directory"):
         next(events(tmp_path))
-
-
-def trim(path: Path, model: type[BaseModel]) -> tuple[str, str]:
-    """Leave only the keys without which the first version would not have read a file.
-
-    Its name follows from its content: the old one and the new.
-    """
-    value = model.model_validate_json(path.read_text())
-    if isinstance(value, StepRecord):
-        value = value.model_copy(update={"previous": ""})  # all were named by the checkpoints
-    data = canonical_json(value.model_dump(mode="json", exclude_defaults=True))
-    stem = path.stem.rpartition("-")[0]
-    new = path.with_name(f"{stem}-{hashlib.sha256(data).hexdigest()[:12]}.json")
-    path.unlink()
-    new.write_bytes(data)
-    return path.name, new.name
-
-
-def rename_in_checkpoints(out: Path, names: dict[str, str]) -> None:
-    """Names of files are as long as before, so the checkpoints keep their form."""
-    with closing(sqlite3.connect(out / "state.sqlite")) as connection, connection:
-        for table, column in (("checkpoints", "checkpoint"), ("writes", "value")):
-            rows = connection.execute(f"SELECT rowid, {column} FROM {table}").fetchall()
-            for row, content in rows:
-                for old, new in names.items():
-                    content = content and content.replace(old.encode(), new.encode())
-                connection.execute(
-                    f"UPDATE {table} SET {column} = ? WHERE rowid = ?", (content, row)
-                )
-
-
-def test_a_run_of_an_older_version_is_read_and_goes_on(
-    stopped: Path, reference: Path, same_run: Callable[[Path, Path], None], tmp_path: Path
-) -> None:
-    facts = json.loads((stopped / "manifest.json").read_text())
-    request = PruneRequest.model_validate(facts["request"])
-    facts["request"] = request.model_dump(mode="json", exclude_defaults=True)
-    assert "max_layer_sparsity" not in facts["request"]
-    facts["versions"]["prunewright"] = "0.0.1"
-    (stopped / "manifest.json").write_text(json.dumps(facts))
-    config = PruneConfig.model_validate(yaml.safe_load((stopped / "config.yaml").read_text()))
-    values = config.model_dump(mode="json", exclude_defaults=True)
-    assert "review" not in values
-    (stopped / "config.yaml").write_text(yaml.safe_dump(values))
-    kinds = {"record": StepRecord, "applied": AppliedDecision, "profile": ModelProfile}
-    renamed: dict[str, str] = {}
-    for kind in ("profile", "applied", "record"):
-        for path in sorted((stopped / "steps").glob(f"*-{kind}-*")):
-            for old, new in renamed.items():  # a record names the profile
-                path.write_text(path.read_text().replace(old, new))
-            old, new = trim(path, kinds[kind])
-            renamed[old] = new
-    rename_in_checkpoints(stopped, renamed)
-    assert "review" not in next((stopped / "steps").glob("0000-record-*")).read_text()
-    lines = [path.read_text() for path in sorted((stopped / "steps").glob("*-record-*"))]
-    (stopped / "trace.jsonl").write_text("".join(line + "\n" for line in lines))
-    fork(stopped, 2, out=tmp_path / "fork")
-    resume(stopped)
-    names = re.compile(r'"(profile|previous)":"[^"]*"')
-    reference = Path(shutil.copytree(reference, tmp_path / "reference"))
-    for out in (reference, stopped, tmp_path / "fork"):
-        (out / "trace.jsonl").write_text(names.sub("", (out / "trace.jsonl").read_text()))
-    for out in (stopped, tmp_path / "fork"):
-        # The configuration keeps its old form where nothing of it changes.
-        (out / "config.yaml").write_text((reference / "config.yaml").read_text())
-        same_run(reference, out)
 
 
 def test_a_run_of_a_newer_version_is_refused(reference: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from prunewright.graph import fork, resume, run
 from prunewright.graph.cli import app
 from prunewright.graph.running.runner import RunResult
-from prunewright.state import AgentError, InputError, StepRecord
+from prunewright.state import AgentError, InputError, Step
 from prunewright.tools.store.rundir import RunDirectory
 
 FIRST_BLOCK = [
@@ -52,7 +52,7 @@ def sparsity_of(directory: Path) -> float:
     return sum(int((w == 0).sum()) for w in layers) / sum(w.numel() for w in layers)
 
 
-def trace(result: RunResult) -> list[StepRecord]:
+def trace(result: RunResult) -> list[Step]:
     return RunDirectory(result.directory).read_trace()
 
 

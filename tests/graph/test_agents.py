@@ -220,7 +220,7 @@ def test_the_users_own_class(users: str, make_observation: MakeObservation) -> N
     assert report.agent == f"{users}:Plain"
     assert report.decision.reasoning == "mine"
     assert [item.name for item in report.decision.layers] == ["model.layers.0.mlp.down_proj"]
-    assert report.tokens == 0
+    assert report.llm_tokens == 0
 
 
 def test_the_users_own_class_has_its_options(users: str) -> None:

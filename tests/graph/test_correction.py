@@ -6,10 +6,10 @@ import pytest
 from records import record
 
 from prunewright.graph.correction import depth_of, predicted_costs, ratios
-from prunewright.state import LayerProfile, ModelProfile, StepRecord
+from prunewright.state import LayerProfile, ModelProfile, Step
 
 
-def step(costs: dict[str, float], rise: float | None, stderr: float = 1e-4) -> StepRecord:
+def step(costs: dict[str, float], rise: float | None, stderr: float = 1e-4) -> Step:
     """A measured step; ``rise`` is that of the mean loss, nats."""
     change = None if rise is None else math.expm1(rise)
     return record(change=change, change_stderr=stderr, predicted_costs=costs)

@@ -14,7 +14,7 @@ from prunewright.graph.agents.prompt.feedback import (
     last_changes,
     percent,
 )
-from prunewright.state import Decision, StepRecord
+from prunewright.state import Decision, Step
 
 Told = Callable[..., list[str]]
 
@@ -30,7 +30,7 @@ def observed(
         for projection in ("mlp.up_proj", "mlp.down_proj")
     ]
 
-    def make(*records: StepRecord, **values: Any) -> Observation:
+    def make(*records: Step, **values: Any) -> Observation:
         return make_observation(layers, step=len(records), history=records, **values)
 
     return make

@@ -17,7 +17,7 @@ from prunewright.graph.agents.asking import ask
 from prunewright.graph.agents.base import quote_name
 from prunewright.graph.agents.chat.reading import read_answer
 from prunewright.graph.agents.prompt.build import prompt
-from prunewright.state import Decision, DecisionReport
+from prunewright.state import Decision, Step
 from prunewright.state.decision import MAX_GROUPS
 
 MAX_DELTA, CEILING, BUDGET, TARGET = 0.15, 0.9, 0.05, 0.5
@@ -74,7 +74,7 @@ def judge(text: str, observation: Observation) -> str:
     report = ask("fuzz", Says(text), observation, repairs=0)
     # As the state and the trace keep it, and the next prompt tells it.
     stored = json.dumps(report.model_dump(mode="json"), allow_nan=False)
-    assert DecisionReport.model_validate_json(stored) == report
+    assert Step.model_validate_json(stored) == report
     stored.encode("utf-8")
     if report.invalid_answers:
         (problem,) = report.invalid_answers

@@ -15,23 +15,21 @@ from prunewright.graph.agents import InvalidAnswerError, Observation, make_agent
 from prunewright.graph.agents.asking import ask
 from prunewright.graph.agents.chat.agent import LLMAgent
 from prunewright.graph.agents.chat.reading import answer_schema, read_answer
-from prunewright.state import AgentError, DecisionReport, InputError, PruneContext
+from prunewright.state import AgentError, InputError, PruneContext, Step
 from prunewright.state.config import AskingOptions
 from prunewright.state.decision import MAX_REASONING, Decision
 
 GOOD = (("0.mlp.down_proj", 0.1), ("2.mlp.down_proj", 0.05))
 FULL = {"model.layers.0.mlp.down_proj": 0.1, "model.layers.2.mlp.down_proj": 0.05}
 
-Ask = Callable[..., DecisionReport]
+Ask = Callable[..., Step]
 
 
 @pytest.fixture
 def asked(gemini: FakeGemini, make_observation: Callable[..., Observation]) -> Ask:
     """A function that asks the agent for one step, as the node does."""
 
-    def run(
-        observation: Observation | None = None, *, repairs: int = 2, **options: Any
-    ) -> DecisionReport:
+    def run(observation: Observation | None = None, *, repairs: int = 2, **options: Any) -> Step:
         asking = {"timeout": 20, "attempts": 3, "wait": 0.01, "repairs": repairs} | options
         context = PruneContext(
             agent=gemini.agent, agent_options=gemini.options(), asking=AskingOptions(**asking)
@@ -42,8 +40,8 @@ def asked(gemini: FakeGemini, make_observation: Callable[..., Observation]) -> A
     return run
 
 
-def deltas(report: DecisionReport) -> dict[str, float]:
-    return {item.name: item.delta for item in report.decision.layers}
+def deltas(report: Step) -> dict[str, float]:
+    return report.decision.deltas
 
 
 def words(error: BaseException) -> str:
@@ -58,7 +56,7 @@ def test_a_good_answer(gemini: FakeGemini, asked: Ask) -> None:
     assert deltas(report) == FULL
     assert report.invalid_answers == []
     assert report.notes == []
-    assert report.tokens == 321
+    assert report.llm_tokens == 321
     assert report.predicted_change == pytest.approx(0.004, rel=0.01)
 
 
@@ -190,7 +188,7 @@ def test_an_answer_that_is_no_decision_is_sent_back(
     assert deltas(report) == FULL
     assert len(report.invalid_answers) == 1
     assert problem in report.invalid_answers[0]
-    assert report.tokens == 150
+    assert report.llm_tokens == 150
     _, (role, answer), (asker, complaint) = gemini.received[1].turns
     assert (role, answer) == ("model", text)
     assert asker == "user"
@@ -291,7 +289,7 @@ def test_after_the_last_repair_the_decision_is_empty(
     assert len(report.invalid_answers) == repairs + 1
     for index, problem in enumerate(report.invalid_answers, start=1):
         assert f"unknown layer '{index}.not.there'" in problem
-    assert report.tokens == 10 * (repairs + 1)
+    assert report.llm_tokens == 10 * (repairs + 1)
     # Each repair carries all that was answered and refused before it.
     assert [len(received.turns) for received in gemini.received] == [
         1 + 2 * i for i in range(repairs + 1)

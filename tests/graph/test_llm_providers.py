@@ -20,20 +20,20 @@ from prunewright.graph.agents.asking import ask
 from prunewright.graph.agents.chat.agent import MAX_WAIT, PLACEHOLDER
 from prunewright.graph.agents.chat.reading import answer_schema
 from prunewright.graph.cli import app
-from prunewright.state import AgentError, DecisionReport, InputError, PruneContext, Spent
+from prunewright.state import AgentError, InputError, PruneContext, Spent, Step
 from prunewright.state.config import AskingOptions
 
 GOOD = (("0.mlp.down_proj", 0.1), ("2.mlp.down_proj", 0.05))
 FULL = {"model.layers.0.mlp.down_proj": 0.1, "model.layers.2.mlp.down_proj": 0.05}
 
-Ask = Callable[..., DecisionReport]
+Ask = Callable[..., Step]
 
 
 @pytest.fixture
 def asked(llm: FakeLLM, make_observation: Callable[..., Observation]) -> Ask:
     """A function that asks the agent for one step, as the node does."""
 
-    def run(spent: Spent | None = None, **options: Any) -> DecisionReport:
+    def run(spent: Spent | None = None, **options: Any) -> Step:
         asking = AskingOptions(**({"timeout": 20, "attempts": 3, "wait": 0.01} | options))
         context = PruneContext(
             agent=llm.agent, agent_options=llm.options(), asking=asking, out="runs/it's"
@@ -44,8 +44,8 @@ def asked(llm: FakeLLM, make_observation: Callable[..., Observation]) -> Ask:
     return run
 
 
-def deltas(report: DecisionReport) -> dict[str, float]:
-    return {item.name: item.delta for item in report.decision.layers}
+def deltas(report: Step) -> dict[str, float]:
+    return report.decision.deltas
 
 
 def test_a_good_answer(llm: FakeLLM, asked: Ask) -> None:
@@ -53,7 +53,7 @@ def test_a_good_answer(llm: FakeLLM, asked: Ask) -> None:
     report = asked()
     assert deltas(report) == FULL
     assert (report.invalid_answers, report.notes) == ([], [])
-    assert (report.calls, report.repairs, report.tokens) == (1, 0, 321)
+    assert (report.llm_calls, report.repairs, report.llm_tokens) == (1, 0, 321)
 
 
 def test_what_each_server_gets(llm: FakeLLM, asked: Ask) -> None:
@@ -121,10 +121,10 @@ def test_an_invalid_answer_is_sent_back(llm: FakeLLM, asked: Ask, fault: str) ->
     assert len(report.invalid_answers) == 1
     assert problem in report.invalid_answers[0]
     assert problem in llm.received[1].turns[-1][1]
-    assert (report.calls, report.repairs) == (2, 1)
+    assert (report.llm_calls, report.repairs) == (2, 1)
     # An Ollama that is cut before its last line has not counted.
     uncounted = llm.provider == "ollama" and fault == "no finish reason"
-    assert report.tokens == (100 if uncounted else 200)
+    assert report.llm_tokens == (100 if uncounted else 200)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_what_may_pass_is_tried_again(llm: FakeLLM, asked: Ask, fault: str) -> N
     llm.script = [TRANSIENT[fault](llm), llm.decision(*GOOD)]
     report = asked()
     assert deltas(report) == FULL
-    assert (len(llm.received), report.calls, report.repairs) == (2, 2, 0)
+    assert (len(llm.received), report.llm_calls, report.repairs) == (2, 2, 0)
     assert report.invalid_answers == []
     (note,) = report.notes
     assert note.startswith("try 1 failed: ")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from prunewright.graph.agents import InvalidAnswerError, Observation
 from prunewright.graph.agents.asking import ask, expand
-from prunewright.graph.nodes import land
+from prunewright.graph.nodes.landing import land
 from prunewright.state import Decision, LayerDelta, LayerProfile, ModelProfile
 
 TINY = Fraction(1, 10**6)

@@ -13,12 +13,13 @@ from typer.testing import CliRunner
 
 from prunewright.graph import run
 from prunewright.graph.cli import app
-from prunewright.graph.nodes import PROBE_WINDOWS
-from prunewright.state import StepRecord
+from prunewright.graph.nodes.decide import PROBE_WINDOWS
+from prunewright.state import Step
 from prunewright.state.config import validate_config
+from prunewright.state.run import DENSE
 from prunewright.tools.bench.workbench import Workbench, workbench
-from prunewright.tools.model.head import change_with_error, window_losses
-from prunewright.tools.store.revisions import DENSE
+from prunewright.tools.losses import change_with_error
+from prunewright.tools.model.head import window_losses
 from prunewright.tools.store.rundir import RunDirectory
 
 UP, Q = "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"
@@ -73,7 +74,7 @@ def trial(*layers: tuple[str, float], groups: Any = ()) -> dict[str, Any]:
     return {"layers": [{"name": n, "delta": d} for n, d in layers], "groups": list(groups)}
 
 
-def only_step(out: Path) -> StepRecord:
+def only_step(out: Path) -> Step:
     (record,) = RunDirectory(out).read_trace()
     return record
 

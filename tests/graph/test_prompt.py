@@ -33,7 +33,7 @@ from prunewright.state import (
     LayerProfile,
     ModelProfile,
     PruneContext,
-    StepRecord,
+    Step,
 )
 from prunewright.state.config import Signal
 from prunewright.state.decision import MAX_NAME
@@ -55,7 +55,7 @@ def texts(observation: Observation, **options: Any) -> tuple[str, str]:
     return str(system.text), str(step.text)
 
 
-def make_history(profile: ModelProfile, steps: int, seed: int = 0) -> tuple[StepRecord, ...]:
+def make_history(profile: ModelProfile, steps: int, seed: int = 0) -> tuple[Step, ...]:
     """Steps of an LLM that names six ranges of blocks a step; every ninth is rolled back."""
     dice = random.Random(seed)
     blocks = 1 + max(p.block for p in profile.layers)
@@ -466,7 +466,7 @@ def test_the_prompt_says_where_the_run_stands(make_observation: MakeObservation)
 
 
 def test_lessons_are_those_last_stated(make_observation: MakeObservation) -> None:
-    def stating(step: int, lessons: list[str] | None) -> StepRecord:
+    def stating(step: int, lessons: list[str] | None) -> Step:
         return record(step, decision=Decision(reasoning="", layers=[], lessons=lessons))
 
     history = (stating(0, ["old"]), stating(1, ["spare k_proj\nSystem: x", "{{ o }}"]))

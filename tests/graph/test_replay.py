@@ -12,12 +12,12 @@ from prunewright.graph.agents import Observation, Refusal, check_agent, make_age
 from prunewright.graph.agents import replay as module
 from prunewright.graph.agents.asking import ask
 from prunewright.graph.agents.replay import ReplayAgent
-from prunewright.state import AgentError, Decision, InputError, LayerDelta, PruneContext, StepRecord
+from prunewright.state import AgentError, Decision, InputError, LayerDelta, PruneContext, Step
 
 MakeObservation = Callable[..., Observation]
 
 
-def record(step: int, delta: float = 0.1, **changes: Any) -> StepRecord:
+def record(step: int, delta: float = 0.1, **changes: Any) -> Step:
     layer = LayerDelta(name="model.layers.1.mlp.down_proj", delta=delta)
     values: dict[str, Any] = {
         "step": step,
@@ -42,7 +42,7 @@ def record(step: int, delta: float = 0.1, **changes: Any) -> StepRecord:
         "predicted_change": 0.0,
         "llm_tokens": 7,
     }
-    return StepRecord(**(values | changes))
+    return Step(**(values | changes))
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def trace(tmp_path: Path) -> Path:
     return path
 
 
-def write(path: Path, *records: StepRecord) -> None:
+def write(path: Path, *records: Step) -> None:
     path.write_text("".join(r.model_dump_json() + "\n" for r in records))
 
 
@@ -79,7 +79,7 @@ def test_the_report_of_a_replayed_step(trace: Path, make_observation: MakeObserv
     )
     report = ask("replay", ReplayAgent(trace), observation, repairs=2)
     assert report.decision == record(1, delta=0.02).decision
-    assert (report.notes, report.tokens, report.invalid_answers) == ([], 0, [])
+    assert (report.notes, report.llm_tokens, report.invalid_answers) == ([], 0, [])
     other = ask("replay", ReplayAgent(trace), make_observation(step=1), repairs=2)
     assert len(other.notes) == 1
     assert "the masks before this step are not the trace's" in other.notes[0]

@@ -170,7 +170,7 @@ def test_a_whole_run_is_streamed_and_kept(
     assert steps >= 3
     assert order == ["profile", "agent_decide", "apply_prune", "evaluate_ppl", "reflect"] * steps
     assert all(update[node]["summary"] for update in updates for node in update)
-    decision = updates[1]["agent_decide"]["decision"]["decision"]
+    decision = updates[1]["agent_decide"]["proposal"]["decision"]
     assert decision["reasoning"].startswith("Lowest predicted cost")
     table = updates[0]["profile"]["profile"]["table"]
     assert len(table["0.mlp.down_proj"].split()) == len(table["layer"].split())
@@ -306,12 +306,12 @@ def test_a_person_edits_at_a_breakpoint_and_answers_a_review(
     go_on(input={"request": request_}, context=context, interrupt_before=["apply_prune"])
     state: dict[str, Any] = dict(client.threads.get_state(thread))
     assert state["next"] == ["apply_prune"]
-    report = state["values"]["decision"]
+    report = state["values"]["proposal"]
     name = report["decision"]["layers"][0]["name"]
 
     def edit(delta: float) -> dict[str, Any]:
         decision = report["decision"] | {"layers": [{"name": name, "delta": delta}]}
-        values = {"decision": report | {"decision": decision}}
+        values = {"proposal": report | {"decision": decision}}
         client.threads.update_state(thread, values, as_node="agent_decide")
         return go_on(input=None, context=context)
 

@@ -13,20 +13,20 @@ from loopback import PROVIDERS, FakeGemini, FakeLLM, FakeOpenAI, Reply, serve
 from prunewright.graph.agents import Observation, make_agent
 from prunewright.graph.agents.asking import ask
 from prunewright.graph.agents.chat.transport import MAX_BODY, address
-from prunewright.state import AgentError, DecisionReport, InputError, PruneContext
+from prunewright.state import AgentError, InputError, PruneContext, Step
 from prunewright.state.config import AskingOptions
 
 GOOD = (("0.mlp.down_proj", 0.1), ("2.mlp.down_proj", 0.05))
 FULL = {"model.layers.0.mlp.down_proj": 0.1, "model.layers.2.mlp.down_proj": 0.05}
 
-Ask = Callable[..., DecisionReport]
+Ask = Callable[..., Step]
 
 
 @pytest.fixture
 def asked(llm: FakeLLM, make_observation: Callable[..., Observation]) -> Ask:
     """A function that asks the agent for one step, as the node does."""
 
-    def run(**options: Any) -> DecisionReport:
+    def run(**options: Any) -> Step:
         asking = AskingOptions(**({"timeout": 20, "attempts": 2, "wait": 0.01} | options))
         context = PruneContext(agent=llm.agent, agent_options=llm.options(), asking=asking)
         name, agent = make_agent(context)
@@ -35,8 +35,8 @@ def asked(llm: FakeLLM, make_observation: Callable[..., Observation]) -> Ask:
     return run
 
 
-def deltas(report: DecisionReport) -> dict[str, float]:
-    return {item.name: item.delta for item in report.decision.layers}
+def deltas(report: Step) -> dict[str, float]:
+    return report.decision.deltas
 
 
 def test_no_redirect_is_followed(llm: FakeLLM, asked: Ask) -> None:

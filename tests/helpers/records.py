@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from prunewright.state import Decision, StepRecord
+from prunewright.state import Decision, Step
 
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
 
 
-def record(step: int = 0, **values: Any) -> StepRecord:
+def record(step: int = 0, **values: Any) -> Step:
     """An accepted step of two layers, but for what is said."""
     defaults: dict[str, Any] = {
         "step": step,
@@ -31,10 +31,10 @@ def record(step: int = 0, **values: Any) -> StepRecord:
         "predicted_change": 0.01,
         "llm_tokens": 0,
     }
-    return StepRecord(**(defaults | values))
+    return Step(**(defaults | values))
 
 
-def rolled_back(step: int = 0, **values: Any) -> StepRecord:
+def rolled_back(step: int = 0, **values: Any) -> Step:
     """A step of two layers that was rolled back."""
     broke = {
         "verdict": "rolled_back",

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from prunewright.graph import baseline, run
 from prunewright.state import InputError, validate_config
+from prunewright.state.run import DENSE
 from prunewright.tools.allocation import ALLOCATIONS, Allotment, resolve_allocation
 from prunewright.tools.allocation.alphapruning import alpha_sparsities, hill_exponent
 from prunewright.tools.allocation.atp import atp_sparsities, largest_beta
@@ -30,9 +31,10 @@ from prunewright.tools.calibration.profiling import (
     measure_activations,
     measure_gradients,
 )
-from prunewright.tools.model.head import Head, perplexity
+from prunewright.tools.losses import perplexity
+from prunewright.tools.model.head import Head
 from prunewright.tools.model.loading import load_model
-from prunewright.tools.store.revisions import DENSE, RevisionStore
+from prunewright.tools.store.revisions import RevisionStore
 
 SMALL = {"offspring": 4, "survivors": 2, "windows": 2, "screen": 16, "tokens": 2_500}
 

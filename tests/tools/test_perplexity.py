@@ -10,15 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from prunewright.tools.losses import change_with_error, perplexity
 from prunewright.tools.model import head as module
-from prunewright.tools.model.head import (
-    Head,
-    change_with_error,
-    hidden_states,
-    perplexity,
-    token_losses,
-    window_losses,
-)
+from prunewright.tools.model.head import Head, hidden_states, token_losses, window_losses
 from prunewright.tools.model.loading import LoadedModel
 
 Load = Callable[..., LoadedModel]

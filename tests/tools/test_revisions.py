@@ -15,7 +15,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from prunewright.state import StoreError
-from prunewright.tools.store.revisions import DENSE, RevisionStore, pack_layer, unpack_kept
+from prunewright.state.run import DENSE
+from prunewright.tools.store.revisions import RevisionStore, pack_layer, unpack_kept
 
 
 def unpacked(bits: Tensor, *shape: int) -> Tensor:

@@ -1,10 +1,10 @@
-from prunewright.state import Decision, StepRecord
+from prunewright.state import Decision, Step
 from prunewright.state.step import Verdict
 from prunewright.tools.signatures import failure_signatures
 
 
-def record(step: int, before: float, after: float, verdict: Verdict = "accepted") -> StepRecord:
-    return StepRecord(
+def record(step: int, before: float, after: float, verdict: Verdict = "accepted") -> Step:
+    return Step(
         step=step,
         agent="greedy",
         verdict=verdict,
@@ -27,7 +27,7 @@ def record(step: int, before: float, after: float, verdict: Verdict = "accepted"
     )
 
 
-def run(*verdicts: Verdict, gain: float = 0.05) -> list[StepRecord]:
+def run(*verdicts: Verdict, gain: float = 0.05) -> list[Step]:
     records, sparsity = [], 0.0
     for step, verdict in enumerate(verdicts):
         after = sparsity + gain * (verdict == "accepted")

@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prunewright.state import InputError, PruneRequest, StoreError, validate_config
+from prunewright.state.run import DENSE
 from prunewright.tools.bench import workbench as module
 from prunewright.tools.bench.workbench import Workbench, workbench
 from prunewright.tools.calibration.profiling import measure_activations, measure_gradients
 from prunewright.tools.criteria import CRITERIA
 from prunewright.tools.model.head import Head, window_losses
 from prunewright.tools.model.layers import Layer
-from prunewright.tools.store.revisions import DENSE, RevisionStore
+from prunewright.tools.store.revisions import RevisionStore
 from prunewright.tools.texts.windows import load_windows
 
 GATE, DOWN = "model.layers.0.mlp.gate_proj", "model.layers.1.mlp.down_proj"

@@ -3,11 +3,12 @@
 from pydantic import Field
 
 from prunewright.state.config import Options
+from prunewright.state.run import DENSE
 from prunewright.tools.allocation.blocks import block_counts
 from prunewright.tools.allocation.counts import Allotment
 from prunewright.tools.bench.workbench import Workbench
-from prunewright.tools.model.head import Progress, perplexity
-from prunewright.tools.store.revisions import DENSE
+from prunewright.tools.losses import perplexity
+from prunewright.tools.model.head import Progress
 
 
 class AtpOptions(Options):

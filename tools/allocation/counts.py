@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from prunewright.tools.masks import most_zeros
+from prunewright.tools.counting import most_zeros
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from prunewright.state import InputError
 from prunewright.state.config import Options
+from prunewright.state.run import DENSE
 from prunewright.tools.allocation.blocks import layer_bounds
 from prunewright.tools.allocation.counts import Allotment, Bounds, exact_counts
 from prunewright.tools.bench.workbench import Workbench
 from prunewright.tools.calibration.profiling import statistics_of
 from prunewright.tools.criteria import CRITERIA, prune_mask
 from prunewright.tools.model.head import TOKENS_AT_ONCE, Head, Progress, hidden_states
-from prunewright.tools.store.revisions import DENSE
 
 _DRAWS = 50
 """Times that a mutation is drawn again which gives an allocation of the same generation."""

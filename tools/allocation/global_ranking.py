@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from prunewright.state.config import Options
+from prunewright.state.run import DENSE
 from prunewright.tools.allocation.blocks import layer_bounds
 from prunewright.tools.allocation.counts import Allotment
 from prunewright.tools.bench.workbench import Workbench
 from prunewright.tools.calibration.profiling import statistics_of
 from prunewright.tools.criteria import CRITERIA, split_experts
 from prunewright.tools.model.head import Progress
-from prunewright.tools.store.revisions import DENSE
 
 Scores = Callable[[], list[Tensor]]
 """A layer's scores, not negative, float32, in parts; computed anew at each call."""

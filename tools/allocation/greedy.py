@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 
 from prunewright.state.config import Options
+from prunewright.state.run import DENSE
 from prunewright.tools.allocation.blocks import layer_counts
 from prunewright.tools.allocation.counts import Allotment
 from prunewright.tools.bench.workbench import Workbench
@@ -14,7 +15,6 @@ from prunewright.tools.calibration.profiling import (
     statistics_of,
 )
 from prunewright.tools.model.head import Progress
-from prunewright.tools.store.revisions import DENSE
 
 WIDTH = 0.025
 """Sparsity of one slice of a layer."""

@@ -7,12 +7,12 @@ from pydantic import Field
 from torch import Tensor
 
 from prunewright.state.config import Options
+from prunewright.state.run import DENSE
 from prunewright.tools.allocation.blocks import block_counts, by_block, weighted_mean
 from prunewright.tools.allocation.counts import Allotment
 from prunewright.tools.bench.workbench import Workbench
 from prunewright.tools.criteria import LayerStatistics, split_experts, wanda
 from prunewright.tools.model.head import Progress
-from prunewright.tools.store.revisions import DENSE
 
 
 class OwlOptions(Options):

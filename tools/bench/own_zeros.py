@@ -1,9 +1,13 @@
 """Zeros that a model has before any step: what is said of them, and what they rule out."""
 
+from typing import TYPE_CHECKING
+
 from prunewright.state import InputError
 from prunewright.state.metrics import NEGLIGIBLE
-from prunewright.tools.bench.workbench import Workbench
-from prunewright.tools.masks import most_zeros
+from prunewright.tools.counting import most_zeros
+
+if TYPE_CHECKING:
+    from prunewright.tools.bench.workbench import Workbench
 
 
 def own_zeros_words(zeros: int, prunable: int) -> str:
@@ -16,7 +20,7 @@ def own_zeros_words(zeros: int, prunable: int) -> str:
     )
 
 
-def check_target(bench: Workbench) -> None:
+def check_target(bench: "Workbench") -> None:
     """Refuse a target that the zeros of the dense model reach, or that comes to no weight.
 
     Raises:
@@ -37,7 +41,7 @@ def check_target(bench: Workbench) -> None:
         )
 
 
-def check_pattern(bench: Workbench) -> None:
+def check_pattern(bench: "Workbench") -> None:
     """Refuse a pattern that takes no weight, since all layers have it already.
 
     Raises:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -83,6 +83,27 @@ class Workbench:
     def stale(self) -> bool:
         """Whether a file that the model or a local text was read from has changed since."""
         return self._stamps != _stamps(self.request, self.loaded.directory)
+
+    def facts(self) -> dict[str, Any]:
+        """What a run on this model and these texts stands on, as JSON values."""
+        return {
+            "model": {
+                "name": self.request.model,
+                "sha256": self.loaded.fingerprint,
+                "settings": self.loaded.settings,
+                "prunable_layers": len(self.loaded.layers),
+                "prunable_weights": self.loaded.prunable,
+                "zero_weights": sum(self.dense_zeros.values()),
+            },
+            "texts": {
+                role: {"source": self.windows.sources[role], "sha256": digest}
+                for role, digest in self.windows.hashes.items()
+            },
+            "seed": self.request.seed,
+            "dtype": str(self.loaded.dtype).removeprefix("torch."),
+            "device": str(self.loaded.device),
+            "threads": torch.get_num_threads(),
+        }
 
     def sync(self, revision: str) -> None:
         """Bring the live weights to a revision, touching only the layers that differ.

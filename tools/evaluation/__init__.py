@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict
 from prunewright.tools.evaluation.harness import Quiz, ask
 from prunewright.tools.evaluation.scores import Comparison, TaskScore, compare
 from prunewright.tools.evaluation.windows import kept_losses
+from prunewright.tools.losses import perplexity
 from prunewright.tools.masks import count_zeros
-from prunewright.tools.model.head import Head, Progress, perplexity
+from prunewright.tools.model.head import Head, Progress
 from prunewright.tools.model.loading import LoadedModel, load_model
 from prunewright.tools.model.tokens import embedding_rows
 from prunewright.tools.store.storage import write_json

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from prunewright.state import LayerProfile, StepRecord
+from prunewright.state import LayerProfile, Step
 from prunewright.state.profile import short_name
-from prunewright.tools.store.trace import Story, accepted_perplexity, layer_sparsities
+from prunewright.tools.store.trace import Story, layer_sparsities
 
 Spec = dict[str, Any]
 
@@ -38,7 +38,7 @@ def step_charts(stories: Sequence[tuple[str, Story]]) -> dict[str, Spec]:
     return charts
 
 
-def _step_rows(label: str, records: list[StepRecord]) -> list[dict[str, Any]]:
+def _step_rows(label: str, records: list[Step]) -> list[dict[str, Any]]:
     if not records:
         return []
     first = records[0]
@@ -54,7 +54,7 @@ def _step_rows(label: str, records: list[StepRecord]) -> list[dict[str, Any]]:
             "step": record.step + 1,
             "verdict": VERDICTS[record.verdict],
             "sparsity": 100 * record.sparsity,
-            "accepted": accepted_perplexity(record),
+            "accepted": record.accepted_perplexity,
             "measured": record.candidate_perplexity,
         }
         for record in records
@@ -113,7 +113,7 @@ def _tradeoff(rows: list[dict[str, Any]]) -> Spec:
     }
 
 
-def prediction_chart(records: list[StepRecord]) -> Spec | None:
+def prediction_chart(records: list[Step]) -> Spec | None:
     """Measured against predicted change of each step; None where no step has both."""
     rows: list[dict[str, Any]] = [
         {

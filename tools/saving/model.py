@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from prunewright.state import InputError, PruneRequest, PrunewrightError, StoreError
+from prunewright.state.run import DENSE
 from prunewright.state.shown import clean
 from prunewright.tools.bench.workbench import Workbench
 from prunewright.tools.masks import count_zeros
@@ -30,7 +31,6 @@ from prunewright.tools.model.loading import LoadedModel, load_model
 from prunewright.tools.saving.copying import copy_files, files_to_copy
 from prunewright.tools.saving.shards import Live, has_values, read_header, rewrite
 from prunewright.tools.solve.solving import solves
-from prunewright.tools.store.revisions import DENSE
 from prunewright.tools.store.rundir import RunDirectory
 
 VERIFY_WINDOWS = 2

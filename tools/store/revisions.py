@@ -20,6 +20,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from prunewright.state import StoreError
+from prunewright.state.run import DENSE
 from prunewright.tools.store.storage import (
     canonical_json,
     put_into_words,
@@ -30,9 +31,6 @@ from prunewright.tools.store.storage import (
 )
 
 _log = logging.getLogger("prunewright")
-
-DENSE = sha256_bytes(canonical_json({}))
-"""The name of the revision without masks: the dense model."""
 
 WRITERS = 4
 """Files of a revision that are written at once."""

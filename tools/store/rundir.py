@@ -14,41 +14,39 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
-import torch
 from filelock import FileLock, Timeout
 from packaging.version import InvalidVersion, Version
 from pydantic import ValidationError
 
 from prunewright.state import (
-    AppliedDecision,
     InputError,
     ModelProfile,
     PruneConfig,
     PruneContext,
     PruneRequest,
     Spent,
-    StepRecord,
+    Step,
     StepSummary,
     StoreError,
     validate_config,
 )
+from prunewright.state.config import EMBEDDED
 from prunewright.state.loading import parse_yaml
-from prunewright.tools.bench.workbench import Workbench
 from prunewright.tools.store.revisions import RevisionStore
 from prunewright.tools.store.standing import difference
+from prunewright.tools.store.steps import StepLog, chained
 from prunewright.tools.store.storage import (
     canonical_json,
     is_unfinished,
-    parse_json,
     put_into_words,
     read_json,
     remove_unfinished,
     sha256_bytes,
     share,
+    stamp,
     write_atomic,
     write_json,
 )
-from prunewright.tools.texts.windows import EMBEDDED
 
 _PACKAGES = (
     "prunewright",
@@ -68,12 +66,12 @@ _PACKAGES = (
 )
 
 
-_Stored = TypeVar("_Stored", ModelProfile, StepRecord, AppliedDecision, Spent)
+FORMAT = 2
+"""Of run directories; those of version 0.1.0 name none."""
+_Stored = TypeVar("_Stored", ModelProfile, Step, Spent)
 _Settings = TypeVar("_Settings", PruneRequest, PruneContext, PruneConfig)
 
 _STEP_FILE = re.compile(r"steps/\d{4,}-[a-z]+-([0-9a-f]{12})\.json")
-_traces: dict[Path, tuple[int, str]] = {}
-"""Size of each trace.jsonl that this process wrote, and the name of its last step's record."""
 
 
 class RunDirectory:
@@ -91,6 +89,7 @@ class RunDirectory:
         self.trace_file = self.path / "trace.jsonl"
         self.metrics_file = self.path / "metrics.json"
         self.model = self.path / "model"
+        self.steps = StepLog(self.trace_file, self.path / "steps")
         self.lock_file = self.path / ".lock"
         self.holder_file = self.path / ".lock-holder"
         try:
@@ -194,20 +193,20 @@ class RunDirectory:
             StoreError: a file is missing or damaged, or cannot be written.
         """
         facts = self.manifest()
-        records = self.read_records(history)
+        lines = self.steps.chain(history)
         for path in sorted((self.path / "steps").glob("*.json")):
             number = path.name.partition("-")[0]
-            if number.isdigit() and int(number) < len(records):
+            if number.isdigit() and int(number) < len(lines):
                 share(path, other.path / "steps" / path.name)
-        for record in records:
-            revisions = revisions | {record.revision}
-            revisions |= {record.candidate} if record.candidate else set()
+        for line in lines:
+            revisions = revisions | {line.step.revision}
+            revisions |= {line.step.candidate} if line.step.candidate else set()
         RevisionStore(self.path / "revisions").share(
             RevisionStore(other.path / "revisions"), revisions
         )
-        if records:
-            other.write_trace(records)
-        parent = {"directory": str(self.path), "thread": facts.get("thread"), "step": len(records)}
+        if lines:
+            other.steps.write(lines)
+        parent = {"directory": str(self.path), "thread": facts.get("thread"), "step": len(lines)}
         write_json(
             other.manifest_file,
             facts
@@ -356,8 +355,8 @@ class RunDirectory:
         thread: str,
         request: PruneRequest,
         context: PruneContext,
-        bench: Workbench,
-        values: str = "",
+        facts: dict[str, Any],
+        **told: Any,
     ) -> None:
         """Record what the run stands on, or check that a resumed one stands on the same.
 
@@ -365,22 +364,23 @@ class RunDirectory:
             thread: the run's name.
             request: what it does.
             context: who decides.
-            bench: the model and texts.
-            values: what to know of those that it will save.
+            facts: of the model and the texts, as `Workbench.facts` gives them.
+            told: what else is to be known of them later.
 
         Raises:
             StoreError: the request, the model or a text is not what the run began with.
         """
         if self.manifest_file.exists():
-            self.check(request, bench)
+            self.check(request, facts)
             return
         if not self.config_file.exists():
             config = PruneConfig(**request.model_dump(), **context.model_dump())
             write_atomic(self.config_file, config.to_yaml().encode())
         write_json(
             self.manifest_file,
-            {"thread": thread, "values": values, "notes": bench.loaded.notes}
-            | _facts(request, bench)
+            {"format": FORMAT, "thread": thread, "request": request.model_dump(mode="json")}
+            | told
+            | facts
             | {"context": _decides(self.config())}
             | _surroundings(self.path),
         )
@@ -395,6 +395,7 @@ class RunDirectory:
             InputError: the directory holds another thread's run.
             StoreError: the given request, a checkpoint's, is another.
         """
+        self.check_format()
         if self.manifest_file.exists() and (other := self.thread()) != thread:
             raise InputError(
                 f"{self.path} holds another run (thread {other}): give another directory"
@@ -409,15 +410,31 @@ class RunDirectory:
             )
         return self.locate(own)
 
-    def check(self, request: PruneRequest, bench: Workbench) -> None:
+    def check_format(self) -> None:
+        """Refuse to go on with a run of version 0.1.0, whose steps were kept otherwise.
+
+        Raises:
+            InputError: it is one.
+        """
+        if self.manifest_file.exists() and self.manifest().get("format") != FORMAT:
+            raise InputError(
+                f"{self.path} was made by version 0.1.0, whose runs can be shown, reported and "
+                "replayed, but not gone on with. Repeat its decisions in a new run: prunewright "
+                f"run --config {self.config_file} --agent replay:{self.path} --out DIRECTORY"
+            )
+
+    def check(self, request: PruneRequest, facts: dict[str, Any]) -> None:
         """Refuse to go on with a run on another model, other texts or another request.
+
+        Args:
+            request: what it does now.
+            facts: what it stands on now, as for `begin`.
 
         Raises:
             StoreError: saying what changed; or the manifest is missing or damaged.
         """
-        before, now = _standing(self.manifest()), _standing(_facts(request, bench))
-        if before["model"].get("settings") is None:  # the first version did not note them
-            now["model"].pop("settings")
+        now = _standing({"request": request.model_dump(mode="json")} | facts)
+        before = _standing(self.manifest())
         for key in now:
             if changed := difference(before[key], now[key]):
                 raise StoreError(
@@ -529,15 +546,18 @@ class RunDirectory:
                     yield new / absolute.relative_to(old)
 
     def manifest(self) -> dict[str, Any]:
-        """What the run stands on: hashes, versions, seeds.
+        """What the run stands on: hashes, versions, seeds. Read once as it is.
 
         Raises:
             StoreError: missing or damaged.
         """
-        content = read_json(self.manifest_file)
+        try:
+            content = _content(self.manifest_file.absolute(), stamp(self.manifest_file))
+        except OSError as error:
+            raise StoreError(f"cannot read {self.manifest_file}: {error.strerror}") from error
         if not isinstance(content, dict):
             raise StoreError(f"{self.manifest_file} is damaged: not a JSON object")
-        return content
+        return dict(content)
 
     def write_step_file(self, step: int, kind: str, value: dict[str, Any]) -> str:
         """Store a step's JSON under a name that its content makes unique; return the path."""
@@ -582,80 +602,33 @@ class RunDirectory:
         """
         return self._read(name, ModelProfile)
 
-    def read_applied(self, name: str) -> AppliedDecision:
-        """An applied decision that `write_step_file` stored.
+    def read_applied(self, name: str) -> Step:
+        """A step as it was applied, which `write_step_file` stored.
 
         Raises:
             StoreError: missing or damaged.
         """
-        return self._read(name, AppliedDecision)
+        return self._read(name, Step)
 
-    def read_record(self, summary: StepSummary) -> StepRecord:
-        """The full record of a step.
-
-        Raises:
-            StoreError: missing or damaged.
-        """
-        return _read_record(self.path.absolute(), summary["record"])
-
-    def read_records(self, history: list[StepSummary]) -> list[StepRecord]:
-        """The full records of all steps up to those of a history, which holds the latest.
+    def read_steps(self, history: list[StepSummary]) -> list[Step]:
+        """All steps up to those of a history, which names the latest.
 
         Raises:
             StoreError: one is missing or damaged.
         """
-        records = [self.read_record(summary) for summary in reversed(history)]
-        while records and records[-1].previous:
-            records.append(_read_record(self.path.absolute(), records[-1].previous))
-        records.reverse()
-        if [record.step for record in records] != list(range(len(records))):
-            raise StoreError(f"{self.path / 'steps'} is damaged: its records are not of all steps")
-        return records
+        return [line.step for line in self.steps.chain(history)]
 
-    def write_trace(self, records: list[StepRecord]) -> None:
-        """Let trace.jsonl hold some steps, a line each, and store the records that are not yet.
+    def write_trace(self, steps: list[Step]) -> None:
+        """Let trace.jsonl hold these steps, from the first on."""
+        self.steps.write(chained(steps))
 
-        Where this process wrote those before the last, only its line is appended.
-        """
-        path, last = self.trace_file.absolute(), records[-1]
-        known = _traces.pop(path, None)
-        appends = known is not None and known == (_size(path), last.previous)
-        for record in records[-1:] if appends else records:
-            value = record.model_dump(mode="json")
-            name = _step_name(record.step, "record", canonical_json(value))
-            if not (self.path / name).exists():
-                self.write_step_file(record.step, "record", value)
-        if appends:
-            with put_into_words(path), path.open("ab") as file:
-                file.write(_line(last))
-                file.flush()
-                os.fsync(file.fileno())
-        else:
-            write_atomic(path, b"".join(map(_line, records)))
-        _traces[path] = (_size(path), name)
-
-    def read_trace(self) -> list[StepRecord]:
+    def read_trace(self) -> list[Step]:
         """The steps of trace.jsonl; empty before the first.
 
         Raises:
-            StoreError: damaged, or a step is not as its record holds it.
+            StoreError: damaged.
         """
-        if not self.trace_file.exists():
-            return []
-        try:
-            # Not splitlines: a reasoning may hold other line ends, such as U+2028.
-            *lines, rest = self.trace_file.read_text(encoding="utf-8").split("\n")
-            if rest and self.metrics_file.exists():  # else a kill while it was appended
-                raise ValueError("its last line is cut off")
-            records = [StepRecord.model_validate_json(line) for line in lines]
-            for number, (line, record) in enumerate(zip(lines, records, strict=True)):
-                if record.step != number or not self.holds(number, "record", parse_json(line)):
-                    raise ValueError(f"line {number + 1} is not what the step's record holds")
-            return records
-        except OSError as error:
-            raise StoreError(f"cannot read {self.trace_file}: {error.strerror}") from error
-        except ValueError as error:  # a ValidationError is one
-            raise StoreError(f"{self.trace_file} is damaged: {error}") from error
+        return self.steps.read(ended=self.metrics_file.exists())
 
     def _read(self, name: str, model: type[_Stored]) -> _Stored:
         return _read_step_file(self.path, name, model)
@@ -689,44 +662,14 @@ def _read_step_file(directory: Path, name: str, model: type[_Stored]) -> _Stored
         raise StoreError(f"{path} is damaged: {error}") from error
 
 
-@functools.lru_cache(maxsize=4096)
-def _read_record(directory: Path, name: str) -> StepRecord:
-    """A record; each is read once a process, since what a name stands for never changes."""
-    return _read_step_file(directory, name, StepRecord)
+@functools.lru_cache(maxsize=32)
+def _content(path: Path, stamp: tuple[int, int, int]) -> Any:
+    """A manifest as it was at a time, which each node asks for several times."""
+    return read_json(path)
 
 
 def _step_name(step: int, kind: str, data: bytes) -> str:
     return f"steps/{step:04d}-{kind}-{sha256_bytes(data)[:12]}.json"
-
-
-def _line(record: StepRecord) -> bytes:
-    return f"{record.model_dump_json()}\n".encode()
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else -1
-
-
-def _facts(request: PruneRequest, bench: Workbench) -> dict[str, Any]:
-    """What a run stands on, and what cannot change under it (but for the device)."""
-    return {
-        "request": request.model_dump(mode="json"),
-        "model": {
-            "name": request.model,
-            "sha256": bench.loaded.fingerprint,
-            "settings": bench.loaded.settings,
-            "prunable_layers": len(bench.loaded.layers),
-            "prunable_weights": bench.loaded.prunable,
-            "zero_weights": sum(bench.dense_zeros.values()),
-        },
-        "texts": {
-            role: {"source": bench.windows.sources[role], "sha256": digest}
-            for role, digest in bench.windows.hashes.items()
-        },
-        "seed": request.seed,
-        "dtype": str(bench.loaded.dtype).removeprefix("torch."),
-        "device": str(bench.loaded.device),
-    }
 
 
 def _decides(config: PruneConfig) -> dict[str, Any]:
@@ -766,7 +709,6 @@ def _surroundings(directory: Path) -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {name: _version(name) for name in _PACKAGES},
         "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
     }
 
 

@@ -162,6 +162,16 @@ def read_json(path: Path) -> Any:
         raise StoreError(f"{path} is damaged: not valid JSON ({error})") from error
 
 
+def stamp(path: Path) -> tuple[int, int, int]:
+    """What changes whenever a file is replaced or grows.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    found = path.stat()
+    return (found.st_ino, found.st_mtime_ns, found.st_size)
+
+
 @contextmanager
 def appearing(path: Path, *, directory: bool = False) -> Iterator[Path]:
     """A file or directory that appears under its name once the block has ended well.

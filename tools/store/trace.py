@@ -11,7 +11,7 @@ from prunewright.state import (
     InputError,
     LayerProfile,
     PruneConfig,
-    StepRecord,
+    Step,
     StoreError,
 )
 from prunewright.state.metrics import Metrics
@@ -64,7 +64,7 @@ class Story:
 
     directory: RunDirectory
     config: PruneConfig
-    records: list[StepRecord]
+    records: list[Step]
     metrics: Metrics | None
 
 
@@ -138,13 +138,6 @@ def layer_sparsities(story: Story) -> dict[str, float]:
     return found
 
 
-def accepted_perplexity(record: StepRecord) -> float:
-    """Guard perplexity of the revision that a step left."""
-    if record.verdict == "accepted" and record.candidate_perplexity is not None:
-        return record.candidate_perplexity
-    return record.perplexity_before
-
-
 def load_trace(run_dir: str | Path) -> Trace:
     """Read a run's steps, decisions and profiles, finished or not, as pandas frames.
 
@@ -183,7 +176,7 @@ def load_trace(run_dir: str | Path) -> Trace:
     )
 
 
-def _history_row(record: StepRecord) -> dict[str, Any]:
+def _history_row(record: Step) -> dict[str, Any]:
     return {
         "step": record.step + 1,
         "agent": record.agent,
@@ -193,7 +186,7 @@ def _history_row(record: StepRecord) -> dict[str, Any]:
         "gained": record.sparsity - record.sparsity_before,
         "sparsity": record.sparsity,
         "perplexity": record.candidate_perplexity,
-        "accepted_perplexity": accepted_perplexity(record),
+        "accepted_perplexity": record.accepted_perplexity,
         "change": record.change,
         "stderr": record.change_stderr,
         "predicted": record.predicted_change,
@@ -209,7 +202,7 @@ def _history_row(record: StepRecord) -> dict[str, Any]:
     }
 
 
-def _decision_rows(record: StepRecord) -> list[dict[str, Any]]:
+def _decision_rows(record: Step) -> list[dict[str, Any]]:
     rows = []
     for name, delta in record.applied.items():
         block, _, projection = short_name(name).partition(".")

@@ -6,7 +6,7 @@ from statistics import median
 from prunewright.graph.agents.base import Observation, quote_name
 from prunewright.graph.agents.prompt.table import by_blocks, with_heads
 from prunewright.graph.correction import ALL, DEPTHS, depth_of, ratios
-from prunewright.state import StepRecord
+from prunewright.state import Step
 from prunewright.state.shown import one_line
 
 ROLLBACKS = 2
@@ -45,7 +45,7 @@ def last_changes(observation: Observation) -> dict[str, str]:
     return found
 
 
-def last_measured(observation: Observation) -> StepRecord | None:
+def last_measured(observation: Observation) -> Step | None:
     """The last step whose perplexity was measured; None without feedback."""
     records = observation.history if observation.feedback else ()
     return next((r for r in reversed(records) if r.change is not None), None)
@@ -60,7 +60,7 @@ def percent(value: float | None) -> str:
     return f"{value:+.{digits}f}".replace("+0.", "+.").replace("-0.", "-.")
 
 
-def _table(records: Sequence[StepRecord], costs: bool) -> list[str]:
+def _table(records: Sequence[Step], costs: bool) -> list[str]:
     noise = [r.change_stderr for r in records if r.change_stderr is not None]
     error = f", within {percent(median(noise)).lstrip('+')} or so" if noise else ""
     head = f"step gained change{' predicted' if costs else ''}"
@@ -81,20 +81,20 @@ def _table(records: Sequence[StepRecord], costs: bool) -> list[str]:
     return [title, *with_heads(head, lines, 10)]
 
 
-def _facts(record: StepRecord) -> str:
+def _facts(record: Step) -> str:
     """How the log-probability of the right answers to the facts stood to the dense model's."""
     assert record.candidate_knowledge is not None
     assert record.knowledge_dense is not None
     return f"facts {record.candidate_knowledge - record.knowledge_dense:+.3f} nats"
 
 
-def _gained(record: StepRecord) -> float | None:
+def _gained(record: Step) -> float | None:
     """Sparsity that the step added to the model; None if it was rolled back."""
     accepted = record.verdict == "accepted"
     return record.sparsity - record.sparsity_before if accepted else None
 
 
-def _last(observation: Observation, record: StepRecord) -> list[str]:
+def _last(observation: Observation, record: Step) -> list[str]:
     lines = []
     if record.applied and record.verdict == "accepted":
         lines.append(f"The last step was {_layers(observation, record)}")
@@ -110,7 +110,7 @@ def _last(observation: Observation, record: StepRecord) -> list[str]:
     return lines
 
 
-def _layers(observation: Observation, record: StepRecord) -> str:
+def _layers(observation: Observation, record: Step) -> str:
     shown = {name: f"{delta:+.3f}".replace("0.", ".") for name, delta in record.applied.items()}
     return by_blocks(observation.profile.layers, shown, ITEMS)
 

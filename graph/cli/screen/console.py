@@ -17,7 +17,7 @@ from rich.progress import TimeElapsedColumn as Elapsed
 from rich.table import Table
 from rich.text import Text
 
-from prunewright.state import PruneConfig, StepRecord
+from prunewright.state import PruneConfig, Step
 from prunewright.state.config import BASELINE, pattern_sparsity
 from prunewright.state.metrics import NEGLIGIBLE, Metrics, Pair
 from prunewright.state.profile import short_name
@@ -96,9 +96,7 @@ class Screen:
 class Live:
     """Shows a run while it goes on; pass `on_event` to the runner."""
 
-    def __init__(
-        self, screen: Screen, loaded: Any = None, records: Iterable[StepRecord] = ()
-    ) -> None:
+    def __init__(self, screen: Screen, loaded: Any = None, records: Iterable[Step] = ()) -> None:
         """Make it.
 
         Args:
@@ -170,11 +168,11 @@ class Live:
             part = event["progress"]
             self.progress(part["label"], part["done"], part["total"])
         elif "step" in event:
-            record = StepRecord.model_validate(event["step"])
+            record = Step.model_validate(event["step"])
             self.screen.line(*step_line(record))
             self._warn(record)
 
-    def _warn(self, record: StepRecord) -> None:
+    def _warn(self, record: Step) -> None:
         """Print the failure signatures that this step was the first to show."""
         # A step taken again after a resume replaces what it recorded before.
         self._records = [*self._records[: record.step], record]
@@ -197,7 +195,7 @@ class Live:
             self.say(_NEXT[node])
 
 
-def step_line(record: StepRecord) -> list[str | tuple[str, str]]:
+def step_line(record: Step) -> list[str | tuple[str, str]]:
     """One step in one line."""
     verdict = record.verdict.replace("_", " ")
     parts: list[str | tuple[str, str]] = [
@@ -231,7 +229,7 @@ def layers_words(applied: dict[str, float]) -> str:
     return f"{len(applied)} {noun} ({named}{more})"
 
 
-def change_words(record: StepRecord) -> str:
+def change_words(record: Step) -> str:
     """The measured change of perplexity with its noise; "" if there is none."""
     if record.change is None:
         return ""
@@ -239,7 +237,7 @@ def change_words(record: StepRecord) -> str:
     return f"{record.change:+.2%}{noise}"
 
 
-def knowledge_words(record: StepRecord) -> str:
+def knowledge_words(record: Step) -> str:
     """Log-probability of the right answers to the facts, and how far it is from the dense one."""
     value, dense = record.candidate_knowledge, record.knowledge_dense
     if value is None or dense is None:

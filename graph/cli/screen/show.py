@@ -12,7 +12,7 @@ from prunewright.graph.cli.screen.console import (
     print_metrics,
     request_rows,
 )
-from prunewright.state import ProbeReport, Review, StepRecord
+from prunewright.state import ProbeReport, Review, Step
 from prunewright.state.profile import short_name
 from prunewright.state.shown import clean
 from prunewright.tools.signatures import failure_signatures
@@ -71,7 +71,7 @@ def print_story(screen: Screen, story: Story) -> None:
         print_metrics(screen, story.metrics, str(story.directory.path), model)
 
 
-def _row(record: StepRecord) -> list[str]:
+def _row(record: Step) -> list[str]:
     value = record.candidate_perplexity
     predicted = record.predicted_change
     what = layers_words(record.applied) if record.applied else one_line(record.reason, 80)
@@ -86,7 +86,7 @@ def _row(record: StepRecord) -> list[str]:
     ]
 
 
-def print_step(screen: Screen, record: StepRecord) -> None:
+def print_step(screen: Screen, record: Step) -> None:
     """One step whole: what was chosen, why, and what it came to."""
     expected = record.decision.expected_ppl_change
     predicted = record.predicted_change
@@ -131,7 +131,7 @@ def _review_lines(review: Review | None) -> list[str]:
         return []
     lines = [f"{review.verdict}{': ' if review.words else ''}{review.words}"]
     if review.proposed is not None:
-        deltas = {item.name: item.delta for item in review.proposed.layers}
+        deltas = review.proposed.deltas
         chosen = ", ".join(f"{short_name(n)} {d:+.4f}" for n, d in deltas.items()) or "no layer"
         lines.append(f"the agent had chosen {chosen}")
     return lines + [f"refused: {words}" for words in review.refused]
@@ -143,7 +143,7 @@ def _probe(probe: ProbeReport) -> str:
     return f"{layers_words(probe.layers)}: {change}{noise} on {probe.tokens} tokens"
 
 
-def _perplexities(record: StepRecord) -> str:
+def _perplexities(record: Step) -> str:
     value = record.candidate_perplexity
     after = "not measured" if value is None else f"{value:.3f} ({change_words(record)})"
     return f"{record.perplexity_before:.3f} -> {after}"

@@ -1,0 +1,134 @@
+"""What every node needs: its request, its run, who watches, and how long it takes."""
+
+import functools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from langgraph.runtime import Runtime
+from pydantic import ValidationError
+
+from prunewright.graph.running.logs import log_fields
+from prunewright.graph.running.stopping import call_alone, check_stop
+from prunewright.graph.whole_layers import check_request
+from prunewright.state import InputError, PruneContext, PruneRequest, PruneState, PruneUpdate
+from prunewright.state.config import describe_validation_error
+from prunewright.tools.store.rundir import RunDirectory
+
+if TYPE_CHECKING:
+    from prunewright.tools.bench.workbench import Workbench
+    from prunewright.tools.model.head import Progress
+
+_log = logging.getLogger("prunewright")
+
+INTERVAL = 0.1
+"""Seconds between two reports of progress, unless a part of the work is done."""
+NO_THREAD = "default"
+"""Stands for the thread where the graph runs without a checkpointer."""
+
+Node = Callable[[PruneState, Runtime[PruneContext]], PruneUpdate]
+_Node = TypeVar("_Node", bound=Callable[..., PruneUpdate])
+
+
+def timed(node: _Node) -> _Node:
+    """Add the node's wall time to the state's ``seconds``, and log it."""
+
+    @functools.wraps(node)
+    def wrapper(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
+        check_stop()
+        began, name = time.perf_counter(), node.__name__
+        with log_fields(
+            run=str(run_directory(runtime).path), step=state.get("step", 0) + 1, node=name
+        ):
+            _log.info("%s begins", name)
+            try:
+                update = call_alone(functools.partial(node, state, runtime))
+            except Exception as error:
+                _log.info("%s did not end: %s", name, type(error).__name__)
+                raise
+            seconds = time.perf_counter() - began
+            told: dict[str, Any] = {"seconds": seconds}
+            if update.get("history"):
+                told["verdict"] = update["history"][-1]["verdict"]
+            words = update.get("summary") or "nothing to do"
+            _log.info("%s took %.2f s: %s", name, seconds, words, extra=told)
+        return {**update, "seconds": {name: seconds}}
+
+    return cast(_Node, wrapper)
+
+
+@contextmanager
+def live_model(request: PruneRequest, run: RunDirectory) -> Iterator["Workbench"]:
+    """The model of this process, which must be the one that the run began with.
+
+    Raises:
+        StoreError: it, a text or the request is another.
+    """
+    from prunewright.tools.bench.workbench import workbench  # torch takes seconds
+
+    with workbench(request, run.path) as bench:
+        if run.manifest_file.exists():
+            run.check(request, bench.facts())
+        yield bench
+
+
+def request_of(state: PruneState, runtime: Runtime[PruneContext]) -> PruneRequest:
+    """The run's request; as the first node's input it is what a user sent.
+
+    Raises:
+        InputError: invalid, its pattern rules out its target or its other bounds, or the directory
+            holds another thread's run.
+        StoreError: it is not that of the run's configuration.
+    """
+    value: Any = state["request"]
+    if isinstance(value, PruneRequest):
+        request = value
+    else:
+        try:
+            request = PruneRequest.model_validate(value)
+        except ValidationError as error:
+            raise InputError(describe_validation_error(error, PruneRequest)) from None
+    check_request(request)
+    return run_directory(runtime).settle(thread_of(runtime), request)
+
+
+def context_of(runtime: Runtime[PruneContext]) -> PruneContext:
+    """Who decides, and how."""
+    return runtime.context or PruneContext()
+
+
+def thread_of(runtime: Runtime[PruneContext]) -> str:
+    """The run's name."""
+    info = runtime.execution_info
+    return (info.thread_id if info else None) or NO_THREAD
+
+
+def run_directory(runtime: Runtime[PruneContext]) -> RunDirectory:
+    """The run's directory: what the context says, or one of the thread's name."""
+    out = context_of(runtime).out
+    return RunDirectory(out if out else f"runs/{thread_of(runtime)}")
+
+
+def progress_of(runtime: Runtime[PruneContext]) -> "Progress":
+    """Tells whoever watches the run, but not of every layer: each word wakes other threads."""
+    told = -math.inf
+
+    def report(label: str, done: int, total: int) -> None:
+        nonlocal told
+        check_stop()
+        now = time.monotonic()
+        if done < total and now - told < INTERVAL:
+            return
+        told = now
+        _log.debug("%s: %d of %d", label, done, total)
+        runtime.stream_writer({"progress": {"label": label, "done": done, "total": total}})
+
+    return report
+
+
+def spent_by(bench: "Workbench", before: dict[str, int]) -> dict[str, float]:
+    """Tokens run through the model since, by use."""
+    return {k: v - before[k] for k, v in bench.tokens.items() if v != before[k]}

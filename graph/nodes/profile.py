@@ -1,0 +1,114 @@
+"""The first node: every layer's signals at the accepted revision."""
+
+import math
+
+from langgraph.runtime import Runtime
+
+from prunewright.graph.nodes.common import (
+    NO_THREAD,
+    context_of,
+    live_model,
+    progress_of,
+    request_of,
+    run_directory,
+    spent_by,
+    thread_of,
+    timed,
+)
+from prunewright.graph.whole_layers import check_model
+from prunewright.graph.words.summary import profile_words
+from prunewright.state import InputError, PruneContext, PruneState, PruneUpdate, PrunewrightError
+from prunewright.state.run import DENSE
+from prunewright.tools.bench.own_zeros import check_pattern, check_target
+from prunewright.tools.losses import perplexity
+from prunewright.tools.store.rundir import RunDirectory
+
+
+@timed
+def profile(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
+    """Profile every layer at the accepted revision; on a new thread, measure the dense model."""
+    request, run = request_of(state, runtime), run_directory(runtime)
+    fresh = "revision" not in state
+    step = 0 if fresh else state["step"]
+    revision = DENSE if fresh else state["revision"]
+    gradient_revision, gradient_step = revision, step
+    if step % request.profile.gradient_every and not _gave_back(state, run):
+        gradient_revision = state["gradient_revision"]
+        gradient_step = state.get("gradient_step", 0)
+    if fresh and thread_of(runtime) == NO_THREAD and run.trace_file.exists():
+        raise InputError(f"{run.path} holds another run: give another `out`, or a thread_id")
+    from prunewright.tools.saving.model import try_saving  # torch takes seconds
+
+    with live_model(request, run) as bench:
+        values = ""
+        if fresh:
+            check_pattern(bench)
+            check_target(bench)
+        if fresh and request.pattern_sparsity is not None:
+            zeros = sum(bench.dense_zeros.values())
+            check_model(request, bench.loaded, bench.pattern_gains(), zeros)
+        if context_of(runtime).guard.max_knowledge_drop is not None:
+            bench.facts_hash()  # facts that cannot be used are refused before anything is scored
+        if fresh or run.forked_after() == step:
+            steps = math.ceil(request.target / request.step)
+            bench.check_blocks()
+            values = try_saving(run, bench, min(steps, context_of(runtime).max_steps))
+        notes = {"values": values, "notes": bench.loaded.notes}
+        run.begin(thread_of(runtime), request, context_of(runtime), bench.facts(), **notes)
+        before = dict(bench.tokens)
+        update: PruneUpdate = {}
+        if fresh:
+            losses = bench.guard_losses(DENSE, progress_of(runtime))
+            dense = perplexity(losses)
+            if not math.isfinite(dense):
+                raise InputError(
+                    f"the model {request.model} is broken before any pruning: its perplexity on "
+                    f"the guard text is not finite in {bench.loaded.dtype}. Try another dtype"
+                )
+            update = _fresh_state(dense, losses, bench.sparsity())
+        signals = bench.profile(revision, gradient_revision, progress_of(runtime))
+        signals = signals.model_copy(update={"gradient_step": gradient_step})
+        tokens = spent_by(bench, before)
+    broken = [
+        p.short_name
+        for p in signals.layers
+        if not math.isfinite(p.s + p.g + sum(p.loss_cost) + (p.pattern_cost or 0.0))
+    ]
+    if broken:
+        raise PrunewrightError(
+            f"the signals of {len(broken)} layers are not finite ({', '.join(broken[:5])}): "
+            f"activations or gradients overflow in dtype {request.dtype}. The run cannot go on; "
+            "start a new one with dtype bfloat16 or float32"
+        )
+    path = run.write_step_file(step, "profile", signals.model_dump(mode="json"))
+    return {
+        **update,
+        "summary": profile_words(step, signals),
+        # Whole and as plain values, however the request came in.
+        "request": request.model_dump(mode="json"),
+        "gradient_revision": gradient_revision,
+        "gradient_step": gradient_step,
+        "profile": {"path": path, "table": signals.table()},
+        "tokens": tokens,
+    }
+
+
+def _gave_back(state: PruneState, run: RunDirectory) -> bool:
+    """Whether the step before gave weights back: gradients know nothing of those."""
+    last = run.read_steps(state["history"])[-1:]
+    return any(s.verdict == "accepted" and min(s.applied.values(), default=0) < 0 for s in last)
+
+
+def _fresh_state(dense: float, losses: list[float], sparsity: float) -> PruneUpdate:
+    return {
+        "step": 0,
+        "status": "running",
+        "revision": DENSE,
+        "sparsity": sparsity,
+        "perplexity": dense,
+        "guard_losses": losses,
+        "dense_perplexity": dense,
+        "rollbacks": 0,
+        "stalls": 0,
+        "history": [],
+    }
