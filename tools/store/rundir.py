@@ -2,14 +2,10 @@
 
 import errno
 import functools
-import importlib.metadata
-import json
 import os
-import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +28,7 @@ from prunewright.state import (
 )
 from prunewright.state.config import EMBEDDED
 from prunewright.state.loading import parse_yaml
+from prunewright.tools.store.manifest import decides, standing, surroundings, version
 from prunewright.tools.store.revisions import RevisionStore
 from prunewright.tools.store.standing import difference
 from prunewright.tools.store.steps import StepLog, chained
@@ -47,24 +44,6 @@ from prunewright.tools.store.storage import (
     write_atomic,
     write_json,
 )
-
-_PACKAGES = (
-    "prunewright",
-    "torch",
-    "transformers",
-    "safetensors",
-    "datasets",
-    "langgraph",
-    "langgraph-checkpoint-sqlite",
-    "langchain-core",
-    "langchain-google-genai",
-    "langchain-openai",
-    "langchain-anthropic",
-    "langchain-ollama",
-    "pydantic",
-    "numpy",
-)
-
 
 FORMAT = 2
 """Of run directories; those of version 0.1.0 name none."""
@@ -210,8 +189,8 @@ class RunDirectory:
         write_json(
             other.manifest_file,
             facts
-            | {"thread": thread, "parent": parent, "context": _decides(config)}
-            | _surroundings(final),
+            | {"thread": thread, "parent": parent, "context": decides(config)}
+            | surroundings(final),
         )
         write_atomic(other.config_file, config.to_yaml().encode())
 
@@ -239,7 +218,7 @@ class RunDirectory:
             return
         versions = self.manifest().get("versions")
         made_by = versions.get("prunewright") if isinstance(versions, dict) else None
-        ours = _version("prunewright")
+        ours = version("prunewright")
         try:
             newer = Version(str(made_by)) > Version(ours)
         except InvalidVersion:  # one of them was not installed as a package
@@ -381,8 +360,8 @@ class RunDirectory:
             {"format": FORMAT, "thread": thread, "request": request.model_dump(mode="json")}
             | told
             | facts
-            | {"context": _decides(self.config())}
-            | _surroundings(self.path),
+            | {"context": decides(self.config())}
+            | surroundings(self.path),
         )
 
     def settle(self, thread: str, request: PruneRequest) -> PruneRequest:
@@ -433,8 +412,8 @@ class RunDirectory:
         Raises:
             StoreError: saying what changed; or the manifest is missing or damaged.
         """
-        now = _standing({"request": request.model_dump(mode="json")} | facts)
-        before = _standing(self.manifest())
+        now = standing({"request": request.model_dump(mode="json")} | facts)
+        before = standing(self.manifest())
         for key in now:
             if changed := difference(before[key], now[key]):
                 raise StoreError(
@@ -448,7 +427,7 @@ class RunDirectory:
         In words; "" if nothing, or where that is not recorded.
         """
         before = self.manifest().get("context") if self.manifest_file.exists() else None
-        return difference(before, _decides(self.config())) if isinstance(before, dict) else ""
+        return difference(before, decides(self.config())) if isinstance(before, dict) else ""
 
     def keep(self, config: PruneConfig) -> None:
         """Store the configuration that the run goes on with.
@@ -459,7 +438,7 @@ class RunDirectory:
         if self.config() != config:
             write_atomic(self.config_file, config.to_yaml().encode())
         if self.edited():
-            write_json(self.manifest_file, self.manifest() | {"context": _decides(config)})
+            write_json(self.manifest_file, self.manifest() | {"context": decides(config)})
 
     def departure(self, other: "RunDirectory") -> str:
         """What this run stands on otherwise than another, in words; "" if one is not recorded.
@@ -469,7 +448,7 @@ class RunDirectory:
         """
         if not (self.manifest_file.exists() and other.manifest_file.exists()):
             return ""
-        return difference(_standing(other.manifest()), _standing(self.manifest()))
+        return difference(standing(other.manifest()), standing(self.manifest()))
 
     def thread(self) -> str | None:
         """The run's thread; None if it was stopped before anything was computed.
@@ -500,7 +479,7 @@ class RunDirectory:
         """Whether the run, as far as it is recorded, was begun with this request."""
         if not self.manifest_file.exists():
             return True
-        return bool(_standing(self.manifest())["request"] == request.identity())
+        return bool(standing(self.manifest())["request"] == request.identity())
 
     def locate(self, settings: _Settings) -> _Settings:
         """The settings with their paths as they are found now, from wherever it is looked at.
@@ -600,7 +579,7 @@ class RunDirectory:
         Raises:
             StoreError: missing or damaged.
         """
-        return self._read(name, ModelProfile)
+        return _read_profile(self.path.absolute(), name)
 
     def read_applied(self, name: str) -> Step:
         """A step as it was applied, which `write_step_file` stored.
@@ -668,53 +647,11 @@ def _content(path: Path, stamp: tuple[int, int, int]) -> Any:
     return read_json(path)
 
 
+@functools.lru_cache(maxsize=4)
+def _read_profile(directory: Path, name: str) -> ModelProfile:
+    """A profile, which several nodes ask for: what a name stands for never changes."""
+    return _read_step_file(directory, name, ModelProfile)
+
+
 def _step_name(step: int, kind: str, data: bytes) -> str:
     return f"steps/{step:04d}-{kind}-{sha256_bytes(data)[:12]}.json"
-
-
-def _decides(config: PruneConfig) -> dict[str, Any]:
-    """Who decides and how, as JSON values, but for the directory; infinity as its name."""
-    values = config.context.model_dump(mode="json", exclude={"out"})
-    found: dict[str, Any] = json.loads(json.dumps(values), parse_constant=str)
-    return found
-
-
-def _standing(facts: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same for a run to go on, of a manifest or of `_facts`.
-
-    Contents, not where they lie; a request has the keys, too, that did not exist when the run
-    began.
-    """
-    request = facts.get("request")
-    with suppress(ValidationError):
-        request = PruneRequest.model_validate(request).identity()
-    model, texts = facts.get("model"), facts.get("texts")
-    return {
-        "request": request,
-        "model": {k: v for k, v in model.items() if k != "name"} if isinstance(model, dict) else {},
-        "texts": {
-            role: text.get("sha256") if isinstance(text, dict) else None
-            for role, text in (texts if isinstance(texts, dict) else {}).items()
-        },
-        "seed": facts.get("seed"),
-        "dtype": facts.get("dtype"),
-    }
-
-
-def _surroundings(directory: Path) -> dict[str, Any]:
-    """When and where a run is begun."""
-    return {
-        "place": {"directory": str(directory.absolute()), "working": str(Path.cwd())},
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in _PACKAGES},
-        "platform": platform.platform(),
-    }
-
-
-@functools.cache
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -74,7 +74,9 @@ def read_line(data: str | bytes) -> Line:
     step = Step.model_validate(value)
     # Version 0.1.0 knew no seals; since then each line has one.
     if own and (not isinstance(own, str) or seal(step).seal != own):
-        raise ValueError("it is damaged: its seal does not fit (who edits a line leaves the seal out)")
+        raise ValueError(
+            "it is damaged: its seal does not fit (who edits a line leaves the seal out)"
+        )
     return Line(step, own)
 
 
