@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 PORT ?= 2024
 
-.PHONY: install demo test studio lint clean
+.PHONY: install demo test studio pictures lint clean
 
 install: $(STAMP)
 
@@ -29,6 +29,10 @@ test: demo
 studio: install
 	LANGGRAPH_CLI_NO_ANALYTICS=1 LANGGRAPH_NO_VERSION_CHECK=true \
 	$(BIN)/langgraph dev --no-browser --no-reload --host 127.0.0.1 --port $(PORT) --n-jobs-per-worker 4
+
+# The README's pictures. RUN may name a finished demo run; the screenshot needs chromium.
+pictures: install
+	$(BIN)/python docs/pictures/make.py $(if $(RUN),--run $(RUN))
 
 # import-linter follows no links: it reads a copy in which the package stands as it is installed.
 lint: install
