@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 import yaml
 from typer.testing import CliRunner
 
@@ -173,6 +174,20 @@ def test_a_block_that_is_not_run_must_say_why(tmp_path: Path) -> None:
     assert list(first.commands()) == [("prunewright show x", " a run")]
     assert (second.marker, list(second.commands())) == ("needs a key", [("make      demo", "")])
     assert (third.language, third.code, third.marker) == ("python", "print(1)", "")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_and_keys_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:^|`) *prunewright(?: --[\w-]+(?: info)?)* ([a-z]+)", text, re.M))
+    assert named <= set(typer.main.get_command(app).commands)
+    for key in re.findall(r"--set '?(?:base\.)?([\w.]+)=", text):
+        found: Any = prunewright.PruneConfig().model_dump()
+        for part in key.split("."):
+            if found == {}:  # options of an agent or an allocation
+                break
+            assert part in found, key
+            found = found[part]
 
 
 def test_the_comparison_that_docs_show_is_one(here: Path) -> None:
