@@ -4,14 +4,15 @@ As a library Prunewright only speaks; where it is heard is the application's to 
 line sets up a handler of its own.
 """
 
-import json
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
+
+from pythonjsonlogger.json import JsonFormatter
 
 from prunewright.state.shown import clean
 
@@ -20,7 +21,6 @@ LOGGER = "prunewright"
 
 # LangGraph hands the caller's context variables on to the threads of the nodes.
 _fields: ContextVar[dict[str, Any] | None] = ContextVar("prunewright_log_fields", default=None)
-_STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime"}
 
 
 @contextmanager
@@ -54,22 +54,21 @@ class _TextFormatter(logging.Formatter):
         return clean(super().format(record))
 
 
-class JsonFormatter(logging.Formatter):
+class _JsonFormatter(JsonFormatter):
     """One JSON object a line: time (ISO 8601, UTC), level, logger, message, and the fields."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        """The record's line."""
-        moment = datetime.fromtimestamp(record.created, UTC)
-        line = {
-            "time": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-            **{key: value for key, value in vars(record).items() if key not in _STANDARD},
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+    converter = time.gmtime
+    default_time_format = "%Y-%m-%dT%H:%M:%S"
+    default_msec_format = "%s.%03dZ"
+
+    def __init__(self) -> None:
+        names = {"asctime": "time", "levelname": "level", "name": "logger", "message": "message"}
+        renamed = names | {"exc_info": "exception"}
+        super().__init__(list(names), rename_fields=renamed, json_default=str)
+
+    def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
+        """The record's object, its level as it is given to ``--log-level``."""
+        return log_data | {"level": log_data["level"].lower()}
 
 
 class _Handler(logging.StreamHandler[TextIO]):
@@ -99,7 +98,7 @@ def logging_to_stderr(level: Level | None, *, as_json: bool, libraries: int) -> 
     handler, root = _Handler(), logging.getLogger()
     stamped = "%(asctime)s %(levelname)-7s %(message)s"
     handler.setFormatter(
-        JsonFormatter() if as_json else _TextFormatter(stamped if level else "%(message)s")
+        _JsonFormatter() if as_json else _TextFormatter(stamped if level else "%(message)s")
     )
     root.setLevel(libraries)
     logging.getLogger(LOGGER).setLevel((level or "warning").upper())
