@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,7 @@ from prunewright.graph.builder import build_graph
 from prunewright.graph.nodes.common import Node, run_directory
 from prunewright.graph.running.checkpoints import serve_checkpoints
 from prunewright.graph.running.stopping import call_cancellable
-from prunewright.graph.running.tracing import labelled
+from prunewright.graph.running.tracing import label
 from prunewright.state import (
     InputError,
     PruneContext,
@@ -92,8 +92,10 @@ def served(node: Node) -> Callable[[PruneState, Runtime[StudioContext]], Awaitab
                         if given.criterion is not None:
                             request = {**dict(state["request"]), "criterion": given.criterion}
                             state = {**state, "request": request}
-                    with _traced(state, context):
-                        return node(state, plain)
+                    # A request that the node will refuse has no labels.
+                    with suppress(ValidationError):
+                        label(PruneRequest.model_validate(state["request"]), context)
+                    return node(state, plain)
                 except Exception:
                     directory.abandon()
                     raise
@@ -104,14 +106,6 @@ def served(node: Node) -> Callable[[PruneState, Runtime[StudioContext]], Awaitab
         return await call_cancellable(partial(work, state, runtime))
 
     return wrapper
-
-
-def _traced(state: PruneState, context: PruneContext) -> AbstractContextManager[None]:
-    """Labels for the node's traces; a request that the node will refuse has none."""
-    try:
-        return labelled(PruneRequest.model_validate(state["request"]), context)
-    except ValidationError:
-        return nullcontext()
 
 
 @asynccontextmanager
