@@ -14,6 +14,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import zstandard
@@ -30,16 +31,11 @@ _WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2,
 _INTEGERS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 # zstd's best parser with its shortest search: planes have symbols to count and little to find. The
 # demo's exponents take 22.6 MB so, 26.5 at level 1, in a fortieth of the time of level 19.
-_PLANES = zstandard.ZstdCompressor(
-    compression_params=zstandard.ZstdCompressionParameters.from_level(
-        16,
-        strategy=zstandard.STRATEGY_BTULTRA2,
-        search_log=1,
-        min_match=3,
-        window_log=17,
-        target_length=8,
-    )
+_SEARCH = {"search_log": 1, "min_match": 3, "window_log": 17, "target_length": 8}
+_PARAMETERS = zstandard.ZstdCompressionParameters.from_level(
+    16, strategy=zstandard.STRATEGY_BTULTRA2, **_SEARCH
 )
+_PLANES = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
 _TEXT = zstandard.ZstdCompressor(level=19)
 
 
@@ -78,10 +74,10 @@ def pack_model(model: str | Path, archive: str | Path) -> Sizes:
                         out.move(_packed(piece, width))
                 if data.bytes != size:
                     raise StoreError(f"{path} has changed while it was read")
-            out.move(data.digest)
+            out.move(data.hash.digest())
             total += size
         out.move(struct.pack("<HQ", 0, 0))
-        file.write(out.digest)
+        file.write(out.hash.digest())
         return Sizes(total, file.tell())
 
 
@@ -111,10 +107,10 @@ def unpack_model(archive: str | Path, model: str | Path) -> Sizes:
                     out = _Hashed(stream.write)
                     while out.bytes < header[1]:
                         out.move(_unpacked(data))
-                if out.bytes != header[1] or data.move(32) != out.digest:
+                if out.bytes != header[1] or data.move(32) != out.hash.digest():
                     raise ValueError(f"it does not give back {path.name}")
                 total += out.bytes
-            digest = data.digest
+            digest = data.hash.digest()
             if file.read() != digest:
                 raise ValueError("its content does not match its hash")
         except (ValueError, struct.error, zstandard.ZstdError, FileExistsError) as error:
@@ -125,22 +121,16 @@ def unpack_model(archive: str | Path, model: str | Path) -> Sizes:
 class _Hashed:
     """Reads or writes, and keeps count and hash of what went through."""
 
-    def __init__(self, act: Callable[..., bytes | int]) -> None:
-        self._act, self._hash, self.bytes = act, hashlib.sha256(), 0
+    def __init__(self, act: Callable[[Any], Any]) -> None:
+        self._act, self.hash, self.bytes = act, hashlib.sha256(), 0
 
     def move(self, what: bytes | int) -> bytes:
         """Write some bytes, or read a number of them."""
         found = self._act(what)
-        data = what if isinstance(what, bytes) else found
-        assert isinstance(data, bytes)
-        self._hash.update(data)
+        data: bytes = found if isinstance(what, int) else what
+        self.hash.update(data)
         self.bytes += len(data)
         return data
-
-    @property
-    def digest(self) -> bytes:
-        """The sha256 so far."""
-        return self._hash.digest()
 
 
 def _packed(piece: bytes, width: int) -> bytes:
