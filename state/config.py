@@ -37,6 +37,10 @@ class Options(BaseModel):
 
     removed: ClassVar[dict[str, str]] = {}
 
+    def to_yaml(self) -> str:
+        """The options as YAML from which an equal object is read."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
     @model_validator(mode="before")
     @classmethod
     def _refuse_removed(cls, data: Any) -> Any:
@@ -292,10 +296,6 @@ class PruneConfig(PruneRequest, PruneContext):
     def context(self) -> PruneContext:
         """The half that says who decides and how."""
         return PruneContext(**{k: getattr(self, k) for k in PruneContext.model_fields})
-
-    def to_yaml(self) -> str:
-        """The configuration as YAML that `load_config` reads back to an equal object."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 PatternNM = tuple[int, int]

@@ -16,14 +16,14 @@ from prunewright.state.config import (
 )
 from prunewright.state.errors import InputError
 
-SCHEMA_VERSION: Final = 1
-"""Of comparison.json and of what a cell keeps; raised with every change of their form."""
+SCHEMA_VERSION: Final = 2
+"""Of comparison.json; raised with every change of their form."""
 DENSE_NAME = "dense"
 """What the unpruned model is called; no method may be."""
 
 _GIVEN = {
     "seed": "seeds says which",
-    "out": "each cell has a directory of its own",
+    "out": "each experiment has a directory of its own",
     "review": "a person cannot be asked in a comparison",
 }
 # Perplexities of two models, or of one in two number formats, do not compare.
@@ -44,7 +44,7 @@ def _refuse_doubles(what: str, values: Any) -> None:
 
 Name = Annotated[str, Field(max_length=80), AfterValidator(_printable)]
 MethodKind = Literal["run", "baseline"]
-CellState = Literal["done", "failed", "pending"]
+ExperimentState = Literal["done", "failed", "pending"]
 
 
 class Method(Options):
@@ -162,7 +162,7 @@ class ComparisonConfig(Options):
     def settle(
         self, method: Method | None = None, *, seed: int | None = None, target: float | None = None
     ) -> PruneConfig:
-        """The configuration of one cell; without a method, what all share.
+        """The configuration of one experiment; without a method, what all share.
 
         An N:M pattern fixes the sparsity of a baseline: a target is left out then.
 
@@ -187,7 +187,7 @@ class ComparisonConfig(Options):
 
 
 def validate_comparison(data: dict[str, Any]) -> ComparisonConfig:
-    """Validate a mapping as a `ComparisonConfig`, and the configuration of each of its cells.
+    """Validate a mapping as a `ComparisonConfig`, and the configuration of each of its experiments.
 
     Raises:
         InputError: unknown key (with a suggestion) or invalid value.
@@ -201,6 +201,18 @@ def validate_comparison(data: dict[str, Any]) -> ComparisonConfig:
         for target in config.targets_of(method):
             config.settle(method, target=target)
     return config
+
+
+def load_evaluation_options(path: str | Path) -> EvaluationOptions:
+    """Read a YAML file with the keys of a comparison's ``evaluation``.
+
+    Raises:
+        InputError: unreadable file, unknown key, or invalid value.
+    """
+    try:
+        return EvaluationOptions.model_validate(read_settings(path))
+    except ValidationError as error:
+        raise InputError(describe_validation_error(error, EvaluationOptions)) from None
 
 
 def load_comparison_config(
@@ -235,8 +247,8 @@ def load_comparison_config(
     return config
 
 
-def cell_name(method: str, target: float, seed: int) -> str:
-    """What people call a cell."""
+def experiment_name(method: str, target: float, seed: int) -> str:
+    """What people call an experiment."""
     return f"{method}, {100 * target:.4g} %, seed {seed}"
 
 
@@ -268,7 +280,7 @@ class TextResult(_Result):
 
     Attributes:
         perplexity: exp of the mean of the losses.
-        losses: mean token loss of each window in nats, so that any two cells can be compared
+        losses: mean token loss of each window in nats, so that any two experiments can be compared
             window by window.
     """
 
@@ -289,11 +301,10 @@ class Scores(_Result):
     tasks: dict[str, float] = {}
 
 
-class CellResult(_Result):
-    """What one cell came to.
+class ExperimentResult(_Result):
+    """What one experiment came to.
 
     Attributes:
-        schema_version: of this form.
         status: why the run ended, as in metrics.json.
         sparsity: measured fraction of exact zeros over all prunable weights.
         steps: steps taken, rolled-back and empty ones included.
@@ -303,11 +314,10 @@ class CellResult(_Result):
         tokens_for_choosing: tokens of text scored to find masks: of all uses but ``test``; those
             exchanged with an LLM (``llm``) are not scored, and not counted here.
         seconds: wall time of the run or baseline, without the comparison's own evaluation.
-        peak_memory_bytes: largest resident size of the cell's own process until then.
+        peak_memory_bytes: largest resident size of the experiment's own process until then.
         scores: on the comparison's texts and tasks.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
     status: str
     sparsity: float
     steps: int
@@ -320,7 +330,7 @@ class CellResult(_Result):
     scores: Scores
 
 
-class Cell(_Result):
+class Experiment(_Result):
     """One method at one seed and target.
 
     Attributes:
@@ -343,30 +353,30 @@ class Cell(_Result):
     seed: int
     target: float
     key: str
-    state: CellState
+    state: ExperimentState
     error: str = ""
     on_target: bool = False
-    result: CellResult | None = None
+    result: ExperimentResult | None = None
     ratio: dict[str, float] = {}
 
     @property
     def name(self) -> str:
         """What people call it."""
-        return cell_name(self.method, self.target, self.seed)
+        return experiment_name(self.method, self.target, self.seed)
 
 
-class DenseCell(_Result):
+class DenseExperiment(_Result):
     """The unpruned model.
 
     Attributes:
-        key: as of a `Cell`.
-        state: as of a `Cell`.
-        error: as of a `Cell`.
+        key: as of a `Experiment`.
+        state: as of a `Experiment`.
+        error: as of a `Experiment`.
         scores: None unless done.
     """
 
     key: str
-    state: CellState
+    state: ExperimentState
     error: str = ""
     scores: Scores | None = None
 
@@ -395,11 +405,11 @@ class Summary(_Result):
         missing: how many failed or are not run yet.
         on_target: whether every sparsity is the target's, to within 0.001.
         sparsity: measured.
-        tokens_for_choosing: see `CellResult`.
-        seconds: see `CellResult`.
-        peak_memory_bytes: see `CellResult`.
+        tokens_for_choosing: see `ExperimentResult`.
+        seconds: see `ExperimentResult`.
+        peak_memory_bytes: see `ExperimentResult`.
         perplexity: by text.
-        ratio: by text, of the cells' ratios to the control; absent where there is none.
+        ratio: by text, of the experiments' ratios to the control; absent where there is none.
         tasks: by `EvaluationTask.columns`.
     """
 
@@ -425,19 +435,21 @@ class Comparison(_Result):
         version: of the package that wrote it.
         config: what was compared, and how.
         dense: the unpruned model.
-        cells: every method, target and seed.
+        experiments: every method, target and seed.
         summary: every method and target.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     version: str
     config: ComparisonConfig
-    dense: DenseCell
-    cells: tuple[Cell, ...]
+    dense: DenseExperiment
+    experiments: tuple[Experiment, ...]
     summary: tuple[Summary, ...]
 
     @property
     def errors(self) -> dict[str, str]:
-        """Why cells failed, by their names."""
-        named = {DENSE_NAME: self.dense.error} | {cell.name: cell.error for cell in self.cells}
+        """Why experiments failed, by their names."""
+        named = {DENSE_NAME: self.dense.error} | {
+            experiment.name: experiment.error for experiment in self.experiments
+        }
         return {name: error for name, error in named.items() if error}

@@ -1,43 +1,38 @@
-"""What the cells of a comparison are made of, and what they come to together."""
+"""What the experiments of a comparison are made of, and what they come to together."""
 
 import importlib.metadata
-import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from prunewright.state import InputError, PruneConfig, PrunewrightError, StoreError
 from prunewright.state.metrics import Metrics
 from prunewright.state.study import (
     DENSE_NAME,
     SCHEMA_VERSION,
-    Cell,
-    CellResult,
-    CellState,
     Comparison,
     ComparisonConfig,
-    DenseCell,
+    DenseExperiment,
     EvaluationOptions,
     EvaluationTask,
+    Experiment,
+    ExperimentResult,
+    ExperimentState,
     Method,
     Scores,
     Spread,
     Summary,
     TextResult,
-    cell_name,
+    experiment_name,
 )
-from prunewright.tools.evaluation.harness import evaluate_tasks, prepare_quizzes
-from prunewright.tools.losses import perplexity
-from prunewright.tools.model.head import Head, Progress, window_losses
-from prunewright.tools.model.loading import load_model, model_digest
-from prunewright.tools.model.tokens import embedding_rows
+from prunewright.tools.evaluation import Evaluation
+from prunewright.tools.evaluation.harness import prepare_tasks
+from prunewright.tools.model.loading import model_digest
 from prunewright.tools.store.storage import canonical_json, read_json, sha256_bytes
 from prunewright.tools.texts.questions import hash_questions, load_facts
-from prunewright.tools.texts.windows import Role, load_test_windows, source_digest
+from prunewright.tools.texts.windows import Role, source_digest
 
 SAME_SPARSITY = 0.001
 """How far a measured sparsity may lie from its target and still count as it."""
@@ -47,7 +42,7 @@ NOT_SCORED_FOR_CHOOSING = ("test", "llm")
 
 @dataclass
 class Digests:
-    """Hashes of the contents that cells stand on, each taken once."""
+    """Hashes of the contents that experiments stand on, each taken once."""
 
     _models: dict[str, str] = field(default_factory=dict)
     _texts: dict[tuple[str, Role], str] = field(default_factory=dict)
@@ -85,7 +80,7 @@ class Digests:
         """
         for task in evaluation.tasks:
             if task not in self._questions:
-                self._questions[task] = prepare_quizzes([task.task], **_asking(task))[0].data_hash
+                self._questions[task] = prepare_tasks([task])[0].data_hash
         return {task.name: self._questions[task] for task in evaluation.tasks}
 
     def calibration(self, config: PruneConfig) -> dict[str, str]:
@@ -104,7 +99,7 @@ class Digests:
 
 @dataclass(frozen=True)
 class Planned:
-    """A cell before it is run.
+    """An experiment before it is run.
 
     Attributes:
         method: what is done; `DENSE_NAME` stands for the unpruned model.
@@ -125,21 +120,21 @@ class Planned:
         """What people call it."""
         if self.method.name == DENSE_NAME:
             return DENSE_NAME
-        return cell_name(self.method.name, self.target, self.seed)
+        return experiment_name(self.method.name, self.target, self.seed)
 
 
-def cell_key(
+def experiment_key(
     kind: str,
     config: PruneConfig,
     evaluation: EvaluationOptions,
     digests: Digests,
     files: Mapping[str, str] | None = None,
 ) -> str:
-    """Hash of all that a cell's result follows from.
+    """Hash of all that an experiment's result follows from.
 
     Args:
         kind: run or baseline.
-        config: the cell's configuration.
+        config: the experiment's configuration.
         evaluation: what it is scored on.
         digests: gives the hashes of contents.
         files: hashes of other files that it reads, by name.
@@ -168,7 +163,7 @@ def cell_key(
 
 
 def dense_key(config: PruneConfig, evaluation: EvaluationOptions, digests: Digests) -> str:
-    """As `cell_key` for the unpruned model.
+    """As `experiment_key` for the unpruned model.
 
     Raises:
         InputError: the model or a text cannot be used.
@@ -207,62 +202,39 @@ def package_version() -> str:
     return importlib.metadata.version("prunewright")
 
 
-def score_model(
-    model: str,
-    evaluation: EvaluationOptions,
-    *,
-    dtype: str,
-    device: str,
-    trust_remote_code: bool,
-    progress: Progress | None = None,
-) -> Scores:
-    """Score a model, dense or pruned, on a comparison's texts and questions.
+def read_scores(file: Path, evaluation: EvaluationOptions) -> Scores:
+    """What ``evaluate`` found of a comparison's texts and questions.
+
+    Args:
+        file: its evaluation.json.
+        evaluation: what was evaluated.
 
     Raises:
-        InputError: the model or a text cannot be used.
-        PrunewrightError: a loss is not finite.
+        StoreError: missing, damaged, or of other texts and questions.
+        PrunewrightError: a score is not finite.
     """
-    loaded = load_model(
-        model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, keep_dense=False
-    )
     try:
-        loaded.check_length(evaluation.length)
-        head = Head(loaded.model)
-        rows = embedding_rows(loaded.model)
+        found = Evaluation.model_validate(read_json(file))
         texts = {}
-        for text in evaluation.texts:
-            windows = load_test_windows(
-                text.source, loaded.tokenizer, text.windows, evaluation.length, rows=rows
-            )
-            losses = window_losses(loaded.model, head, windows, progress)
-            value = perplexity(losses)
-            if not math.isfinite(value):
+        for text, score in zip(evaluation.texts, found.texts, strict=True):
+            losses = tuple(loss for loss in score.losses if loss is not None)
+            if score.perplexity is None or len(losses) < len(score.losses):
                 raise PrunewrightError(f"the perplexity on {text.name} is not finite")
-            texts[text.name] = TextResult(perplexity=value, losses=tuple(losses))
+            texts[text.name] = TextResult(perplexity=score.perplexity, losses=losses)
         tasks: dict[str, float] = {}
-        for task in evaluation.tasks:
-            (found,) = evaluate_tasks(loaded, [task.task], **_asking(task), progress=progress)
-            if found.log_probability is None:
+        for task, answers in zip(evaluation.tasks, found.tasks, strict=True):
+            if answers.log_probability is None:
                 raise PrunewrightError(f"the log-probabilities of {task.name} are not finite")
-            tasks |= dict(zip(task.columns, (found.accuracy, found.log_probability), strict=True))
-        return Scores(texts=texts, tasks=tasks)
-    finally:
-        loaded.close()
+            pair = answers.accuracy, answers.log_probability
+            tasks |= dict(zip(task.columns, pair, strict=True))
+    except ValueError as error:
+        raise StoreError(f"{file} is damaged: delete {file.parent}: {error}") from error
+    return Scores(texts=texts, tasks=tasks)
 
 
-def _asking(task: EvaluationTask) -> dict[str, Any]:
-    """What `evaluate_tasks` is told of a task."""
-    return {
-        "data": {task.task: task.data},
-        "examples": {} if task.examples is None else {task.task: task.examples},
-        "shots": task.shots,
-        "limit": task.limit,
-    }
-
-
-def cell_result(metrics: Metrics, scores: Scores) -> CellResult:
+def experiment_result(metrics: Metrics, scores: Scores) -> ExperimentResult:
     """What a finished run and its scores come to."""
-    return CellResult(
+    return ExperimentResult(
         status=metrics.status,
         sparsity=metrics.sparsity,
         steps=metrics.steps,
@@ -281,56 +253,56 @@ def cell_result(metrics: Metrics, scores: Scores) -> CellResult:
 def build_comparison(
     config: ComparisonConfig,
     plan: Iterable[Planned],
-    results: Mapping[str, CellResult],
+    results: Mapping[str, ExperimentResult],
     errors: Mapping[str, str],
-    dense: DenseCell,
+    dense: DenseExperiment,
 ) -> Comparison:
-    """Put the cells together with their ratios and sums.
+    """Put the experiments together with their ratios and sums.
 
     Args:
         config: the comparison's.
-        plan: its cells.
+        plan: its experiments.
         results: those that are done, by key.
         errors: why others failed, by key.
         dense: the unpruned model.
     """
     plan = list(plan)
     control = {
-        (cell.seed, cell.target): results[cell.key]
-        for cell in plan
-        if cell.method.name == config.control and cell.key in results
+        (experiment.seed, experiment.target): results[experiment.key]
+        for experiment in plan
+        if experiment.method.name == config.control and experiment.key in results
     }
-    cells = []
-    for cell in plan:
-        result = results.get(cell.key)
-        state: CellState = "done"
+    experiments = []
+    for experiment in plan:
+        result = results.get(experiment.key)
+        state: ExperimentState = "done"
         if result is None:
-            state = "failed" if cell.key in errors else "pending"
-        cells.append(
-            Cell(
-                method=cell.method.name,
-                kind=cell.method.resolved_kind,
-                seed=cell.seed,
-                target=cell.target,
-                key=cell.key,
+            state = "failed" if experiment.key in errors else "pending"
+        experiments.append(
+            Experiment(
+                method=experiment.method.name,
+                kind=experiment.method.resolved_kind,
+                seed=experiment.seed,
+                target=experiment.target,
+                key=experiment.key,
                 state=state,
-                error=errors.get(cell.key, ""),
+                error=errors.get(experiment.key, ""),
                 on_target=result is not None
-                and abs(result.sparsity - cell.target) <= SAME_SPARSITY,
+                and abs(result.sparsity - experiment.target) <= SAME_SPARSITY,
                 result=result,
-                ratio=_ratio(result, control.get((cell.seed, cell.target))),
+                ratio=_ratio(result, control.get((experiment.seed, experiment.target))),
             )
         )
     return Comparison(
         version=package_version(),
         config=config,
         dense=dense,
-        cells=tuple(cells),
-        summary=tuple(summarise(config, cells)),
+        experiments=tuple(experiments),
+        summary=tuple(summarise(config, experiments)),
     )
 
 
-def _ratio(result: CellResult | None, control: CellResult | None) -> dict[str, float]:
+def _ratio(result: ExperimentResult | None, control: ExperimentResult | None) -> dict[str, float]:
     if result is None or control is None:
         return {}
     return {
@@ -339,11 +311,11 @@ def _ratio(result: CellResult | None, control: CellResult | None) -> dict[str, f
     }
 
 
-def summarise(config: ComparisonConfig, cells: list[Cell]) -> list[Summary]:
+def summarise(config: ComparisonConfig, experiments: list[Experiment]) -> list[Summary]:
     """Mean and spread over seeds of each method at each target, in the order of the methods."""
-    groups: dict[tuple[str, float], list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault((cell.method, cell.target), []).append(cell)
+    groups: dict[tuple[str, float], list[Experiment]] = {}
+    for experiment in experiments:
+        groups.setdefault((experiment.method, experiment.target), []).append(experiment)
     order = [method.name for method in config.methods]
     return [
         _summary(method, target, groups[method, target])
@@ -351,8 +323,12 @@ def summarise(config: ComparisonConfig, cells: list[Cell]) -> list[Summary]:
     ]
 
 
-def _summary(method: str, target: float, cells: list[Cell]) -> Summary:
-    done = [(cell, cell.result) for cell in cells if cell.result is not None]
+def _summary(method: str, target: float, experiments: list[Experiment]) -> Summary:
+    done = [
+        (experiment, experiment.result)
+        for experiment in experiments
+        if experiment.result is not None
+    ]
     results = [result for _, result in done]
 
     def spreads(values: list[Mapping[str, float]]) -> dict[str, Spread]:
@@ -363,14 +339,14 @@ def _summary(method: str, target: float, cells: list[Cell]) -> Summary:
         method=method,
         target=target,
         seeds=len(done),
-        missing=len(cells) - len(done),
-        on_target=all(cell.on_target for cell, _ in done),
+        missing=len(experiments) - len(done),
+        on_target=all(one.on_target for one, _ in done),
         sparsity=spread([r.sparsity for r in results]) if results else None,
         tokens_for_choosing=spread([r.tokens_for_choosing for r in results]) if results else None,
         seconds=spread([r.seconds for r in results]) if results else None,
         peak_memory_bytes=spread([r.peak_memory_bytes for r in results]) if results else None,
         perplexity=spreads([{n: s.perplexity for n, s in r.scores.texts.items()} for r in results]),
-        ratio=spreads([cell.ratio for cell, _ in done]),
+        ratio=spreads([one.ratio for one, _ in done]),
         tasks=spreads([r.scores.tasks for r in results]),
     )
 
@@ -387,17 +363,3 @@ def spread(values: Iterable[float]) -> Spread:
         sd=statistics.stdev(numbers) if len(numbers) > 1 else None,
         n=len(numbers),
     )
-
-
-def load_comparison(path: str | Path) -> Comparison:
-    """Read a comparison.json, or that of a directory.
-
-    Raises:
-        StoreError: missing, damaged, or of another version.
-    """
-    file = Path(path)
-    file = file / "comparison.json" if file.is_dir() else file
-    try:
-        return Comparison.model_validate(read_json(file))
-    except ValidationError as error:
-        raise StoreError(f"{file} is not a comparison of this version: {error}") from error

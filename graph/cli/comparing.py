@@ -42,13 +42,13 @@ def compare_command(
     """Compare methods over seeds and sparsities, on the same texts, at equal sparsity.
 
     The same command goes on after a stop and runs only what is not done. Writes comparison.json,
-    .md, .html and plots. Exit code 1 if a cell failed; the others are done all the same.
+    .md, .html and plots. Exit code 1 if an experiment failed; the others are done all the same.
     """
     session: Session = ctx.obj
     from prunewright.state.study import load_comparison_config
 
     settled = load_comparison_config(config, overrides, seeds=seeds, methods=methods)
-    from prunewright.graph.cli.screen.study import Cells, print_tables
+    from prunewright.graph.cli.screen.study import Experiments, print_tables
     from prunewright.graph.running.study import compare
     from prunewright.tools.report.tables import comparison_tables
 
@@ -56,8 +56,8 @@ def compare_command(
     directory = out or Path("runs") / config.stem
     session.again = " ".join(map(shlex.quote, ["prunewright", *sys.argv[1:]]))
     screen = session.screen
-    with Cells(screen) as cells:
-        found = compare(settled, directory, cells.on_event, keep_models=keep_models)
+    with Experiments(screen) as experiments:
+        found = compare(settled, directory, experiments.on_event, keep_models=keep_models)
     *tables, _ = comparison_tables(found)
     print_tables(screen, tables)
     screen.line()
@@ -66,7 +66,7 @@ def compare_command(
     code = FAILURE if failed else DONE
     session.emit({"directory": str(directory), "exit_code": code, **found.model_dump(mode="json")})
     if failed:
-        count = f"{len(failed)} of {len(found.cells) + 1} cells failed:"
+        count = f"{len(failed)} of {len(found.experiments) + 1} experiments failed:"
         Screen(stderr=True).line(("Error: ", "bold red"), count)
         for name, error in failed.items():
             Screen(stderr=True).line(f"{name}: {error}")

@@ -9,7 +9,9 @@ from prunewright.graph.cli.options import JsonOption
 from prunewright.graph.cli.screen import console
 from prunewright.graph.cli.screen.console import Live
 from prunewright.graph.cli.session import Session, quiet_transformers
+from prunewright.graph.running.logs import log_progress
 from prunewright.state import InputError, load_config
+from prunewright.state.study import load_evaluation_options
 
 
 def evaluate_command(
@@ -22,6 +24,15 @@ def evaluate_command(
             show_default=False,
         ),
     ],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            "-c",
+            help="YAML file with texts, length and tasks, as evaluation of a comparison has them, "
+            "in place of the options about these.",
+        ),
+    ] = None,
     text: Annotated[
         list[str] | None,
         typer.Option(
@@ -113,30 +124,44 @@ def evaluate_command(
     if protocol == "literature" and windows is not None:
         raise InputError("--protocol literature takes all windows of a text: leave out --windows")
     from prunewright.tools.evaluation import evaluate
-    from prunewright.tools.evaluation.harness import prepare_quizzes
+    from prunewright.tools.evaluation.harness import prepare_quizzes, prepare_tasks
 
     quiet_transformers(session.debug)
-    quizzes = prepare_quizzes(
-        task or [],
-        data=_by_task("--data", data),
-        examples=_by_task("--examples", examples),
-        shots=shots,
-        limit=limit,
-    )
+    if config is not None:
+        given = (text, windows, length, task, data, examples, limit)
+        if any(value is not None for value in given) or protocol != "windows":
+            raise InputError("--config says what is scored: leave out the options about it")
+        options = load_evaluation_options(config)
+        texts: list[tuple[str, int | None]] = [(t.source, t.windows) for t in options.texts]
+        length, quizzes = options.length, prepare_tasks(options.tasks)
+    else:
+        count = None if protocol == "literature" else windows or 20
+        sources = dict.fromkeys(text or ([] if task else ["embedded"]))
+        texts = [(source, count) for source in sources]
+        quizzes = prepare_quizzes(
+            task or [],
+            data=_by_task("--data", data),
+            examples=_by_task("--examples", examples),
+            shots=shots,
+            limit=limit,
+        )
     with Live(session.screen) as live:
+
+        def progress(label: str, done: int, total: int) -> None:
+            log_progress(label, done, total)
+            live.progress(label, done, total)
+
         found = evaluate(
             model_of(model),
-            list(dict.fromkeys(text or ([] if task else ["embedded"]))),
+            texts,
             quizzes,
             against=None if against is None else model_of(against),
-            protocol="literature" if protocol == "literature" else "windows",
-            windows=windows or 20,
             length=length or (2048 if protocol == "literature" else 1024),
             dtype=bounds.dtype,
             device=device,
             trust_remote_code=trust_remote_code,
             store=out,
-            progress=live.progress,
+            progress=progress,
         )
     session.emit(found.model_dump(mode="json"))
     console.print_evaluation(session.screen, found)

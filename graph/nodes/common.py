@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from langgraph.runtime import Runtime
 from pydantic import ValidationError
 
-from prunewright.graph.running.logs import log_fields
+from prunewright.graph.running.logs import log_fields, log_progress
 from prunewright.graph.running.stopping import call_alone, check_stop
 from prunewright.graph.whole_layers import check_request
 from prunewright.state import InputError, PruneContext, PruneRequest, PruneState, PruneUpdate
@@ -123,7 +123,7 @@ def progress_of(runtime: Runtime[PruneContext]) -> "Progress":
         if done < total and now - told < INTERVAL:
             return
         told = now
-        _log.debug("%s: %d of %d", label, done, total)
+        log_progress(label, done, total)
         runtime.stream_writer({"progress": {"label": label, "done": done, "total": total}})
 
     return report

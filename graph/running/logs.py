@@ -42,6 +42,12 @@ def _add_fields(record: logging.LogRecord) -> bool:
 logging.getLogger(LOGGER).addFilter(_add_fields)
 
 
+def log_progress(label: str, done: int, total: int) -> None:
+    """Log how far the work is, for whoever debugs it or drives it from another process."""
+    told = {"label": label, "done": done, "total": total}
+    logging.getLogger(LOGGER).debug("%s: %d of %d", label, done, total, extra=told)
+
+
 class _TextFormatter(logging.Formatter):
     """One line a record; control characters, which a model or an LLM may bring, written out."""
 
@@ -57,7 +63,7 @@ class _TextFormatter(logging.Formatter):
 class _JsonFormatter(JsonFormatter):
     """One JSON object a line: time (ISO 8601, UTC), level, logger, message, and the fields."""
 
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)
     default_time_format = "%Y-%m-%dT%H:%M:%S"
     default_msec_format = "%s.%03dZ"
 

@@ -23,6 +23,7 @@ from prunewright.graph.agents import check_agent
 from prunewright.graph.builder import build_graph
 from prunewright.graph.routing import termination
 from prunewright.graph.running.checkpoints import read_checkpoints, write_checkpoints
+from prunewright.graph.running.logs import log_progress
 from prunewright.graph.running.stopping import check_stop, iterate_stoppable, stop_on_signals
 from prunewright.graph.running.tracing import labels
 from prunewright.state import (
@@ -465,6 +466,7 @@ def _progress(on_event: OnEvent | None) -> Progress:
 
     def progress(label: str, done: int, total: int) -> None:
         check_stop()
+        log_progress(label, done, total)
         if on_event is not None:
             on_event("custom", {"progress": {"label": label, "done": done, "total": total}})
 

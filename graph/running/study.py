@@ -1,33 +1,34 @@
-"""Methods x seeds x sparsities on one calibration set and one evaluation, cell by cell.
+"""Methods x seeds x sparsities on one calibration set and one evaluation.
 
-Each cell is a run directory of its own, named by the content that its result follows from, and is
-worked on by a process of its own: its memory is its own, and its crash leaves the others alone.
+Each experiment is a run directory, named by the content that its result follows from. It is made by
+the command line in processes of its own: `run`, `baseline` or `resume`, then `evaluate`. So its
+memory is its own, its crash leaves the others alone, and anyone can go on with it by hand.
 """
 
 import importlib.util
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import ValidationError
+from typing import Any, TextIO
 
 from prunewright.graph.agents import resolve_agent
-from prunewright.graph.running.cell import FORKS, RESULT, Job
 from prunewright.graph.running.runner import OnEvent
 from prunewright.state import InputError, PruneConfig, PrunewrightError, StoreError
 from prunewright.state.study import (
     DENSE_NAME,
-    CellResult,
     Comparison,
     ComparisonConfig,
-    DenseCell,
+    DenseExperiment,
+    ExperimentResult,
+    ExperimentState,
     Method,
     Scores,
     load_comparison_config,
@@ -36,19 +37,27 @@ from prunewright.state.study import (
 from prunewright.tools.model.loading import model_skeleton
 from prunewright.tools.report.comparison import write_pages, write_tables
 from prunewright.tools.store.rundir import RunDirectory
-from prunewright.tools.store.storage import read_json, sha256_file
+from prunewright.tools.store.storage import sha256_file, write_atomic
+from prunewright.tools.store.trace import load_metrics
 from prunewright.tools.study import (
     Digests,
     Planned,
     build_comparison,
-    cell_key,
     dense_key,
+    experiment_key,
+    experiment_result,
+    read_scores,
 )
 
 _log = logging.getLogger("prunewright")
 
-CELLS = "cells"
-"""Where the cells lie in a comparison's directory."""
+EXPERIMENTS = "experiments"
+"""Where the experiments lie in a comparison's directory."""
+EVALUATION = "evaluation"
+"""Where an experiment's scores lie in its directory; and, as YAML, what all are scored on."""
+
+_GOOD_CODES = (0, 3)
+"""Exit codes of commands that have done what they were asked to; 3: ended before the target."""
 
 
 def compare(
@@ -60,20 +69,20 @@ def compare(
 ) -> Comparison:
     """Run what is not done yet of a comparison, and write its results.
 
-    Stopped or killed, it goes on when it is called again: cells that are done are not run again,
-    a half-done one is resumed. Whatever changes a cell's result (configuration, model, texts,
-    version) makes it another cell. A cell that fails is recorded, and tried again next time.
+    Stopped or killed, it goes on when it is called again: an experiment that is done is not run
+    again, a half-done one is resumed. Whatever changes a result (configuration, model, texts,
+    version) makes it another experiment. One that fails is recorded, and tried again next time.
 
     Args:
         config: a `ComparisonConfig`, its keys as a dict, or the path of a YAML file.
         out: the comparison's directory: ``comparison.json``, ``.md`` and ``.html``, ``plots/``,
-            and each cell's run directory in ``cells/``.
-        on_event: told of each cell (``cell``: its name, how many there are, its state), and of
-            what the one at work does, as `prunewright.graph.run` tells.
-        keep_models: leave the pruned models in the directories of cells that are run now.
+            and each experiment's run directory in ``experiments/``.
+        on_event: told of each experiment (``experiment``: its name, how many there are, its
+            state), and of how far the one at work is (``custom``: progress).
+        keep_models: leave the pruned models in the directories of experiments that are run now.
 
     Returns:
-        What comparison.json holds; look for cells with an ``error``.
+        What comparison.json holds; look for experiments with an ``error``.
 
     Raises:
         InputError: the configuration, the model or a text cannot be used, an evaluation text
@@ -86,11 +95,11 @@ def compare(
         settled = validate_comparison(config) if isinstance(config, dict) else config
     digests = Digests()
     base = settled.settle()
-    plan = plan_cells(settled, digests)
+    plan = plan_experiments(settled, digests)
     for model, trusted in {
         (c.model, c.trust_remote_code) for c in (base, *(p.config for p in plan))
     }:
-        model_skeleton(model, trust_remote_code=trusted)  # refuses what no cell could load
+        model_skeleton(model, trust_remote_code=trusted)  # refuses what no experiment could load
     dense = Planned(
         Method(name=DENSE_NAME), 0, 0.0, base, dense_key(base, settled.evaluation, digests)
     )
@@ -99,14 +108,14 @@ def compare(
         return work.run()
 
 
-def plan_cells(config: ComparisonConfig, digests: Digests) -> list[Planned]:
-    """The cells of a comparison; all methods of one seed and target stand together.
+def plan_experiments(config: ComparisonConfig, digests: Digests) -> list[Planned]:
+    """The experiments of a comparison; all methods of one seed and target stand together.
 
     Raises:
         InputError: the model or a text cannot be used, or an evaluation text chooses something.
     """
     targets = {method.name: config.targets_of(method) for method in config.methods}
-    cells = []
+    experiments = []
     for seed in config.seeds:
         for target in dict.fromkeys(t for own in targets.values() for t in own):
             for method in config.methods:
@@ -118,9 +127,9 @@ def plan_cells(config: ComparisonConfig, digests: Digests) -> list[Planned]:
                     settled = settled.model_copy(update={"agent": name})
                 kind = method.resolved_kind
                 files = _agent_files(settled) if kind == "run" else _allocation_files(settled)
-                key = cell_key(kind, settled, config.evaluation, digests, files)
-                cells.append(Planned(method, seed, target, settled, key))
-    return cells
+                key = experiment_key(kind, settled, config.evaluation, digests, files)
+                experiments.append(Planned(method, seed, target, settled, key))
+    return experiments
 
 
 def _agent_files(config: PruneConfig) -> dict[str, str]:
@@ -169,9 +178,8 @@ class _Work:
         self.dense = dense
         self.on_event: OnEvent = on_event or (lambda _mode, _event: None)
         self.keep_models = keep_models
-        self.worker = _Worker()
         self.errors: dict[str, str] = {}
-        self.results: dict[str, CellResult] = {}
+        self.results: dict[str, ExperimentResult] = {}
         self.dense_scores: Scores | None = None
 
     @contextmanager
@@ -183,32 +191,42 @@ class _Work:
             StoreError: it cannot be written.
         """
         path = self.directory
-        known = (path / CELLS).is_dir() or not path.exists()
+        if (path / "cells").is_dir():
+            raise InputError(
+                f"{path} holds a comparison of version 0.1.0, which this version cannot go on "
+                "with: give another --out"
+            )
+        known = (path / EXPERIMENTS).is_dir() or not path.exists()
         if not known and (not path.is_dir() or any(path.iterdir())):
             raise InputError(f"{path} holds something else than a comparison: give another --out")
         try:
-            (path / CELLS).mkdir(parents=True, exist_ok=True)
+            (path / EXPERIMENTS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"cannot write {path}: {error.strerror}") from error
-        with RunDirectory(path).locked(), closing(self.worker):
+        with RunDirectory(path).locked():
             yield
 
     def run(self) -> Comparison:
-        """Run all cells that are not done."""
-        for cell in (self.dense, *self.plan):
-            self._read(cell)
-        cells = [self.dense, *self.plan]
-        for number, cell in enumerate(cells, 1):
-            about = {"cell": cell.name, "number": number, "of": len(cells)}
+        """Run all experiments that are not done."""
+        write_atomic(self._evaluation_file, self.config.evaluation.to_yaml().encode())
+        experiments = [self.dense, *self.plan]
+        for experiment in experiments:
+            if self._scores_file(experiment).exists():
+                with self._recording_errors(experiment):
+                    self._read(experiment)
+        for number, experiment in enumerate(experiments, 1):
+            about = {"experiment": experiment.name, "number": number, "of": len(experiments)}
             state = "cached"
-            if self._found(cell) is None:
-                self.on_event("cell", about | {"state": "running"})
-                self._run(cell)
+            if self._found(experiment) is None:
+                self.on_event("experiment", about | {"state": "running"})
+                state = "done"
+                with self._recording_errors(experiment):
+                    self._run(experiment)
                 write_tables(self.comparison(), self.directory)
-                state = "failed" if cell.key in self.errors else "done"
-            error = self.errors.get(cell.key, "")
-            about |= {"state": state, "error": error, "result": self._found(cell)}
-            self.on_event("cell", about)
+            error = self.errors.get(experiment.key, "")
+            state = "failed" if error else state
+            about |= {"state": state, "error": error, "result": self._found(experiment)}
+            self.on_event("experiment", about)
         comparison = self.comparison()
         write_tables(comparison, self.directory)
         try:
@@ -220,134 +238,158 @@ class _Work:
     def comparison(self) -> Comparison:
         """What is known now."""
         key = self.dense.key
-        state: Literal["done", "failed", "pending"] = "done"
+        state: ExperimentState = "done"
         if self.dense_scores is None:
             state = "failed" if key in self.errors else "pending"
-        dense = DenseCell(
+        dense = DenseExperiment(
             key=key, state=state, error=self.errors.get(key, ""), scores=self.dense_scores
         )
         return build_comparison(self.config, self.plan, self.results, self.errors, dense)
 
-    def _path(self, cell: Planned) -> Path:
-        return self.directory / CELLS / cell.key
+    @property
+    def _evaluation_file(self) -> Path:
+        return self.directory / f"{EVALUATION}.yaml"
 
-    def _found(self, cell: Planned) -> CellResult | Scores | None:
-        return self.dense_scores if cell is self.dense else self.results.get(cell.key)
+    def _path(self, experiment: Planned) -> Path:
+        return self.directory / EXPERIMENTS / experiment.key
 
-    def _read(self, cell: Planned) -> None:
-        """Take over what a cell came to, if it is done.
+    def _scores_file(self, experiment: Planned) -> Path:
+        """Written last, so that an experiment that has it is done."""
+        return self._path(experiment) / EVALUATION / "evaluation.json"
+
+    def _found(self, experiment: Planned) -> ExperimentResult | Scores | None:
+        if experiment is self.dense:
+            return self.dense_scores
+        return self.results.get(experiment.key)
+
+    @contextmanager
+    def _recording_errors(self, experiment: Planned) -> Iterator[None]:
+        """What fails in the block is the experiment's error: the others go on."""
+        try:
+            yield
+        except PrunewrightError as error:
+            self.errors[experiment.key] = str(error)
+
+    def _read(self, experiment: Planned) -> None:
+        """Take over what an experiment came to.
 
         Raises:
             StoreError: damaged.
+            PrunewrightError: a score is not finite.
         """
-        path = self._path(cell) / RESULT
-        if not path.exists():
-            return
-        try:
-            if cell is self.dense:
-                self.dense_scores = Scores.model_validate(read_json(path))
-            else:
-                self.results[cell.key] = CellResult.model_validate(read_json(path))
-        except ValidationError as error:
-            raise StoreError(f"{path} is damaged: delete {path.parent}: {error}") from error
+        scores = read_scores(self._scores_file(experiment), self.config.evaluation)
+        if experiment is self.dense:
+            self.dense_scores = scores
+        else:
+            metrics = load_metrics(RunDirectory(self._path(experiment)))
+            self.results[experiment.key] = experiment_result(metrics, scores)
 
-    def _run(self, cell: Planned) -> None:
-        """Run a cell in a process of its own, and take over or record what comes of it."""
-        self.errors.pop(cell.key, None)  # a cell of the same content may have failed before
-        job = Job(
-            kind="dense" if cell is self.dense else cell.method.resolved_kind,
-            config=cell.config,
-            evaluation=self.config.evaluation,
-            directory=self._path(cell),
-            log=self._path(cell).with_suffix(".log"),
-            keep_model=self.keep_models,
-            path=sys.path,
-        )
-        error = self.worker.do(job, self.on_event)
-        if error:
-            self.errors[cell.key] = error
-            return
-        job.log.unlink(missing_ok=True)
-        self._read(cell)
-
-
-class _Worker:
-    """The process that does jobs (`prunewright.graph.running.cell`); started when it is needed."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
-
-    def do(self, job: Job, on_event: OnEvent) -> str:
-        """Do a job in a process of its own.
-
-        Args:
-            job: what is done.
-            on_event: told what it does.
-
-        Returns:
-            Why it failed; "" if it did not.
+    def _run(self, experiment: Planned) -> None:
+        """Prune, score, and take over what comes of it.
 
         Raises:
+            PrunewrightError: why the experiment failed.
+        """
+        self.errors.pop(experiment.key, None)  # one of the same content may have failed before
+        path, config = self._path(experiment), experiment.config
+        log = path.with_suffix(".log")
+        log.unlink(missing_ok=True)
+        model, dtype = config.model, str(config.dtype)
+        run = RunDirectory(path)
+        if experiment is not self.dense:
+            if not run.metrics_file.exists():
+                self._command(log, *self._pruning(experiment))
+            if load_metrics(run).saved:  # else what the run came to is the dense model
+                model, dtype = str(path), run.manifest()["dtype"]
+                if not run.model.is_dir():
+                    self._command(log, "save", str(path))
+        scoring = ["evaluate", model, "--config", str(self._evaluation_file)]
+        scoring += ["--out", str(path / EVALUATION), "--dtype", dtype, "--device", config.device]
+        scoring += ["--trust-remote-code"] if config.trust_remote_code else []
+        self._command(log, *scoring)
+        self._read(experiment)
+        for file in (log, path.with_suffix(".yaml")):
+            file.unlink(missing_ok=True)
+        if not self.keep_models:
+            shutil.rmtree(run.model, ignore_errors=True)
+
+    def _pruning(self, experiment: Planned) -> list[str]:
+        """The command that prunes: a run that was begun is gone on with."""
+        path = self._path(experiment)
+        if RunDirectory(path).config_file.is_file():
+            return ["resume", str(path)]
+        # Killed before it had begun: nothing is there but the rest of an unfinished write.
+        shutil.rmtree(path, ignore_errors=True)
+        file = path.with_suffix(".yaml")
+        write_atomic(file, experiment.config.to_yaml().encode())
+        return [experiment.method.resolved_kind, "--config", str(file), "--out", str(path)]
+
+    def _command(self, log: Path, *arguments: str) -> None:
+        """Run a command of ours in a process of its own, and tell of its progress.
+
+        Args:
+            log: what it says is added to this file, but for the progress.
+            arguments: of ``prunewright``.
+
+        Raises:
+            PrunewrightError: it failed; the message is its own.
             KeyboardInterrupt: this process was interrupted; the other has stopped, resumably.
         """
-        if self._process is None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "prunewright.graph.running.cell"],
+        command = [sys.executable, "-P", "-m", "prunewright.graph.cli.tethered", "--debug"]
+        command += ["--log-json", "--log-level", "debug", *arguments, "--json"]
+        with tempfile.TemporaryFile() as answer, log.open("a", encoding="utf-8") as said:
+            process = subprocess.Popen(
+                command,
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                stdout=answer,
+                stderr=subprocess.PIPE,
                 encoding="utf-8",
+                errors="backslashreplace",
+                # Where the user's own agents lie.
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 start_new_session=True,  # Ctrl-C reaches it by us alone, and once
             )
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        at_work, error, code = 0, "", None
+            with process:
+                try:
+                    self._listen(process, said)
+                except BaseException:
+                    self._stop(process, said)
+                    raise
+            answer.seek(0)
+            if process.returncode not in _GOOD_CODES:
+                raise PrunewrightError(_error_words(process.returncode, answer.read(), log))
+
+    def _listen(self, process: "subprocess.Popen[str]", said: TextIO) -> None:
+        """Tell of a process's progress until it ends, and write down what else it says."""
+        assert process.stderr is not None
+        for line in process.stderr:
+            try:
+                record = json.loads(line)
+                progress = {name: record[name] for name in ("label", "done", "total")}
+            except (ValueError, TypeError, KeyError):  # another record, or a library's words
+                said.write(line)
+            else:
+                self.on_event("custom", {"progress": progress})
+
+    def _stop(self, process: "subprocess.Popen[str]", said: TextIO) -> None:
+        """Let a process stop resumably; a second interrupt ends it at once."""
+        _log.warning("stopping after the window or layer in hand; press again to stop at once")
         try:
-            process.stdin.write(job.model_dump_json() + "\n")
-            process.stdin.flush()
-            for line in process.stdout:
-                kind, *parts = json.loads(line)
-                if kind == "working":
-                    at_work = parts[0]
-                elif kind == "event":
-                    on_event(parts[0], parts[1])
-                elif kind == "failed":
-                    error = parts[0]
-                elif kind == "ended":
-                    code = parts[0]
-                    break
-        except BaseException:
-            if at_work:
-                _log.warning(
-                    "stopping after the window or layer in hand; press again to stop at once"
-                )
-                # Not SIGINT: what a shell starts in the background is made to ignore that.
-                os.kill(at_work, signal.SIGTERM)
-                for line in process.stdout:
-                    if json.loads(line)[0] == "ended":
-                        break
-            raise
-        if code is None or not FORKS:
-            self.close()
-        return error or _end_words(process.returncode if code is None else code, job.log)
-
-    def close(self) -> None:
-        """End the process, and at once whatever it is doing."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with suppress(BrokenPipeError):
-            process.stdin.close()
-        process.wait()
-        process.stdout.close()
+            # Not SIGINT: what a shell starts in the background is made to ignore that.
+            process.terminate()
+            assert process.stderr is not None
+            said.writelines(process.stderr)
+            process.wait()
+        finally:
+            process.kill()
 
 
-def _end_words(code: int, log: Path) -> str:
-    """Why a process ended that said nothing; "" if it did well."""
-    if code == 0:
-        return ""
+def _error_words(code: int, answer: bytes, log: Path) -> str:
+    """Why a process failed: what it says itself, or how it ended."""
+    try:
+        return str(json.loads(answer)["error"])
+    except (ValueError, TypeError, KeyError):
+        pass
     if code > 0:
         return f"its process ended with exit code {code}; its last words are in {log}"
     name = signal.Signals(-code).name

@@ -42,7 +42,7 @@ class BegunError(Exception):
 
 
 def begun(mode: str, _: object) -> None:
-    if mode == "cell":
+    if mode == "experiment":
         raise BegunError
 
 

@@ -1,4 +1,4 @@
-"""`prunewright compare`, as a user meets it: cells, cache, crash, failure, files."""
+"""`prunewright compare`, as a user meets it: experiments, cache, crash, failure, files."""
 
 import json
 import os
@@ -22,7 +22,6 @@ from prunewright.tools.evaluation import evaluate
 from prunewright.tools.evaluation.harness import evaluate_tasks
 from prunewright.tools.model.loading import load_model
 from prunewright.tools.store.rundir import RunDirectory
-from prunewright.tools.study import load_comparison
 
 HOSTILE = "greedy <b>|`x`"
 AGENTS = '''
@@ -78,7 +77,7 @@ def study(
             {"name": "uniform wanda", "settings": {"criterion": "wanda"}},
             {"name": HOSTILE, "settings": {"agent": "greedy"}},
         ],
-        "seeds": [0, 1],
+        "seeds": [1],
         "targets": [0.2],
         "control": "uniform wanda",
         "evaluation": {
@@ -125,21 +124,25 @@ def agents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     sys.modules.pop("agents_of_test_compare", None)
 
 
-def cells_of(out: Path) -> set[str]:
-    return {path.name for path in (out / "cells").iterdir()}
+def read_comparison(out: Path) -> Comparison:
+    return Comparison.model_validate_json((out / "comparison.json").read_text())
 
 
-def test_every_cell_is_what_run_and_baseline_come_to(
+def names_of(out: Path) -> set[str]:
+    return {path.name for path in (out / "experiments").iterdir()}
+
+
+def test_every_experiment_is_what_run_and_baseline_come_to(
     finished: tuple[Path, str], study: dict[str, Any], tmp_path: Path
 ) -> None:
     out, printed = finished
-    found = load_comparison(out)
-    assert [(c.method, c.seed, c.state) for c in found.cells] == [
-        (name, seed, "done") for seed in (0, 1) for name in ("uniform wanda", HOSTILE)
+    found = read_comparison(out)
+    assert [(c.method, c.seed, c.state) for c in found.experiments] == [
+        (name, 1, "done") for name in ("uniform wanda", HOSTILE)
     ]
-    assert len({cell.key for cell in found.cells} | {found.dense.key}) == 5
-    assert cells_of(out) == {cell.key for cell in found.cells} | {found.dense.key}
-    control, method = found.cells[2:]
+    assert len({experiment.key for experiment in found.experiments} | {found.dense.key}) == 3
+    assert names_of(out) == {experiment.key for experiment in found.experiments} | {found.dense.key}
+    control, method = found.experiments
     base = study["base"] | {"seed": 1, "target": 0.2}
     # The baseline last: in one process it could take over the run's statistics, and vice versa.
     ours = [
@@ -147,8 +150,8 @@ def test_every_cell_is_what_run_and_baseline_come_to(
         (control, baseline(base | {"criterion": "wanda"}, tmp_path / "b")),
     ]
     scored = {}
-    for cell, result in ours:
-        metrics, own = result.metrics, cell.result
+    for experiment, result in ours:
+        metrics, own = result.metrics, experiment.result
         assert own is not None
         assert (own.status, own.revision, own.sparsity, own.steps, own.rollbacks) == (
             metrics.status,
@@ -161,15 +164,14 @@ def test_every_cell_is_what_run_and_baseline_come_to(
         uses = ("calibration", "gradient", "guard", "probe")
         assert own.tokens_for_choosing == sum(metrics.tokens[use] for use in uses)
         assert own.seconds > 0
-        directory = out / "cells" / cell.key
+        directory = out / "experiments" / experiment.key
         assert json.loads((directory / "metrics.json").read_text())["revision"] == own.revision
         assert not (directory / "model").exists()
         texts = study["evaluation"]["texts"]
         for text in texts:
             (score,) = evaluate(
                 str(result.model_directory),
-                [text["source"]],
-                windows=text["windows"],
+                [(text["source"], text["windows"])],
                 length=48,
                 dtype="float32",
                 device="cpu",
@@ -177,7 +179,7 @@ def test_every_cell_is_what_run_and_baseline_come_to(
             mine = own.scores.texts[text["name"]]
             assert mine.perplexity == pytest.approx(score.perplexity)
             assert len(mine.losses) == text["windows"]
-            scored[cell.method, text["name"]] = mine.perplexity
+            scored[experiment.method, text["name"]] = mine.perplexity
     assert method.ratio == {
         name: pytest.approx(scored[HOSTILE, name] / scored["uniform wanda", name])
         for name in ("own", "embedded")
@@ -190,21 +192,21 @@ def test_every_cell_is_what_run_and_baseline_come_to(
         assert (out / name).stat().st_size > 1000
     assert len(list((out / "plots").glob("*.svg"))) == 6
     assert HOSTILE in printed
-    assert f"cell   5 of 5  done    {HOSTILE}, 20 %, seed 1" in " ".join(printed.split(" "))
+    assert f"experiment   3 of 3  done    {HOSTILE}, 20 %, seed 1" in " ".join(printed.split(" "))
 
 
 def test_a_second_call_computes_nothing(copy: Path, study: dict[str, Any], tmp_path: Path) -> None:
-    before, cells = (copy / "comparison.json").read_bytes(), cells_of(copy)
-    stamps = {p: p.stat().st_mtime_ns for p in (copy / "cells").rglob("*")}
+    before, experiments = (copy / "comparison.json").read_bytes(), names_of(copy)
+    stamps = {p: p.stat().st_mtime_ns for p in (copy / "experiments").rglob("*")}
     result = invoke(write(study, tmp_path), "-o", copy, "--json")
     assert result.exit_code == 0, result.output
     assert (copy / "comparison.json").read_bytes() == before
-    assert cells_of(copy) == cells
-    assert {p: p.stat().st_mtime_ns for p in (copy / "cells").rglob("*")} == stamps
-    assert result.stderr.count("cached") == 5
+    assert names_of(copy) == experiments
+    assert {p: p.stat().st_mtime_ns for p in (copy / "experiments").rglob("*")} == stamps
+    assert result.stderr.count("cached") == 3
     found = json.loads(result.stdout)
     assert (found.pop("directory"), found.pop("exit_code")) == (str(copy), 0)
-    assert Comparison.model_validate(found) == load_comparison(copy)
+    assert Comparison.model_validate(found) == read_comparison(copy)
 
 
 def test_a_failure_a_stop_a_kill_and_a_changed_text(
@@ -231,7 +233,7 @@ def test_a_failure_a_stop_a_kill_and_a_changed_text(
         study["methods"][0],
     ]
     path = write(study, tmp_path, base=base, methods=methods, seeds=[0])
-    before, known = load_comparison(copy), cells_of(copy)
+    before, known = read_comparison(copy), names_of(copy)
 
     def interrupt() -> None:
         wait_for((tmp_path / "waiting-1").exists)
@@ -241,10 +243,16 @@ def test_a_failure_a_stop_a_kill_and_a_changed_text(
     result = invoke(path, "--out", copy)
     assert result.exit_code == 130, result.output
     assert "go on with: prunewright" in result.stderr
-    found = load_comparison(copy)
-    assert [cell.state for cell in found.cells] == ["failed", "pending", "pending"]
+    found = read_comparison(copy)
+    assert [experiment.state for experiment in found.experiments] == [
+        "failed",
+        "pending",
+        "pending",
+    ]
     assert found.dense == before.dense
-    broken, patient, control = (copy / "cells" / cell.key for cell in found.cells)
+    broken, patient, control = (
+        copy / "experiments" / experiment.key for experiment in found.experiments
+    )
     assert {broken.name, patient.name, control.name}.isdisjoint(known)  # the text has changed
     assert "Traceback" in broken.with_suffix(".log").read_text()
     first = (patient / "trace.jsonl").read_bytes()
@@ -252,7 +260,11 @@ def test_a_failure_a_stop_a_kill_and_a_changed_text(
 
     config = yaml.safe_load(path.read_text()) | {"methods": [methods[1]], "control": None}
     (tmp_path / "go-1").touch()
-    told = {"at": "prunewright.graph.running.study:json.loads", "match": '{"step"', "when": "after"}
+    told = {
+        "at": "prunewright.graph.running.study:json.loads",
+        "match": "reflect took",
+        "when": "after",
+    }
     job = {"do": "compare", "config": config, "out": str(copy), "path": str(tmp_path)}
     assert submit(job | {"kill": told}) == {"signal": signal.SIGKILL}
     wait_for(lambda: RunDirectory(patient).holder() is None)  # though nobody let it go on
@@ -266,19 +278,19 @@ def test_a_failure_a_stop_a_kill_and_a_changed_text(
     result = invoke(path, "--out", copy, "--keep-models")
     assert result.exit_code == 1
     words = "broken, 20 %, seed 0: ZeroDivisionError: nobody thought of this"
-    assert f"Error: 1 of 4 cells failed:\n{words}" in result.stderr
-    found = load_comparison(copy)
-    assert [cell.state for cell in found.cells] == ["failed", "done", "done"]
+    assert f"Error: 1 of 4 experiments failed:\n{words}" in result.stderr
+    found = read_comparison(copy)
+    assert [experiment.state for experiment in found.experiments] == ["failed", "done", "done"]
     assert "ZeroDivisionError" in (copy / "comparison.md").read_text()
     assert (patient / "trace.jsonl").read_bytes().startswith(second)
     assert not patient.with_suffix(".log").exists()
     whole = run(base | {"target": 0.2, "step": 0.07, "agent": "greedy"}, tmp_path / "whole")
-    for cell in found.cells[1:]:
-        assert cell.result is not None
-        assert 2**24 < cell.result.peak_memory_bytes < len(ballast)
-        assert (copy / "cells" / cell.key / "model" / "model.safetensors").is_file()
-    assert found.cells[1].result is not None
-    assert found.cells[1].result.revision == whole.metrics.revision
+    for experiment in found.experiments[1:]:
+        assert experiment.result is not None
+        assert 2**24 < experiment.result.peak_memory_bytes < len(ballast)
+        assert (copy / "experiments" / experiment.key / "model" / "model.safetensors").is_file()
+    assert found.experiments[1].result is not None
+    assert found.experiments[1].result.revision == whole.metrics.revision
 
 
 def test_it_refuses_what_is_no_comparison_and_two_at_once(
@@ -305,11 +317,23 @@ def test_it_refuses_what_is_no_comparison_and_two_at_once(
     assert result.exit_code == 2
     assert "holds a quantised model" in result.stderr.replace("\n", " ")
     assert not (tmp_path / "new").exists()
-    damaged = next((copy / "cells").glob("*/cell.json"))
-    damaged.write_text("{}")
+    old = tmp_path / "old"
+    (old / "cells").mkdir(parents=True)
+    result = invoke(write(study, tmp_path), "--out", old)
+    assert result.exit_code == 2
+    assert "holds a comparison of version 0.1.0" in result.stderr.replace("\n", " ")
+
+
+def test_damaged_scores_and_a_deleted_model_are_made_again(
+    copy: Path, study: dict[str, Any], tmp_path: Path
+) -> None:
+    before = (copy / "comparison.json").read_bytes()
+    key = read_comparison(copy).experiments[1].key
+    (copy / "experiments" / key / "evaluation" / "evaluation.json").write_text("{}")
     result = invoke(write(study, tmp_path), "--out", copy)
-    assert result.exit_code == 1
-    assert f"{damaged} is damaged" in result.stderr.replace("\n", " ")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    assert (copy / "comparison.json").read_bytes() == before
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -326,25 +350,28 @@ def test_questions_are_asked_of_every_model(study: dict[str, Any], tmp_path: Pat
     path = write(study, tmp_path, methods=study["methods"][:1], seeds=[0], evaluation=evaluation)
     result = invoke(path, "--out", tmp_path / "out", "--keep-models")
     assert result.exit_code == 0, result.output
-    found = load_comparison(tmp_path / "out")
-    cell = found.cells[0]
+    found = read_comparison(tmp_path / "out")
+    experiment = found.experiments[0]
     for model, scores in (
         (study["base"]["model"], found.dense.scores),
-        (str(tmp_path / "out" / "cells" / cell.key / "model"), cell.result and cell.result.scores),
+        (
+            str(tmp_path / "out" / "experiments" / experiment.key / "model"),
+            experiment.result and experiment.result.scores,
+        ),
     ):
         assert scores is not None
         loaded = load_model(model, dtype="float32", device="cpu")
         (asked,) = evaluate_tasks(loaded, ["facts"], shots=1, limit=6)
         expected = {"facts": asked.accuracy, "facts, log p": asked.log_probability}
-        # A cell counts with as many threads as there are cores, this process with one.
+        # An experiment counts with as many threads as there are cores, this process with one.
         assert scores.tasks == pytest.approx(expected, abs=1e-4)
-    assert found.dense.scores != (cell.result and cell.result.scores)
+    assert found.dense.scores != (experiment.result and experiment.result.scores)
     table = (tmp_path / "out" / "comparison.md").read_text()
     assert f"{found.summary[0].tasks['facts, log p'].mean:.3f}" in table
 
-    # Another question more is another cell.
+    # Another question more is another experiment.
     task["limit"] = 7
     evaluation = study["evaluation"] | {"tasks": [task]}
     write(study, tmp_path, methods=study["methods"][:1], seeds=[0], evaluation=evaluation)
     assert invoke(path, "--out", tmp_path / "out").exit_code == 0
-    assert load_comparison(tmp_path / "out").cells[0].key != cell.key
+    assert read_comparison(tmp_path / "out").experiments[0].key != experiment.key

@@ -11,9 +11,8 @@ from typer.testing import CliRunner, Result
 
 from prunewright.graph import RunResult, resume, run
 from prunewright.graph.cli import app
-from prunewright.graph.running.cell import RESULT, Job, work
-from prunewright.state import InputError, PruneConfig
-from prunewright.state.study import EvaluationOptions, EvaluationText
+from prunewright.graph.running.study import compare
+from prunewright.state import InputError
 
 Prune = Callable[..., RunResult]
 GOOD: dict[str, Any] = {"layers": {"*": 0.05}}
@@ -89,27 +88,22 @@ def test_a_run_without_an_accepted_step_says_why_and_saves_no_model(
 def test_a_comparison_scores_the_dense_model_where_a_run_came_to_nothing(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
-    agent = {"agent": "import:scripted_agents:Steps", "agent_options": {"steps": [IDLE]}}
-    job = Job(
-        kind="run",
-        config=PruneConfig.model_validate(config | agent | {"max_stalls": 1}),
-        evaluation=EvaluationOptions(
-            length=48, texts=[EvaluationText(name="test", source="embedded", windows=2)]
-        ),
-        directory=tmp_path / "cell",
-        log=tmp_path / "log",
-        keep_model=False,
-        path=[],
-    )
-    work(job, lambda mode, event: None)
-    dense = job.model_copy(update={"kind": "dense", "directory": tmp_path / "dense"})
-    dense.directory.mkdir()
-    work(dense, lambda mode, event: None)
-    found, plain = (
-        json.loads((tmp_path / name / RESULT).read_text()) for name in ("cell", "dense")
-    )
-    assert (found["status"], found["sparsity"]) == ("stalled", 0)
-    assert found["scores"]["texts"] == plain["texts"]
+    options = {"steps": [IDLE]}
+    settings = {"agent": "import:scripted_agents:Steps", "agent_options": options, "max_stalls": 1}
+    study = {
+        "base": config,
+        "methods": [{"name": "idle", "settings": settings}],
+        "evaluation": {
+            "length": 48,
+            "texts": [{"name": "test", "source": "embedded", "windows": 2}],
+        },
+    }
+    found = compare(study, tmp_path / "out")
+    (idle,) = found.experiments
+    assert idle.result is not None, idle.error
+    assert (idle.result.status, idle.result.sparsity) == ("stalled", 0)
+    assert found.dense.scores is not None
+    assert idle.result.scores.texts == found.dense.scores.texts
     assert Path(config["model"], "config.json").is_file()
 
 

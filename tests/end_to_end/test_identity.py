@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from prunewright.graph import baseline, fork, resume, run
 from prunewright.graph.cli import app
-from prunewright.graph.running.study import plan_cells
+from prunewright.graph.running.study import plan_experiments
 from prunewright.state import InputError, StoreError
 from prunewright.state.study import validate_comparison
 from prunewright.tools.store.rundir import RunDirectory
@@ -126,7 +126,7 @@ def test_a_baseline_that_was_moved_goes_on(
     assert again.revision == done.metrics.revision
 
 
-def test_cells_of_a_comparison_are_named_by_content(
+def test_experiments_of_a_comparison_are_named_by_content(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = {
@@ -141,7 +141,7 @@ def test_cells_of_a_comparison_are_named_by_content(
     }
 
     def keys() -> list[str]:
-        return [cell.key for cell in plan_cells(validate_comparison(study), Digests())]
+        return [one.key for one in plan_experiments(validate_comparison(study), Digests())]
 
     monkeypatch.chdir(project)
     before = keys()

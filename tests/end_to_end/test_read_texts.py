@@ -26,8 +26,8 @@ def test_json_lines_of_any_name_are_scored_as_the_text_that_they_hold(
     for name in names:
         (tmp_path / name).write_text(lines)
     (tmp_path / "plain.txt").write_text("\n\n".join(words or "" for words in WORDS))
-    sources = [str(tmp_path / name) for name in [*names, "plain.txt"]]
-    found = evaluate(str(pico_models()), sources, windows=4, length=48, dtype="float32")
+    texts = [(str(tmp_path / name), 4) for name in [*names, "plain.txt"]]
+    found = evaluate(str(pico_models()), texts, length=48, dtype="float32")
     assert len({text.perplexity for text in found.texts}) == 1
 
 

@@ -4,10 +4,10 @@ import math
 from typing import Any
 
 from prunewright.state.study import (
-    CellResult,
     Comparison,
     ComparisonConfig,
-    DenseCell,
+    DenseExperiment,
+    ExperimentResult,
     Scores,
     TextResult,
     validate_comparison,
@@ -21,10 +21,10 @@ CONTROL = "control"
 SEEDS, TARGETS = (0, 1, 2), (0.3, 0.5)
 
 
-def make_result(seed: int, target: float, factor: float, sparsity: float) -> CellResult:
+def make_result(seed: int, target: float, factor: float, sparsity: float) -> ExperimentResult:
     losses = [3.0 + target + 0.1 * seed + math.log(factor), 3.4 + 0.05 * seed]
     text = TextResult(perplexity=math.exp(sum(losses) / 2), losses=tuple(losses))
-    return CellResult(
+    return ExperimentResult(
         status="target_reached",
         sparsity=sparsity,
         steps=3,
@@ -52,7 +52,7 @@ def make_config(**keys: Any) -> ComparisonConfig:
 
 
 def make_comparison(config: ComparisonConfig | None = None) -> Comparison:
-    """All cells done but one, which failed, and one that is off its target."""
+    """All experiments done but one, which failed, and one that is off its target."""
     config = config or make_config()
     plan, results, errors = [], {}, {}
     for number, method in enumerate(config.methods):
@@ -66,5 +66,5 @@ def make_comparison(config: ComparisonConfig | None = None) -> Comparison:
                     continue
                 off = 0.0011 if key == "1-0.3-1" else 0.0009
                 results[key] = make_result(seed, target, 1 + 0.1 * number + seed, target - off)
-    dense = DenseCell(key="d", state="done", scores=make_result(0, 0.0, 0.5, 0.0).scores)
+    dense = DenseExperiment(key="d", state="done", scores=make_result(0, 0.0, 0.5, 0.0).scores)
     return build_comparison(config, plan, results, errors, dense)

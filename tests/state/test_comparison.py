@@ -1,4 +1,4 @@
-"""The configuration of a comparison: what each cell gets, and errors a user can act on."""
+"""The configuration of a comparison: what each experiment gets, and errors a user can act on."""
 
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def test_what_is_wrong_is_named(keys: dict[str, Any], words: str) -> None:
     assert "Value error" not in str(caught.value)
 
 
-def test_a_cell_has_base_then_the_methods_own_keys_at_any_depth() -> None:
+def test_an_experiment_has_base_then_the_methods_own_keys_at_any_depth() -> None:
     windows = {"calibration": 4, "gradient": 2, "guard": 3}
     own = {"criterion": "fisher", "texts": {"windows": {"calibration": 8}}}
     config = validate_comparison(
@@ -73,9 +73,14 @@ def test_a_cell_has_base_then_the_methods_own_keys_at_any_depth() -> None:
             "methods": [{"name": "m", "settings": own}],
         }
     )
-    cell = config.settle(config.methods[0], seed=5, target=0.3)
-    assert (cell.criterion, cell.step, cell.seed, cell.target) == ("fisher", 0.2, 5, 0.3)
-    found = cell.texts.windows
+    experiment = config.settle(config.methods[0], seed=5, target=0.3)
+    assert (experiment.criterion, experiment.step, experiment.seed, experiment.target) == (
+        "fisher",
+        0.2,
+        5,
+        0.3,
+    )
+    found = experiment.texts.windows
     assert (found.calibration, found.gradient, found.guard) == (8, 2, 3)
     assert config.settle().criterion == "wanda"
     assert config.base["texts"]["windows"] == windows

@@ -1,4 +1,4 @@
-"""What cells come to together: keys, sums, ratios, marks, and tables that hold hostile names."""
+"""What experiments come to together: keys, sums, ratios, marks, tables with hostile names."""
 
 import json
 import math
@@ -13,10 +13,10 @@ import pytest
 from comparisons import BROKE, CONTROL, NAME, SEEDS, make_comparison, make_config
 from page import Page
 
-from prunewright.state import InputError, PruneConfig, StoreError, validate_config
+from prunewright.state import InputError, PruneConfig, validate_config
 from prunewright.state.study import (
-    Cell,
     EvaluationOptions,
+    Experiment,
     TextResult,
 )
 from prunewright.tools import study as module
@@ -30,20 +30,22 @@ from prunewright.tools.report.comparison import (
 from prunewright.tools.report.tables import OFF_TARGET, comparison_tables, to_markdown
 from prunewright.tools.study import (
     Digests,
-    cell_key,
-    load_comparison,
+    experiment_key,
 )
 
 
 def test_sums_are_those_of_the_numbers_over_seeds() -> None:
     found = make_comparison()
-    cells = {(cell.method, cell.target, cell.seed): cell for cell in found.cells}
+    experiments = {
+        (experiment.method, experiment.target, experiment.seed): experiment
+        for experiment in found.experiments
+    }
     assert len(found.summary) == 5  # two methods at two targets, and the pattern at its one
     for item in found.summary:
         done = [
-            cell.result
+            experiment.result
             for seed in SEEDS
-            if (cell := cells[item.method, item.target, seed]).result is not None
+            if (experiment := experiments[item.method, item.target, seed]).result is not None
         ]
         assert (item.seeds, item.missing) == (len(done), 3 - len(done))
         perplexities = [math.exp(np.mean(r.scores.texts["web <i>"].losses)) for r in done]
@@ -62,14 +64,14 @@ def test_sums_are_those_of_the_numbers_over_seeds() -> None:
 
 def test_ratios_are_to_the_control_with_the_same_seed_and_target() -> None:
     found = make_comparison()
-    for cell in found.cells:
-        if cell.result is None:
-            assert cell.ratio == {}
+    for experiment in found.experiments:
+        if experiment.result is None:
+            assert experiment.ratio == {}
             continue
-        number = [CONTROL, NAME, "2:4"].index(cell.method)
+        number = [CONTROL, NAME, "2:4"].index(experiment.method)
         # By construction one of two losses differs by the logarithm of the factors.
-        expected = math.sqrt((1 + 0.1 * number + cell.seed) / (1 + cell.seed))
-        assert cell.ratio == {"web <i>": pytest.approx(expected)}
+        expected = math.sqrt((1 + 0.1 * number + experiment.seed) / (1 + experiment.seed))
+        assert experiment.ratio == {"web <i>": pytest.approx(expected)}
     (item,) = [s for s in found.summary if s.method == "2:4"]
     ratios = [math.sqrt((1.2 + seed) / (1 + seed)) for seed in SEEDS]
     assert item.ratio["web <i>"].mean == pytest.approx(np.mean(ratios))
@@ -79,16 +81,16 @@ def test_ratios_are_to_the_control_with_the_same_seed_and_target() -> None:
     (item,) = [s for s in without.summary if s.method == "2:4"]
     assert item.ratio == {}  # the control was not run at 50 %
     assert "no ratio" in to_markdown(without)
-    assert make_comparison(make_config(control=None)).cells[0].ratio == {}
+    assert make_comparison(make_config(control=None)).experiments[0].ratio == {}
 
 
 def test_an_unequal_sparsity_is_marked_everywhere() -> None:
     found = make_comparison()
-    off = [(c.method, c.target, c.seed) for c in found.cells if c.result and not c.on_target]
+    off = [(c.method, c.target, c.seed) for c in found.experiments if c.result and not c.on_target]
     assert off == [(NAME, 0.3, 1)]
     assert [(s.method, s.target) for s in found.summary if not s.on_target] == [(NAME, 0.3)]
-    results, ratios, cells = comparison_tables(found)
-    for table in (results, ratios, cells):
+    results, ratios, experiments = comparison_tables(found)
+    for table in (results, ratios, experiments):
         marked = [row for row in table.rows if any(OFF_TARGET in word for word in row)]
         assert len(marked) == 1
         assert marked[0][0] == NAME
@@ -100,14 +102,11 @@ def test_an_unequal_sparsity_is_marked_everywhere() -> None:
 def test_json_reads_back_as_it_was_written(tmp_path: Path) -> None:
     found = make_comparison()
     write_tables(found, tmp_path)
-    assert load_comparison(tmp_path) == found
-    content = json.loads((tmp_path / "comparison.json").read_text())
-    assert content["schema_version"] == 1
-    assert len(content["cells"][0]["result"]["scores"]["texts"]["web <i>"]["losses"]) == 2
-    content["schema_version"] = 2
-    (tmp_path / "comparison.json").write_text(json.dumps(content))
-    with pytest.raises(StoreError, match="not a comparison of this version"):
-        load_comparison(tmp_path)
+    text = (tmp_path / "comparison.json").read_text()
+    assert Comparison.model_validate_json(text) == found
+    content = json.loads(text)
+    assert content["schema_version"] == 2
+    assert len(content["experiments"][0]["result"]["scores"]["texts"]["web <i>"]["losses"]) == 2
     with pytest.raises(ValueError, match="finite"):
         TextResult(perplexity=math.inf, losses=(1.0,))
 
@@ -124,7 +123,7 @@ def test_markdown_holds_hostile_names_as_text() -> None:
     tables = comparison_tables(found)
     assert columns == {len(table.columns) for table in tables}
     assert len(rows) == sum(len(table.rows) + 1 for table in tables)
-    assert page.text.count(NAME) >= 2 * 2 + 6  # two sums twice, six cells
+    assert page.text.count(NAME) >= 2 * 2 + 6  # two sums twice, six experiments
     assert BROKE in page.text
 
 
@@ -174,7 +173,7 @@ def test_a_plot_has_each_sum_with_its_spread_at_its_place(axis: str) -> None:
 def keys(
     pico_models: Callable[..., Path], pico_config: dict[str, Any], tmp_path: Path
 ) -> Callable[..., str]:
-    """A function that gives a cell's key, with all that it follows from in ``tmp_path``."""
+    """A function that gives an experiment's key, with all that it follows from in ``tmp_path``."""
     import shutil
 
     model = tmp_path / "model"
@@ -190,7 +189,7 @@ def keys(
         config = validate_config(pico_config | {"model": str(model), "texts": texts} | own)
         text = {"name": "scored", "source": str(tmp_path / "scored.txt"), "windows": 3}
         scored = EvaluationOptions.model_validate({"texts": [text]} | (evaluation or {}))
-        return cell_key(kind, config, scored, Digests())
+        return experiment_key(kind, config, scored, Digests())
 
     return key
 
@@ -231,9 +230,11 @@ def test_a_text_that_chooses_is_not_scored_on(keys: Callable[..., str], tmp_path
         keys()
 
 
-def test_cells_know_their_names_and_errors() -> None:
+def test_experiments_know_their_names_and_errors() -> None:
     found = make_comparison()
     assert list(found.errors) == [f"{NAME}, 50 %, seed 2"]
-    cell = Cell(method="m", kind="run", seed=3, target=0.45, key="k", state="pending", result=None)
-    assert cell.name == "m, 45 %, seed 3"
+    experiment = Experiment(
+        method="m", kind="run", seed=3, target=0.45, key="k", state="pending", result=None
+    )
+    assert experiment.name == "m, 45 %, seed 3"
     assert isinstance(found.config.settle(), PruneConfig)

@@ -206,47 +206,55 @@ def test_without_the_harness_its_extra_is_named(
         evaluate_tasks(loaded, ["facts"])
 
 
-def kill_when_kept(code: str, directory: Path, store: Path, pattern: str) -> list[Path]:
-    """Run code in a process that is killed once something is kept; what is there then."""
+def kill_when_kept(code: str, directory: Path, store: Path) -> Path:
+    """Run code in a process that is killed once it keeps some values; the file that has them."""
     child = subprocess.Popen(
         [sys.executable, "-c", code, str(directory), str(store)], stderr=subprocess.DEVNULL
     )
-    while not list(store.glob(pattern)):
+    while not any(file.stat().st_size > 500 for file in store.glob("kept-*.jsonl")):
         assert child.poll() is None
         time.sleep(0.005)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
-    return sorted(store.glob(pattern))
+    (file,) = store.glob("kept-*.jsonl")
+    return file
 
 
-def test_a_killed_evaluation_goes_on(
-    directory: Path, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_evaluation_goes_on(directory: Path, loaded: LoadedModel, tmp_path: Path) -> None:
     store = tmp_path / "store"
     code = (
         "import sys, torch\n"
         "from pathlib import Path\n"
-        "from prunewright.tools.model.loading import load_model\n"
         "from prunewright.tools.evaluation.harness import evaluate_tasks\n"
+        "from prunewright.tools.model.loading import load_model\n"
         "torch.set_num_threads(1)\n"
         "loaded = load_model(sys.argv[1], dtype='float32', device='cpu', keep_dense=False)\n"
         "evaluate_tasks(loaded, ['facts'], shots=1, limit=96, store=Path(sys.argv[2]))\n"
     )
-    done = kill_when_kept(code, directory, store, "outcomes/*.json")
-    assert 1 <= len(done) < 3
-    written = {path: path.stat().st_mtime_ns for path in done}
+    file = kill_when_kept(code, directory, store)
+    done = file.read_bytes()
+    with file.open("ab") as stream:
+        stream.write(b'["cut off')
     again = evaluate_tasks(loaded, ["facts"], shots=1, limit=96, store=store)
-    assert {path: path.stat().st_mtime_ns for path in done} == written
-    assert len(list(store.glob("outcomes/*.json"))) == 3
+    assert file.read_bytes().startswith(done[: done.rfind(b"\n") + 1])
+    assert file.read_bytes().count(b"\n") == 2 * 96
     assert again == evaluate_tasks(loaded, ["facts"], shots=1, limit=96)
     # Now nothing is left to ask.
     seen: list[int] = []
-    loaded.model.register_forward_pre_hook(lambda *_: seen.append(1))
-    assert evaluate_tasks(loaded, ["facts"], shots=1, limit=96, store=store) == again
-    assert seen == []
-    done[0].write_text('{"outcomes": []}')
-    with pytest.raises(StoreError, match="delete it, and its questions are asked again"):
-        evaluate_tasks(loaded, ["facts"], shots=1, limit=96, store=store)
+    told: list[tuple[str, int, int]] = []
+    handle = loaded.model.register_forward_pre_hook(lambda *_: seen.append(1))
+    try:
+        options: dict[str, Any] = {"shots": 1, "limit": 96, "store": store}
+        found = evaluate_tasks(loaded, ["facts"], **options, progress=lambda *p: told.append(p))
+        assert found == again
+        assert seen == []
+        assert told[-1] == ("facts", 96, 96)
+    finally:
+        handle.remove()
+    for damage in ('["key", "value", 3]\n', "no JSON\n", '["key", {"a": 1}]\n'):
+        file.write_text(damage)
+        with pytest.raises(StoreError, match="delete it, and what it kept is measured again"):
+            evaluate_tasks(loaded, ["facts"], shots=1, limit=96, store=store)
 
 
 def test_a_killed_perplexity_goes_on(directory: Path, tmp_path: Path) -> None:
@@ -256,38 +264,36 @@ def test_a_killed_perplexity_goes_on(directory: Path, tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "from prunewright.tools.evaluation import evaluate\n"
         "torch.set_num_threads(1)\n"
-        "evaluate(sys.argv[1], ['embedded'], windows=200, length=64, dtype='float32',\n"
+        "evaluate(sys.argv[1], [('embedded', 200)], length=64, dtype='float32',\n"
         "         device='cpu', store=Path(sys.argv[2]))\n"
     )
-    (file,) = kill_when_kept(code, directory, store, "outcomes/perplexity-*.json")
-    kept = json.loads(file.read_text())["losses"]
-    assert 8 <= len(kept) < 200
+    file = kill_when_kept(code, directory, store)
+    done = file.read_bytes()
 
-    def run(store: Path | None) -> tuple[Evaluation, list[tuple[str, int, int]]]:
+    def score(store: Path | None) -> Evaluation:
         told: list[tuple[str, int, int]] = []
         found = evaluate(
             str(directory),
-            ["embedded"],
-            windows=200,
+            [("embedded", 200)],
             length=64,
             dtype="float32",
             device="cpu",
             store=store,
             progress=lambda *values: told.append(values),
         )
-        return found, told
+        assert told == [("perplexity", n, 200) for n in range(1, 201)]
+        return found
 
-    again, told = run(store)
-    assert told == [("perplexity", n, 200) for n in range(len(kept) + 1, 201)]
-    losses = json.loads(file.read_text())["losses"]
-    assert (losses[: len(kept)], len(losses)) == (kept, 200)
-    fresh, told = run(None)
-    assert len(told) == 200
-    assert again.texts[0].perplexity == pytest.approx(fresh.texts[0].perplexity, rel=1e-5)
-    assert run(store) == (again, [])  # nothing is left to score
-    file.write_text('{"losses": [1, "x"]}')
-    with pytest.raises(StoreError, match="delete it, and its text is scored again"):
-        run(store)
+    again = score(store)
+    assert file.read_bytes().startswith(done[: done.rfind(b"\n") + 1])
+    assert file.read_bytes().count(b"\n") == 200
+    (text,) = again.texts
+    assert text.perplexity == pytest.approx(score(None).texts[0].perplexity, rel=1e-5)
+    losses = [loss for loss in text.losses if loss is not None]
+    assert text.perplexity == pytest.approx(math.exp(sum(losses) / 200))
+    whole = file.read_bytes()
+    assert score(store) == again
+    assert file.read_bytes() == whole
 
 
 def test_another_model_shares_no_outcomes(

@@ -2,23 +2,22 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 from prunewright.tools.evaluation.harness import Quiz, ask
+from prunewright.tools.evaluation.kept import Kept
 from prunewright.tools.evaluation.scores import Comparison, TaskScore, compare
-from prunewright.tools.evaluation.windows import kept_losses
 from prunewright.tools.losses import perplexity
 from prunewright.tools.masks import count_zeros
-from prunewright.tools.model.head import Head, Progress
+from prunewright.tools.model.head import Head, Progress, window_losses
 from prunewright.tools.model.loading import LoadedModel, load_model
 from prunewright.tools.model.tokens import embedding_rows
-from prunewright.tools.store.storage import write_json
+from prunewright.tools.store.storage import canonical_json, sha256_bytes, write_json
 from prunewright.tools.texts.windows import load_test_windows
-
-Protocol = Literal["windows", "literature"]
 
 
 class TextScore(BaseModel):
@@ -30,6 +29,7 @@ class TextScore(BaseModel):
         length: tokens in one.
         perplexity: exp of the mean token loss; None where that is not finite.
         stderr: its standard error over the windows; None for one window.
+        losses: mean token loss of each window, nats; None where that is not finite.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,6 +39,7 @@ class TextScore(BaseModel):
     length: int
     perplexity: float | None
     stderr: float | None
+    losses: list[float | None]
 
 
 class Evaluation(BaseModel):
@@ -73,12 +74,10 @@ class Evaluation(BaseModel):
 
 def evaluate(
     model: str,
-    texts: Sequence[str] = (),
+    texts: Sequence[tuple[str, int | None]] = (),
     quizzes: Sequence[Quiz] = (),
     *,
     against: str | None = None,
-    protocol: Protocol = "windows",
-    windows: int = 20,
     length: int = 1024,
     dtype: str = "auto",
     device: str = "auto",
@@ -90,13 +89,11 @@ def evaluate(
 
     Args:
         model: ``embedded``, a model directory or a hub name.
-        texts: sources, as in a config's ``texts.test``.
+        texts: sources, as in a config's ``texts.test``, and how many of its first windows are
+            scored of each, every one begun as the tokenizer begins a text; None: all windows of
+            the text tokenized once, as GPTQ, SparseGPT and Wanda do.
         quizzes: of `prepare_quizzes`.
         against: another model that is asked the same, mostly the dense one.
-        protocol: ``windows`` scores the first windows of each text, each begun as the tokenizer
-            begins a text; ``literature`` all windows of the text tokenized once, as GPTQ,
-            SparseGPT and Wanda do.
-        windows: windows of each text; ``literature`` takes all there are.
         length: tokens in one.
         dtype: as in a config.
         device: as in a config.
@@ -121,16 +118,17 @@ def evaluate(
         try:
             if texts:
                 loaded.check_length(length)
-            count = windows if protocol == "windows" else None
             rows = embedding_rows(loaded.model)
-            drawn = {
-                s: load_test_windows(s, loaded.tokenizer, count, length, rows=rows) for s in texts
-            }
-            head = Head(loaded.model)
-            scores = [
-                _score(source, kept_losses(loaded, head, ids, store, progress), length)
-                for source, ids in drawn.items()
+            drawn = [
+                load_test_windows(source, loaded.tokenizer, count, length, rows=rows)
+                for source, count in texts
             ]
+            with closing(Kept(store, loaded)) as kept:
+                scores = [
+                    _score(source, _losses(loaded, ids, kept, progress), length)
+                    for (source, _), ids in zip(texts, drawn, strict=True)
+                ]
+                tasks = [ask(loaded, quiz, kept, progress) for quiz in quizzes]
             return Evaluation(
                 model=name,
                 dtype=str(loaded.dtype).removeprefix("torch."),
@@ -139,7 +137,7 @@ def evaluate(
                 prunable=loaded.prunable,
                 sparsity=_sparsity(loaded),
                 texts=scores,
-                tasks=[ask(loaded, quiz, store, progress) for quiz in quizzes],
+                tasks=tasks,
             )
         finally:
             loaded.close()
@@ -153,6 +151,24 @@ def evaluate(
     if store is not None:
         write_json(store / "evaluation.json", found.model_dump(mode="json"))
     return found
+
+
+def _losses(
+    loaded: LoadedModel, windows: Tensor, kept: Kept, progress: Progress | None
+) -> list[float]:
+    """Mean token loss of each window [windows, length], those that are kept not computed again."""
+    head = Head(loaded.model)
+    losses = []
+    for number, window in enumerate(windows.unsqueeze(1), 1):
+        key = sha256_bytes(canonical_json(window.tolist()))
+        loss = kept.get(key)
+        if not isinstance(loss, float):
+            (loss,) = window_losses(loaded.model, head, window)
+            kept[key] = loss
+        losses.append(loss)
+        if progress is not None:
+            progress("perplexity", number, len(windows))
+    return losses
 
 
 def _score(source: str, losses: list[float], length: int) -> TextScore:
@@ -169,6 +185,7 @@ def _score(source: str, losses: list[float], length: int) -> TextScore:
         length=length,
         perplexity=value if finite else None,
         stderr=stderr,
+        losses=[loss if math.isfinite(loss) else None for loss in losses],
     )
 
 

@@ -6,24 +6,19 @@ import logging
 import math
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from prunewright.state import InputError
-from prunewright.tools.evaluation.kept import damaged, read_kept
+from prunewright.state.study import EvaluationTask
+from prunewright.tools.evaluation.kept import Kept
 from prunewright.tools.evaluation.scores import QuestionOutcome, TaskScore, summarize
 from prunewright.tools.model.head import Progress
 from prunewright.tools.model.loading import LoadedModel
-from prunewright.tools.store.storage import (
-    canonical_json,
-    sha256_bytes,
-    sha256_file,
-    write_json,
-)
+from prunewright.tools.store.storage import sha256_bytes
 from prunewright.tools.texts.questions import (
     EMBEDDED,
     ChoiceQuestion,
@@ -33,8 +28,6 @@ from prunewright.tools.texts.questions import (
     load_facts,
 )
 
-CHUNK = 32
-"""Questions whose outcomes are stored together: what a kill can cost."""
 SHOTS = 5
 """Examples before each question, unless fewer are asked for."""
 
@@ -112,6 +105,21 @@ def prepare_quizzes(
     return quizzes
 
 
+def prepare_tasks(tasks: Sequence[EvaluationTask]) -> list[Quiz]:
+    """As `prepare_quizzes`, of a comparison's tasks."""
+    return [
+        quiz
+        for task in tasks
+        for quiz in prepare_quizzes(
+            [task.task],
+            data={task.task: task.data},
+            examples={} if task.examples is None else {task.task: task.examples},
+            shots=task.shots,
+            limit=task.limit,
+        )
+    ]
+
+
 def evaluate_tasks(
     loaded: LoadedModel,
     tasks: Sequence[str],
@@ -145,138 +153,83 @@ def evaluate_tasks(
         StoreError: what is in ``store`` is damaged, or it cannot be written.
     """
     quizzes = prepare_quizzes(tasks, data=data, examples=examples, shots=shots, limit=limit)
-    return [ask(loaded, quiz, store, progress) for quiz in quizzes]
+    with closing(Kept(store, loaded)) as kept:
+        return [ask(loaded, quiz, kept, progress) for quiz in quizzes]
 
 
-def ask(
-    loaded: LoadedModel, quiz: Quiz, store: Path | None = None, progress: Progress | None = None
-) -> TaskScore:
-    """Put a quiz to a live model; arguments as for `evaluate_tasks`.
+def ask(loaded: LoadedModel, quiz: Quiz, kept: Kept, progress: Progress | None = None) -> TaskScore:
+    """Put a quiz to a live model.
+
+    Args:
+        loaded: the model.
+        quiz: of `prepare_quizzes`.
+        kept: what the model answered before, and answers now.
+        progress: told, while questions are answered, of those done.
 
     Raises:
         InputError: a question with its examples is too long for the model.
-        StoreError: what is in ``store`` is damaged, or it cannot be written.
+        StoreError: an answer cannot be kept.
     """
-    harness: _Harness | None = None  # made for the first question that is left to ask
-    standing = _standing(loaded, quiz)
-    outcomes: list[QuestionOutcome] = []
-    for begin in range(0, len(quiz.asked), CHUNK):
-        chunk = quiz.asked[begin : begin + CHUNK]
-        ids = [quiz.questions[i].id for i in chunk]
-        key = sha256_bytes(canonical_json([standing, ids]))[:24]
-        file = None if store is None else store / "outcomes" / f"{quiz.task}-{key}.json"
-        known = None if file is None else _stored(file, ids)
-        if known is None:
-            harness = harness or _Harness(loaded, quiz, progress)
-            known = harness.ask(chunk, begin)
-            if file is not None:
-                write_json(file, _Stored(outcomes=known).model_dump(mode="json"))
-        elif progress is not None:
-            progress(quiz.task, begin + len(chunk), len(quiz.asked))
-        outcomes += known
+    from lm_eval.evaluator import evaluate
+
+    from prunewright.tools.evaluation.live import LiveModel
+
+    # It warns of each of the ways it is used in here.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    asked = [quiz.questions[index] for index in quiz.asked]
+    requests = sum(len(q.choices) if isinstance(q, ChoiceQuestion) else 2 for q in asked)
+    done = 0
+
+    def tick(answered: int) -> None:
+        nonlocal done
+        done += answered
+        if progress is not None and answered:
+            progress(quiz.task, len(asked) * done // requests, len(asked))
+
+    model = LiveModel(loaded, kept, tick)
+    places = _places(quiz.questions)
+    wanted: dict[str, list[int]] = {}
+    for index in quiz.asked:
+        subject, place = places[index]
+        wanted.setdefault(subject, []).append(place)
+    tasks = _build_tasks(quiz)
+    found = evaluate(
+        lm=model,
+        task_dict={
+            "tasks": {name: task for name, (_, task) in tasks.items()},
+            "groups": {},
+            "group_map": {},
+        },
+        samples={name: sorted(wanted[subject]) for name, (subject, _) in tasks.items()},
+        bootstrap_iters=0,
+    )
+    merged: dict[str, dict[str, float]] = {}
+    for samples in found["samples"].values():
+        for sample in samples:
+            merged.setdefault(sample["doc"]["id"], {}).update(_read(sample, model))
+    outcomes = [
+        QuestionOutcome(
+            id=question.id,
+            correct=bool(merged[question.id]["correct"]),
+            log_probability=_known(merged[question.id]["likelihood"]),
+        )
+        for question in asked
+    ]
     return summarize(quiz.task, quiz.source, quiz.data_hash, quiz.shots, outcomes)
 
 
-class _Stored(BaseModel):
-    """What is kept of a chunk of questions."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    outcomes: list[QuestionOutcome]
-
-
-def _stored(file: Path, ids: list[str]) -> list[QuestionOutcome] | None:
-    """The outcomes of some questions, if they are kept.
-
-    Raises:
-        StoreError: damaged.
-    """
-    if not file.exists():
-        return None
-    again = "its questions are asked again"
-    outcomes = read_kept(file, _Stored, again).outcomes
-    if [o.id for o in outcomes] != ids:
-        raise damaged(file, again)
-    return outcomes
-
-
-class _Harness:
-    """lm-evaluation-harness with one quiz's tasks, a set of them for each subject."""
-
-    def __init__(self, loaded: LoadedModel, quiz: Quiz, progress: Progress | None) -> None:
-        from prunewright.tools.evaluation.live import LiveModel
-
-        # It warns of each of the ways it is used in here.
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        self._quiz = quiz
-        self._progress = progress
-        self._requests = 0
-        self._begin = 0
-        self._loaded = loaded
-        self._model = LiveModel(loaded, self._tick)
-        self._places = _places(quiz.questions)
-        self._tasks = _build_tasks(quiz)
-
-    def ask(self, indices: list[int], begin: int) -> list[QuestionOutcome]:
-        """The outcomes of some questions, of which ``begin`` are done."""
-        from lm_eval.evaluator import evaluate
-
-        self._begin, self._requests = begin, 0
-        subjects: dict[str, list[int]] = {}
-        for index in indices:
-            subject, place = self._places[index]
-            subjects.setdefault(subject, []).append(place)
-        wanted = {
-            name: sorted(subjects[subject])
-            for name, (subject, _) in self._tasks.items()
-            if subject in subjects
-        }
-        found = evaluate(
-            lm=self._model,
-            task_dict={
-                "tasks": {name: self._tasks[name][1] for name in wanted},
-                "groups": {},
-                "group_map": {},
-            },
-            samples=wanted,
-            bootstrap_iters=0,
-        )
-        merged: dict[str, dict[str, float]] = {}
-        for samples in found["samples"].values():
-            for sample in samples:
-                merged.setdefault(sample["doc"]["id"], {}).update(self._read(sample))
-        return [
-            QuestionOutcome(
-                id=q.id,
-                correct=bool(merged[q.id]["correct"]),
-                log_probability=_known(merged[q.id]["likelihood"]),
-            )
-            for q in (self._quiz.questions[i] for i in indices)
-        ]
-
-    def _read(self, sample: dict[str, Any]) -> dict[str, float]:
-        """What a sample says, its likelihood by token."""
-        values: dict[str, float] = {
-            k: float(sample[k]) for k in ("correct", "likelihood") if k in sample
-        }
-        if "likelihood" in values:
-            arguments = sample["arguments"]
-            right = sample["target"] if len(arguments) > 1 else 0
-            context, words = arguments[right]
-            count = len(self._model.tok_encode(context + words))
-            values["likelihood"] /= count - len(self._model.tok_encode(context))
-        return values
-
-    def _tick(self) -> None:
-        self._requests += 1
-        if self._progress is not None:
-            asked = self._quiz.asked
-            each = 2
-            first = self._quiz.questions[asked[0]]
-            if isinstance(first, ChoiceQuestion):
-                each = len(first.choices)
-            done = min(self._requests // each, CHUNK)
-            self._progress(self._quiz.task, min(self._begin + done, len(asked)), len(asked))
+def _read(sample: dict[str, Any], model: Any) -> dict[str, float]:
+    """What a sample says, its likelihood by token."""
+    values: dict[str, float] = {
+        k: float(sample[k]) for k in ("correct", "likelihood") if k in sample
+    }
+    if "likelihood" in values:
+        arguments = sample["arguments"]
+        right = sample["target"] if len(arguments) > 1 else 0
+        context, words = arguments[right]
+        count = len(model.tok_encode(context + words))
+        values["likelihood"] /= count - len(model.tok_encode(context))
+    return values
 
 
 def _build_tasks(quiz: Quiz) -> dict[str, tuple[str, Any]]:
@@ -343,18 +296,6 @@ def _check_examples(
                 f"{max(available, 0)}{f' of the subject {subject!r}' if subject else ''}: ask "
                 "with fewer --shots, or name more examples (--examples)"
             )
-
-
-def _standing(loaded: LoadedModel, quiz: Quiz) -> dict[str, Any]:
-    """All that outcomes depend on, but for the questions asked."""
-    folder = _folder()
-    return loaded.standing() | {
-        "task": quiz.task,
-        "shots": quiz.shots,
-        "data": quiz.data_hash,
-        "definitions": {p.name: sha256_file(p) for p in sorted(folder.iterdir()) if p.is_file()},
-        "lm_eval": importlib.metadata.version("lm_eval"),
-    }
 
 
 def _folder() -> Path:

@@ -1,35 +1,74 @@
-"""Results of an evaluation that were kept in files, so that a killed one goes on."""
+"""What an evaluation has measured so far, in a file, so that a killed one goes on."""
 
+import json
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO
 
-from pydantic import BaseModel, ValidationError
+from pydantic import TypeAdapter
 
 from prunewright.state import StoreError
-from prunewright.tools.store.storage import read_json
+from prunewright.tools.model.loading import LoadedModel
+from prunewright.tools.store.storage import canonical_json, sha256_bytes
 
-Kept = TypeVar("Kept", bound=BaseModel)
+Value = float | tuple[float, bool] | str
+"""A window's loss, a continuation's log-likelihood and whether it is greedy, or an answer."""
+_VALUES = TypeAdapter(dict[str, Value])
 
 
-def read_kept(file: Path, kind: type[Kept], again: str) -> Kept:
-    """What a file keeps.
+class Kept(dict[str, Value]):
+    """Values by a hash of what was asked; each is a line of a file as soon as it is set.
 
-    Args:
-        file: that exists.
-        kind: what it holds.
-        again: what is done anew once it is deleted, for the message.
-
-    Raises:
-        StoreError: unreadable or damaged.
+    JSON, since lm-eval's own cache is pickled, which runs code when a stranger's is read.
     """
-    try:
-        return kind.model_validate(read_json(file))
-    except ValidationError:
-        raise damaged(file, again) from None
-    except StoreError as error:
-        raise StoreError(f"{error}: delete it, and {again}") from error
 
+    def __init__(self, store: Path | None, loaded: LoadedModel) -> None:
+        """Read what is kept of a model.
 
-def damaged(file: Path, again: str) -> StoreError:
-    """The error for a file whose content cannot be what was kept; arguments as `read_kept`."""
-    return StoreError(f"{file} is damaged: delete it, and {again}")
+        Args:
+            store: directory; None keeps nothing beyond the process.
+            loaded: the model; with ``store`` its weights must be those of its files.
+
+        Raises:
+            StoreError: what is kept is damaged, or it cannot be written.
+        """
+        super().__init__()
+        self._stream: TextIO | None = None
+        if store is None:
+            return
+        name = sha256_bytes(canonical_json(loaded.standing()))[:24]
+        self._file = store / f"kept-{name}.jsonl"
+        try:
+            store.mkdir(parents=True, exist_ok=True)
+            self._stream = self._file.open("a+", encoding="ascii")
+            self._stream.seek(0)
+            text = self._stream.read()
+            whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last line
+            self._stream.truncate(len(whole))
+            self.update(_VALUES.validate_python(dict(map(json.loads, whole.splitlines()))))
+        except OSError as error:
+            raise self._unwritten(error) from error
+        except (ValueError, TypeError, RecursionError) as error:
+            raise StoreError(
+                f"{self._file} is damaged: delete it, and what it kept is measured again"
+            ) from error
+
+    def __setitem__(self, key: str, value: Value) -> None:
+        super().__setitem__(key, value)
+        if self._stream is None:
+            return
+        try:
+            self._stream.write(json.dumps([key, value]) + "\n")
+            self._stream.flush()
+        except OSError as error:
+            raise self._unwritten(error) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._stream is not None:
+            self._stream.close()
+
+    def _unwritten(self, error: OSError) -> StoreError:
+        return StoreError(
+            f"cannot write {self._file}: {error.strerror}. Free some space there (or mend the "
+            "permissions), then try again"
+        )

@@ -33,11 +33,11 @@ class Table:
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
-    """Results, ratios to the control, and every cell."""
+    """Results, ratios to the control, and every experiment."""
     tables = [results_table(comparison)]
     if comparison.config.control is not None:
         tables.append(ratio_table(comparison))
-    return [*tables, cell_table(comparison)]
+    return [*tables, experiment_table(comparison)]
 
 
 def results_table(comparison: Comparison) -> Table:
@@ -66,7 +66,7 @@ def results_table(comparison: Comparison) -> Table:
     notes = [
         "Perplexity on each text: mean over seeds ± sample standard deviation. Tokens are those of "
         "text scored to choose masks, seconds those of the run or baseline without this "
-        "evaluation, memory the largest resident size of the cell's own process."
+        "evaluation, memory the largest resident size of the experiment's own process."
     ]
     if any(not item.on_target for item in comparison.summary):
         notes.append(off_target_words())
@@ -115,36 +115,36 @@ def off_target_words() -> str:
     )
 
 
-def cell_table(comparison: Comparison) -> Table:
-    """Every cell by itself."""
+def experiment_table(comparison: Comparison) -> Table:
+    """Every experiment by itself."""
     texts = [text.name for text in comparison.config.evaluation.texts]
     rows = []
-    for cell in comparison.cells:
-        at = [f"{cell.target:.4g}", f"{cell.seed}"]
-        result = cell.result
+    for experiment in comparison.experiments:
+        at = [f"{experiment.target:.4g}", f"{experiment.seed}"]
+        result = experiment.result
         if result is None:
-            words = one_line(cell.error, _MOST)
-            ended = f"{cell.state}: {words}" if words else cell.state
-            rows.append([cell.method, ended, *at, *[NONE] * (5 + len(texts)), cell.key])
+            words = one_line(experiment.error, _MOST)
+            ended = f"{experiment.state}: {words}" if words else experiment.state
+            rows.append([experiment.method, ended, *at, *[NONE] * (5 + len(texts)), experiment.key])
             continue
         rows.append(
             [
-                cell.method,
+                experiment.method,
                 result.status.replace("_", " "),
                 *at,
-                f"{result.sparsity:.4f}" + ("" if cell.on_target else f" {OFF_TARGET}"),
+                f"{result.sparsity:.4f}" + ("" if experiment.on_target else f" {OFF_TARGET}"),
                 f"{result.steps} ({result.rollbacks} rolled back)",
                 *(f"{result.scores.texts[name].perplexity:.3f}" for name in texts),
                 f"{result.tokens_for_choosing:,}",
                 f"{result.seconds:,.1f}",
                 f"{result.peak_memory_bytes / 2**20:,.0f}",
-                cell.key,
+                experiment.key,
             ]
         )
     columns = ["method", "ended", "target", "seed", "sparsity", "steps", *texts]
-    columns += ["tokens", "seconds", "memory, MiB", "directory in cells/"]
+    columns += ["tokens", "seconds", "memory, MiB", "directory in experiments/"]
     notes = [off_target_words()] if any(OFF_TARGET in row[4] for row in rows) else []
-    return Table("Cells", columns, rows, left=2, notes=notes)
+    return Table("Experiments", columns, rows, left=2, notes=notes)
 
 
 def to_markdown(comparison: Comparison) -> str:

@@ -5,14 +5,14 @@ from typing import Any
 
 from prunewright.graph.cli.screen.console import LABELS, Live, Screen, duration, one_line
 from prunewright.state.shown import clean
-from prunewright.state.study import CellResult, Scores
+from prunewright.state.study import ExperimentResult, Scores
 from prunewright.tools.report.tables import Table
 
-_CELL_STYLES = {"done": "green", "cached": "green", "failed": "red"}
+_STYLES = {"done": "green", "cached": "green", "failed": "red"}
 
 
-class Cells(Live):
-    """The live part of a comparison: a line a cell, and what the one at work is doing."""
+class Experiments(Live):
+    """The live part of a comparison: a line an experiment, and what the one at work is doing."""
 
     def __init__(self, screen: Screen) -> None:
         super().__init__(screen)
@@ -21,27 +21,31 @@ class Cells(Live):
 
     def on_event(self, mode: str, event: dict[str, Any]) -> None:
         """Take an event of `compare`."""
-        if mode != "cell":
+        if mode != "experiment":
             if "progress" in event:
                 part = event["progress"]
                 label = LABELS.get(part["label"], part["label"])
                 self.progress(f"{self._name}: {label}", part["done"], part["total"])
         elif event["state"] == "running":
-            self._name = clean(f"cell {event['number']} of {event['of']}, {event['cell']}")
+            self._name = clean(
+                f"experiment {event['number']} of {event['of']}, {event['experiment']}"
+            )
             self.say(self._name)
         else:
-            number = f"cell {event['number']:>3} of {event['of']}  "
-            style = _CELL_STYLES[event["state"]]
+            number = f"experiment {event['number']:>3} of {event['of']}  "
+            style = _STYLES[event["state"]]
             if event["number"] == event["of"]:
                 self.say("drawing the plots")
-            words = _cell_words(event["result"]) if event["result"] else event["error"]
+            words = _words(event["result"]) if event["result"] else event["error"]
             self.screen.line(
-                number, (f"{event['state']:<8}", style), f"{event['cell']}  {one_line(words, 300)}"
+                number,
+                (f"{event['state']:<8}", style),
+                f"{event['experiment']}  {one_line(words, 300)}",
             )
 
 
-def _cell_words(result: CellResult | Scores) -> str:
-    """What a cell came to, in a line."""
+def _words(result: ExperimentResult | Scores) -> str:
+    """What an experiment came to, in a line."""
     if isinstance(result, Scores):
         scores, ended = result, ""
     else:
