@@ -4,40 +4,36 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
 from prunewright.state import InputError, PruneRequest
 from prunewright.tools.criteria import CRITERIA
-from prunewright.tools.masks import unstructured_mask
 from prunewright.tools.model.checkpoint import Stored, read_tensors
-from prunewright.tools.model.head import TOKENS_AT_ONCE
+from prunewright.tools.model.head import TOKENS_AT_ONCE, Head, window_losses
 from prunewright.tools.model.layers import Layer, find_layers, left_dense, named_blocks
-from prunewright.tools.model.loading import model_skeleton, resolve_device, resolve_dtype
+from prunewright.tools.model.loading import (
+    load_model,
+    model_skeleton,
+    resolve_device,
+    resolve_dtype,
+)
+from prunewright.tools.model.tokens import embedding_rows
 from prunewright.tools.saving.model import VERIFY_WINDOWS, revision_bytes
 from prunewright.tools.solve import reconstruction
 from prunewright.tools.solve.solving import PASSES, solves
 
 _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-EFFICIENCY = 0.5
-"""Speed of a model's passes over that of one matrix product alone (SmolLM2, bf16, one thread)."""
-SCORINGS = 4.5
-"""Times that scoring and ordering a weight once goes into a step's profile and masks (there)."""
 TEXTS = 160 * 2**20
 """Bytes that reading and tokenizing texts takes, at most: of a long text 124 MiB were measured."""
 HELD = 384 * 2**20
 """Bytes on a processor beyond what is counted: libraries that a run loads later, and freed memory
 that the allocator keeps by thread. The demo's peak is 369 MiB above the rest (two threads)."""
-
-_TIMING_WIDTH = 4096
-_TIMING_WEIGHTS = 2**20
-_TIMING_SECONDS = 0.3
 
 
 class Plan(BaseModel):
@@ -70,11 +66,9 @@ class Plan(BaseModel):
         memory_available: of the device or, on the processor, of the machine.
         host_available: of the machine.
         flops: by what is done in a step, and ``finish``.
-        flops_per_second: measured on a short matrix product.
-        scored_per_second: weights scored and ordered, measured on one matrix.
         steps: fewest steps that reach the target.
-        seconds: ``step`` (mean), ``finish`` and ``run`` (with the fewest steps), without the
-            time that an LLM takes to answer.
+        seconds: ``window`` (measured), and from it ``step`` (mean), ``finish`` and ``run`` (with
+            the fewest steps); empty if nothing was timed.
         warnings: what will not fit.
     """
 
@@ -97,8 +91,6 @@ class Plan(BaseModel):
     memory_available: int
     host_available: int
     flops: dict[str, float]
-    flops_per_second: float
-    scored_per_second: float
     steps: int
     seconds: dict[str, float]
     warnings: list[str]
@@ -121,18 +113,19 @@ class _Shape(BaseModel):
     """Sum of the layers' outputs times inputs squared."""
 
 
-def make_plan(request: PruneRequest, out: Path = Path()) -> Plan:
-    """Predict a run from the model's structure and one short timing; no weights are read.
+def make_plan(request: PruneRequest, out: Path = Path(), *, timed: bool = False) -> Plan:
+    """Predict a run from the model's structure; no weights are read, unless it is to be timed.
 
-    Time: a forward pass takes 2 operations a weight and token, plus 4 a block, width and
+    Operations: a forward pass takes 2 operations a weight and token, plus 4 a block, width and
     token pair for attention; the head 2 a vocabulary entry, width and token where losses are
     taken. A backward pass takes two forward passes, and a third to recompute activations with
     ``gradient_checkpointing``. Experts count by the share of them that a token is routed to.
     Where weights are solved for, the calibration windows go through the blocks `PASSES` times
     more, with 2 inputs squared a layer and token for X^T X, and the solve itself.
-    The sum is divided by `EFFICIENCY` of the speed of one matrix product in the dtype; to it
-    comes the time to score and order every weight `SCORINGS` times. Loading and saving are not
-    counted. Read it to within a factor of two, on a machine that does nothing else.
+
+    Time: one window is scored by the loaded model, and all else takes as much longer as it has
+    operations more. Loading and saving, ordering the weights by their scores, and what an LLM
+    takes to answer are not counted.
 
     Memory: this process now, the weights, and the largest of a backward pass (activations of
     every block, or with checkpointing every block's input and one block's activations; 256
@@ -143,6 +136,7 @@ def make_plan(request: PruneRequest, out: Path = Path()) -> Plan:
     Args:
         request: what would be run.
         out: where the run directory would be.
+        timed: load the model and score one window, to predict the time.
 
     Raises:
         InputError: no such model, or nothing in it can be pruned.
@@ -153,12 +147,6 @@ def make_plan(request: PruneRequest, out: Path = Path()) -> Plan:
     dtype = resolve_dtype(request.dtype, directory, device)
     shape = _shape(model, layers)
     flops = _flops(request, shape)
-    per_step = sum(value for name, value in flops.items() if name != "finish")
-    rate = matmul_rate(_matrix(layers), request.texts.windows.length, dtype, device)
-    scoring = scoring_rate(dtype, device)
-    step = per_step / (EFFICIENCY * rate) + SCORINGS * shape.prunable / scoring
-    finish = flops["finish"] / (EFFICIENCY * rate)
-    first = flops["guard"] / (EFFICIENCY * rate)
     steps = math.ceil(request.target / min(request.step, request.target))
     memory = _memory(request, shape, dtype, device)
     tensors = _tensors(directory)
@@ -186,54 +174,47 @@ def make_plan(request: PruneRequest, out: Path = Path()) -> Plan:
         memory_available=available,
         host_available=host,
         flops=flops,
-        flops_per_second=rate,
-        scored_per_second=scoring,
         steps=steps,
-        seconds={"step": step, "finish": finish, "run": first + steps * step + finish},
+        seconds=_seconds(request, flops, steps) if timed else {},
         warnings=_warnings(memory, available, host, disk["total"], free),
     )
 
 
-def _best_of(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of several calls."""
-    best, began, rounds = math.inf, time.perf_counter(), 0
-    while rounds < 3 or time.perf_counter() - began < _TIMING_SECONDS:
-        start = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - start)
-        rounds += 1
-    return best
+def _seconds(request: PruneRequest, flops: dict[str, float], steps: int) -> dict[str, float]:
+    """Seconds of a run's parts, from those that one window takes."""
+    window = time_window(request)
+    windows = {name: n * request.texts.windows.guard / flops["guard"] for name, n in flops.items()}
+    step = window * sum(n for name, n in windows.items() if name != "finish")
+    finish = window * windows["finish"]
+    run = window * windows["guard"] + steps * step + finish
+    return {"window": window, "step": step, "finish": finish, "run": run}
 
 
-def scoring_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Weights a second that are scored and ordered, as a mask is made of them."""
-    weight = torch.rand(_TIMING_WEIGHTS, device=device).to(dtype)
+def time_window(request: PruneRequest) -> float:
+    """Seconds that the loaded model takes to score one window, once it is warm.
 
-    def work() -> Tensor:
-        scores = weight.float().square().unsqueeze(0)
-        return unstructured_mask(scores, _TIMING_WEIGHTS // 2, "layer")
-
-    return _TIMING_WEIGHTS / _best_of(work)
-
-
-def matmul_rate(
-    shape: tuple[int, int], tokens: int, dtype: torch.dtype, device: torch.device
-) -> float:
-    """Operations a second of a product [tokens, inputs] x [inputs, outputs]: the best of several.
-
-    Args:
-        shape: outputs and inputs, cut to 4096 each.
-        tokens: rows of the other factor, likewise.
-        dtype: of both.
-        device: where.
+    Raises:
+        InputError: as `load_model`, or windows are longer than the model takes.
     """
-    outputs, inputs = (min(size, _TIMING_WIDTH) for size in shape)
-    tokens = min(tokens, _TIMING_WIDTH)
-    weight = torch.ones(outputs, inputs, dtype=dtype, device=device)
-    rows = torch.ones(tokens, inputs, dtype=dtype, device=device)
-    # Reading one number waits for a device that computes on its own.
-    best = _best_of(lambda: float((rows @ weight.T)[0, 0]))
-    return 2.0 * tokens * inputs * outputs / best
+    length = request.texts.windows.length
+    loaded = load_model(
+        request.model,
+        dtype=request.dtype,
+        device=request.device,
+        trust_remote_code=request.trust_remote_code,
+        keep_dense=False,
+    )
+    try:
+        loaded.check_length(length)
+        head = Head(loaded.model)
+        window = torch.arange(length).unsqueeze(0) % embedding_rows(loaded.model)
+        window_losses(loaded.model, head, window)
+        began = time.perf_counter()
+        # The losses are numbers of Python: a device that computes on its own is waited for.
+        window_losses(loaded.model, head, window)
+        return time.perf_counter() - began
+    finally:
+        loaded.close()
 
 
 def _shape(model: torch.nn.Module, layers: dict[str, Layer]) -> _Shape:
@@ -358,10 +339,6 @@ def _stored(tensors: Iterable[Stored]) -> dict[str, int]:
         size = getattr(torch, kind).itemsize if hasattr(torch, kind) else 1
         found[kind] = found.get(kind, 0) + tensor.numel * size
     return found
-
-
-def _matrix(layers: dict[str, Layer]) -> tuple[int, int]:
-    return _outputs_inputs(max(layers.values(), key=lambda layer: layer.numel))
 
 
 def _outputs_inputs(layer: Layer) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -46,11 +46,15 @@ def plan_command(
     model: ModelOption = None,
     target: TargetOption = None,
     out: OutOption = None,
+    timed: Annotated[
+        bool,
+        typer.Option("--time", help="Load the model and time one window, to predict the time."),
+    ] = False,
     _json: JsonOption = False,
 ) -> None:
-    """Say what a run would load, and predict its memory, disk and time. Nothing is pruned.
+    """Say what a run would load, and predict its memory and disk. Nothing is pruned.
 
-    Only a model's configuration is read, and one short matrix product timed.
+    Only a model's configuration is read, unless --time asks for the time, too.
     """
     session: Session = ctx.obj
     settled = load_config(
@@ -63,7 +67,7 @@ def plan_command(
     check_request(settled.request)
 
     quiet_transformers(session.debug)
-    plan = make_plan(settled.request, out or Path(settled.out or "runs"))
+    plan = make_plan(settled.request, out or Path(settled.out or "runs"), timed=timed)
     try:
         who = check_agent(settled.context).words
     except InputError as error:  # a run would be refused; what it takes can be said all the same
@@ -75,7 +79,7 @@ def plan_command(
 
 def _print_plan(screen: Screen, config: PruneConfig, plan: "Plan", agent: str) -> None:
     stored = ", ".join(f"{console.size(n)} in {kind}" for kind, n in plan.stored.items())
-    memory, seconds = plan.memory, plan.seconds
+    memory = plan.memory
     copy = ""
     if plan.disk["copy"]:
         copy = f"; dense weights in the cache {console.size(plan.disk['copy'])}"
@@ -109,14 +113,20 @@ def _print_plan(screen: Screen, config: PruneConfig, plan: "Plan", agent: str) -
                 f"{console.size(plan.disk['model'])}, masks {console.size(plan.disk['masks'])} "
                 f"if every layer changes{copy}), {console.size(plan.disk_free)} free",
             ),
-            (
-                "time",
-                f"about {console.duration(seconds['step'])} a step, {plan.steps} steps or more, "
-                f"{console.duration(seconds['run'])} in all, at "
-                f"{plan.flops_per_second / 1e9:.0f} GFLOP/s, to within a factor of two, and what "
-                "the agent takes to answer",
-            ),
+            ("time", _time_words(plan)),
         ]
     )
     for words in plan.warnings:
         screen.line(("warning    ", "yellow"), words)
+
+
+def _time_words(plan: "Plan") -> str:
+    """How long a run takes, as far as that is known."""
+    steps = f"{plan.steps} steps or more"
+    if not plan.seconds:
+        return f"{steps}; --time loads the model and times one window to say how long"
+    window, step, run = (console.duration(plan.seconds[k]) for k in ("window", "step", "run"))
+    return (
+        f"about {step} a step, {steps}, {run} in all, by a window of {window}; to it come loading, "
+        "saving, ordering the weights, and what the agent takes to answer"
+    )

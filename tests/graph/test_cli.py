@@ -610,9 +610,25 @@ def test_plan_counts_and_touches_nothing(
     assert plan["memory"]["peak"] > plan["weights"]
     # 4 windows of 48 tokens through the blocks: 2 a weight, 4 a block, width and token pair.
     assert plan["flops"]["activations"] == 4 * 48 * (2 * prunable + 4 * 2 * 32 * 48)
-    assert plan["seconds"]["run"] > 3 * plan["seconds"]["step"]
+    assert plan["seconds"] == {}
     words = flat(invoke("plan", "-c", config_file, "-o", out).stdout)
     assert f"14 in 2 blocks, {prunable:,} prunable of {everything:,} parameters" in words
+    assert "3 steps or more; --time loads the model" in words
+
+
+def test_plan_predicts_the_time_from_one_window(config_file: Path) -> None:
+    plan = json.loads(invoke("plan", "-c", config_file, "--time", "--json").stdout)
+    seconds, flops = plan["seconds"], plan["flops"]
+    windows = yaml.safe_load(config_file.read_text())["texts"]["windows"]["guard"]
+    each = seconds["window"] * windows / flops["guard"]
+    step = sum(n for name, n in flops.items() if name != "finish")
+    assert seconds["window"] > 0
+    assert seconds["step"] == pytest.approx(step * each)
+    assert seconds["finish"] == pytest.approx(flops["finish"] * each)
+    whole = flops["guard"] + 3 * step + flops["finish"]
+    assert seconds["run"] == pytest.approx(whole * each)
+    words = flat(invoke("plan", "-c", config_file, "--time").stdout)
+    assert "a step, 3 steps or more" in words
 
 
 def test_plan_takes_what_a_run_takes(config_file: Path) -> None:

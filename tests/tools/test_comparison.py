@@ -15,6 +15,7 @@ from page import Page
 
 from prunewright.state import InputError, PruneConfig, validate_config
 from prunewright.state.study import (
+    Comparison,
     EvaluationOptions,
     Experiment,
     TextResult,
