@@ -26,8 +26,8 @@ from prunewright.state.config import TextOptions, WindowOptions
 from prunewright.tools.model import tokens
 from prunewright.tools.model.tokens import token_ids
 from prunewright.tools.texts import rows as rows_module
+from prunewright.tools.texts import windows as texts
 from prunewright.tools.texts.windows import Windows, hash_windows
-from prunewright.tools.texts.windows import windows as texts
 
 load_windows = partial(texts.load_windows, rows=512)
 load_test_windows = partial(texts.load_test_windows, rows=512)

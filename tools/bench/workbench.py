@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prunewright.state import InputError, PruneRequest, StoreError, parse_pattern
+from prunewright.state.config import EMBEDDED
 from prunewright.state.profile import ModelProfile
 from prunewright.tools.calibration.profiling import (
     Activations,
@@ -34,7 +35,7 @@ from prunewright.tools.solve.solving import Wanted, solve_blocks, solves
 from prunewright.tools.store.revisions import Manifest, RevisionStore, StoredLayer, unpack_kept
 from prunewright.tools.store.standing import setting_files
 from prunewright.tools.texts.questions import hash_questions, load_facts
-from prunewright.tools.texts.windows import EMBEDDED, Windows, load_windows
+from prunewright.tools.texts.windows import Windows, load_windows
 
 
 class Workbench:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prunewright.state import InputError
+from prunewright.state.config import EMBEDDED
 from prunewright.state.study import EvaluationTask
 from prunewright.tools.evaluation.kept import Kept
 from prunewright.tools.evaluation.scores import QuestionOutcome, TaskScore, summarize
@@ -20,7 +21,6 @@ from prunewright.tools.model.head import Progress
 from prunewright.tools.model.loading import LoadedModel
 from prunewright.tools.store.storage import sha256_bytes
 from prunewright.tools.texts.questions import (
-    EMBEDDED,
     ChoiceQuestion,
     Question,
     hash_questions,

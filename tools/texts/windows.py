@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prunewright.state import InputError
-from prunewright.state.config import TextOptions
+from prunewright.state.config import EMBEDDED, TextOptions
 from prunewright.tools.model.tokens import check_ids, start_tokens, token_ids
+from prunewright.tools.sources import choose_split, find_local, first_line, loading_data_set
 from prunewright.tools.texts.rows import Row, fields_of, is_file_name, read_file
 
 Role = Literal["calibration", "guard", "test"]
 ROLES: tuple[Role, ...] = ("calibration", "guard", "test")
 
-EMBEDDED = "embedded"
 # A role reads the first of these splits that a data set has.
 _SPLITS: dict[Role, tuple[str, ...]] = {
     "calibration": ("train", "validation", "test"),
@@ -322,19 +322,13 @@ def _open(source: str, role: Role) -> _Text:
     """What a source gives to a role."""
     if source == EMBEDDED:
         return _Text(f"embedded[{role}]", _embedded_documents(role))
-    try:
-        path = Path(source).expanduser()
+    path = find_local(source, f"the {role} text")
+    if path is not None:
         if path.is_dir():
             return _data_set(str(path.resolve()), None, role)
-        exists = path.exists()
-    except (OSError, RuntimeError) as error:  # too long for a path; no such user's home
-        raise InputError(f"the {role} text {source} cannot be read: {error}") from error
-    if exists:
         if not path.is_file():
             raise InputError(f"the {role} text {source} is neither a file nor a directory")
         return _file(path)
-    if source.startswith((".", "/", "~")) or is_file_name(path.name):
-        raise InputError(f"the {role} text {source} does not exist")
     name, _, config = source.partition(":")
     return _data_set(name, config or None, role)
 
@@ -378,31 +372,18 @@ def _data_set(name: str, config: str | None, role: Role) -> _Text:
     import datasets
 
     source = f"{name}:{config}" if config else name
-    wanted = _SPLITS[role]
-    try:
+    with loading_data_set(source, f"the {role} text"):
         files = datasets.load_dataset_builder(name, config).config.data_files or {}
         local = {split: [Path(file) for file in found] for split, found in files.items()}
         ours = all(
             p.is_file() and is_file_name(p.name) for p in chain.from_iterable(local.values())
         )
         splits = list(local) if local and ours else datasets.get_dataset_split_names(name, config)
-        split = next((s for s in wanted if s in splits), None)
-        if split is None:
-            raise InputError(
-                f"the data set {source} has none of the splits {', '.join(wanted)}, "
-                f"only {', '.join(splits)}"
-            )
+        split = choose_split(source, _SPLITS[role], splits)
         if local and ours:
             # `datasets` says which file belongs to which split; what they hold we read ourselves.
             return _Text(f"{source}[{split}]", chain.from_iterable(map(_documents, local[split])))
         data = datasets.load_dataset(name, config, split=split, streaming=True)
-    except InputError:
-        raise
-    except Exception as error:  # foreign input once more, and datasets raises many kinds
-        raise InputError(
-            f"the {role} text {source} is neither a local file nor could be loaded as a data "
-            f"set: {_first_line(error)}"
-        ) from error
     features = list(data.features or {})
     if features and "text" not in features:
         raise InputError(f"the data set {source} has no field 'text', only {', '.join(features)}")
@@ -414,7 +395,7 @@ def _data_set(name: str, config: str | None, role: Role) -> _Text:
         except InputError:
             raise
         except Exception as error:
-            raise InputError(f"cannot read the data set {source}: {_first_line(error)}") from error
+            raise InputError(f"cannot read the data set {source}: {first_line(error)}") from error
 
     return _Text(f"{source}[{split}]", documents())
 
@@ -442,7 +423,3 @@ def _row_text(row: Row, source: str) -> str:
             f"{where}: the field 'text' holds half of a surrogate pair, which is no character"
         ) from error
     return text
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
