@@ -558,6 +558,21 @@ def test_evaluate_against_another_model(pico_models: Callable[..., Path], tmp_pa
     assert "retention lost gained" in " ".join(words.split())
 
 
+def test_evaluate_takes_a_file_as_it_takes_options(
+    pico_models: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "evaluation.yaml"
+    text = {"name": "ours", "source": "embedded", "windows": 2}
+    path.write_text(yaml.safe_dump({"length": 48, "texts": [text], "tasks": []}))
+    given = [["--config", path], ["--text", "embedded", "--windows", "2", "--length", "48"]]
+    found = [invoke("evaluate", pico_models(), *options, "--json").stdout for options in given]
+    assert json.loads(found[0]) == json.loads(found[1])
+    path.write_text(yaml.safe_dump({"lenght": 48}))
+    result = invoke("evaluate", pico_models(), "--config", path)
+    assert result.exit_code == 2
+    assert "did you mean length?" in flat(result.stderr)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -571,6 +586,7 @@ def test_evaluate_against_another_model(pico_models: Callable[..., Path], tmp_pa
         (["--task", "facts", "--data", "facts"], "TASK=SOURCE"),
         (["--task", "facts", "--data", "facts=/no/such.json"], "does not exist"),
         (["--task", "mmlu", "--shots", "1"], "fewer --shots"),
+        (["--config", "evaluation.yaml"], "leave out the options about it"),
     ],
 )
 def test_evaluate_refuses(
