@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prunewright.tools.masks import count_zeros, even_shares, kth_lowest, nm_mask, unstructured_mask
+from prunewright.tools.fast import count_zeros, kth_lowest
+from prunewright.tools.masks import even_shares, nm_mask, unstructured_mask
 
 
 def lowest(values: list[float], count: int) -> set[int]:

@@ -426,7 +426,7 @@ def test_an_interrupt_in_the_middle_is_mended_by_the_next_sync(
     second = bench.prune(first, DENSE, counts_at(bench, 0.6))
     bench.sync(first)
     expected = weights(bench)
-    write = module._write_masked
+    write = module.write_masked
     calls = 0
 
     def interrupted(weight: Tensor, *args: Any) -> None:
@@ -438,7 +438,7 @@ def test_an_interrupt_in_the_middle_is_mended_by_the_next_sync(
         write(weight, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_write_masked", interrupted)
+        patch.setattr(module, "write_masked", interrupted)
         with pytest.raises(KeyboardInterrupt):
             bench.sync(second)
     bench.sync(first)

@@ -24,7 +24,8 @@ from prunewright.tools.calibration.profiling import (
     statistics_of,
 )
 from prunewright.tools.criteria import CRITERIA, prune_mask
-from prunewright.tools.masks import INTEGERS, count_zeros, nm_count
+from prunewright.tools.fast import INTEGERS, count_zeros, write_masked
+from prunewright.tools.masks import nm_count
 from prunewright.tools.model.continuations import answer_scores, fact_tokens
 from prunewright.tools.model.head import Head, Progress, window_losses
 from prunewright.tools.model.layers import Layer
@@ -507,31 +508,21 @@ def _own_memory(loaded: LoadedModel) -> None:
 
 
 def _write_stored(weight: Tensor, dense: Tensor, stored: StoredLayer, scratch: Tensor) -> None:
-    """Set a layer to what a revision holds of it; for the arguments see `_write_masked`."""
-    _write_masked(weight, dense, stored.bits, scratch)
-    if stored.kept is not None:
-        places = unpack_kept(stored.bits, weight.numel()).bool()
-        places = places.view(weight.shape).to(weight.device)
-        weight.masked_scatter_(places, stored.kept.to(weight.device))
-
-
-def _write_masked(weight: Tensor, dense: Tensor, bits: Tensor, scratch: Tensor) -> None:
-    """Set a layer to its dense values, bit for bit, and to +0.0 where a bit of the mask is set.
-
-    As a product of integers: that is many times as fast as `torch.where` and `masked_fill_` on
-    a processor, and a product of floats would leave -0.0.
+    """Set a layer to what a revision holds of it.
 
     Args:
         weight: what is written.
         dense: of its shape and dtype.
-        bits: the packed mask.
+        stored: the packed mask, and the kept values if a solve changed them.
         scratch: at least as many bytes, used again for each layer since fresh memory costs more
             time than the product.
     """
-    integers = INTEGERS[weight.dtype.itemsize]
-    kept = scratch[: weight.nbytes].view(integers)
-    kept = kept.copy_(unpack_kept(bits, weight.numel())).view(weight.shape)
-    torch.mul(dense.view(integers), kept.to(weight.device), out=weight.view(integers))
+    kept = scratch[: weight.nbytes].view(INTEGERS[weight.dtype.itemsize])
+    kept = kept.copy_(unpack_kept(stored.bits, weight.numel())).view(weight.shape)
+    write_masked(weight, dense, kept.to(weight.device))
+    if stored.kept is not None:
+        places = kept.bool().to(weight.device)
+        weight.masked_scatter_(places, stored.kept.to(weight.device))
 
 
 def _stamps(request: PruneRequest, directory: Path) -> set[tuple[str, int, int]]:

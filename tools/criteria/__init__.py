@@ -8,9 +8,9 @@ from torch import Tensor
 
 from prunewright.state.config import CriterionName
 from prunewright.tools.criteria import fisher, gblm, magnitude, obs, sparsegpt, wanda
+from prunewright.tools.fast import count_zeros
 from prunewright.tools.masks import (
     Group,
-    count_zeros,
     even_shares,
     nm_mask,
     unstructured_mask,

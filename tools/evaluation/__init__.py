@@ -11,8 +11,8 @@ from torch import Tensor
 from prunewright.tools.evaluation.harness import Quiz, ask
 from prunewright.tools.evaluation.kept import Kept
 from prunewright.tools.evaluation.scores import Comparison, TaskScore, compare
+from prunewright.tools.fast import count_zeros
 from prunewright.tools.losses import perplexity
-from prunewright.tools.masks import count_zeros
 from prunewright.tools.model.head import Head, Progress, window_losses
 from prunewright.tools.model.loading import LoadedModel, load_model
 from prunewright.tools.model.tokens import embedding_rows

@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -28,7 +27,7 @@ from transformers import (
 
 from prunewright.state import InputError, StoreError
 from prunewright.state.config import EMBEDDED
-from prunewright.tools.masks import INTEGERS
+from prunewright.tools.fast import is_finite, same_bits
 from prunewright.tools.model.checkpoint import (
     Stored,
     auto_class,
@@ -304,29 +303,11 @@ def _check_values(loaded: LoadedModel) -> None:
         InputError: names the first of them.
     """
     for name, parameter in loaded.model.named_parameters():
-        if not _is_finite(parameter.data):
+        if not is_finite(parameter.data):
             raise InputError(
                 f"the weights in {loaded.directory} are not finite in {loaded.dtype}: {name} "
                 "holds NaN or infinite values. If the stored ones are finite, choose another dtype"
             )
-
-
-def _is_finite(values: Tensor) -> bool:
-    """Whether all values are finite.
-
-    On a processor by numpy's largest integers, some twenty times as fast as torch on bfloat16.
-    """
-    if not values.numel():
-        return True
-    if values.device.type != "cpu":
-        return all(map(torch.isfinite, torch.aminmax(values)))
-    integers = INTEGERS[values.dtype.itemsize]
-    infinity = int(torch.tensor(torch.inf, dtype=values.dtype).view(integers))
-    bits = values.contiguous().view(integers).numpy()
-    # With the sign bit set a number is as large unsigned as it is small signed.
-    unsigned = bits.view(f"u{bits.dtype.itemsize}")
-    sign = -torch.iinfo(integers).min
-    return int(bits.max()) < infinity and int(unsigned.max()) < infinity + sign
 
 
 @torch.no_grad()
@@ -526,23 +507,11 @@ def _holds(files: dict[str, Path], loaded: LoadedModel) -> bool:
     stored = replace(loaded, _files=files)
     try:
         return all(
-            _same_bits(dense, loaded.weight(layer))
+            same_bits(dense, loaded.weight(layer))
             for layer, dense in zip(layers, stored.dense_layers(layers), strict=True)
         )
     except StoreError:
         return False
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one dtype and shape hold the same bits.
-
-    On a processor by numpy, some five times as fast as torch.
-    """
-    integers = INTEGERS[one.dtype.itemsize]
-    one, other = one.view(integers), other.view(integers)
-    if one.device.type == "cpu":
-        return np.array_equal(one.numpy(), other.numpy())
-    return torch.equal(one, other)
 
 
 def _embedded_directory() -> Path:

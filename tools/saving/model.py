@@ -24,7 +24,7 @@ from prunewright.state import InputError, PruneRequest, PrunewrightError, StoreE
 from prunewright.state.run import DENSE
 from prunewright.state.shown import clean
 from prunewright.tools.bench.workbench import Workbench
-from prunewright.tools.masks import count_zeros
+from prunewright.tools.fast import count_zeros
 from prunewright.tools.model.checkpoint import auto_class, read_configuration, weight_files
 from prunewright.tools.model.head import Head, window_losses
 from prunewright.tools.model.loading import LoadedModel, load_model

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from prunewright.tools.masks import INTEGERS
+from prunewright.tools.fast import INTEGERS
 
 Live = Callable[[str], Tensor | None]
 """The value that a stored tensor has now, by its name; None: it is to stay as it is."""
