@@ -25,7 +25,7 @@ from prunewright.state.run import DENSE
 from prunewright.tools import results
 from prunewright.tools.bench import workbench
 from prunewright.tools.bench.workbench import Workbench
-from prunewright.tools.calibration import profiling
+from prunewright.tools.calibration import profile
 from prunewright.tools.model import head as perplexity
 from prunewright.tools.model.loading import load_model
 from prunewright.tools.store.revisions import unpack_kept
@@ -66,10 +66,10 @@ def instrument() -> None:
     for module in (perplexity, workbench, results):
         if hasattr(module, "window_losses"):
             module.window_losses = timed("forward", perplexity.window_losses)  # type: ignore[attr-defined]
-    workbench.measure_activations = timed("forward", profiling.measure_activations)  # type: ignore[attr-defined]
-    workbench.measure_gradients = timed("backward", profiling.measure_gradients)  # type: ignore[attr-defined]
+    workbench.measure_activations = timed("forward", workbench.measure_activations)  # type: ignore[attr-defined]
+    workbench.measure_gradients = timed("backward", workbench.measure_gradients)  # type: ignore[attr-defined]
     Workbench._masks = timed("masks", Workbench._masks)  # type: ignore[method-assign]
-    profiling.predict_losses = timed("predicted costs", profiling.predict_losses)
+    profile.predict_losses = timed("predicted costs", profile.predict_losses)  # type: ignore[attr-defined]
 
 
 def revision_bytes(store: Path, old: dict[str, str], new: dict[str, str], name: str) -> int:

@@ -16,7 +16,8 @@ from pathlib import Path
 from prunewright.state import load_config
 from prunewright.state.run import DENSE
 from prunewright.tools.bench.workbench import Workbench, workbench
-from prunewright.tools.calibration.profiling import crowded_costs, predict_losses, statistics_of
+from prunewright.tools.calibration.costs import crowded_costs, predict_losses
+from prunewright.tools.calibration.profile import statistics_of
 from prunewright.tools.losses import perplexity
 
 WIDTH = 0.05

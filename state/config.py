@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from prunewright.state.errors import InputError
 from prunewright.state.loading import parse_yaml
@@ -20,8 +28,16 @@ EMBEDDED = "embedded"
 BASELINE = "baseline"
 """The name that stands for "no agent" in a run directory's config and trace."""
 
-CriterionName = Literal["magnitude", "wanda", "gblm", "fisher", "sparsegpt", "obs"]
-Signal = Literal["z_s", "z_g", "z_c"]
+
+def _plain_name(value: str) -> str:
+    """Refuse what no name is: names come from files of others, and are shown."""
+    if not re.fullmatch(r"[\w.:\-]{1,200}", value):
+        raise ValueError("a name is asked for, or import:package.module:name")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_plain_name)]
+"""What stands for something that is found by its name when it is used, perhaps outside."""
 
 
 class Options(BaseModel):
@@ -161,7 +177,11 @@ class PruneRequest(Options):
         "takes layers as a whole, is not bound by it",
     )
     max_layer_sparsity: float = Field(0.9, gt=0, le=1, description="ceiling of any one layer")
-    criterion: CriterionName = Field("wanda", description="which weights inside a layer go first")
+    criterion: Name = Field(
+        "wanda",
+        description="which weights inside a layer go first; your own as import:package.module:name",
+        examples=["magnitude", "wanda", "gblm", "fisher", "sparsegpt", "obs"],
+    )
     pattern: str = Field(
         "unstructured",
         description='unstructured, or "keep_n:group_m": "2:4"; in a run the agent chooses which '
@@ -245,17 +265,19 @@ class PruneContext(Options):
     allocation: str = Field(
         "uniform",
         description="how a baseline shares the target out over the layers: uniform, owl, "
-        "alphapruning, atp, greedy, evolutionary, global or from:RUN_DIR; a run's agent does "
-        "this itself, and a run refuses any but uniform",
+        "alphapruning, atp, greedy, evolutionary, global, from:RUN_DIR, or your own as "
+        "import:package.module:name; a run's agent does this itself, and a run refuses any but "
+        "uniform",
     )
     allocation_options: dict[str, Any] = Field(
         default_factory=dict, description="passed to the allocation"
     )
     asking: AskingOptions = Field(AskingOptions(), description="how an LLM is asked")
     feedback: bool = Field(True, description="show the agent what its earlier steps did")
-    signals: tuple[Signal, ...] = Field(
+    signals: tuple[Name, ...] = Field(
         ("z_s", "z_g", "z_c"),
-        description="what an LLM is shown of each layer; z_c stands for all of the predicted cost",
+        description="what an LLM is shown of each layer: z_s, z_g, z_c, which stands for all of "
+        "the predicted cost, and your own as import:package.module:name",
     )
     probes: int = Field(
         0, ge=0, le=32, description="trials that an LLM may have measured in one step"

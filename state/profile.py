@@ -3,11 +3,20 @@
 import math
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, StringConstraints, model_validator
 
 COST_DELTAS = (0.05, 0.10, 0.15)
 """The deltas, up and down, for which a profile predicts the change of the loss."""
+SIGNAL_NAME = r"z_[a-z0-9_]{1,30}"
+"""The form of a signal's name."""
+COST_SIGNAL = "z_c"
+"""The signal that stands for all of the predicted cost."""
+
+_SignalName = Annotated[str, StringConstraints(pattern=f"^{SIGNAL_NAME}$")]
+_MEASURED = {"z_s": "s", "z_g": "g"}
+"""Signals of profiles of version 0.1.0, whose values had fields of their own."""
 
 
 def short_name(name: str) -> str:
@@ -18,15 +27,17 @@ def short_name(name: str) -> str:
 
 
 class LayerProfile(BaseModel):
-    """One layer's signals (design: arXiv 2601.09694 for s and g; Optimal Brain Damage for cost).
+    """One layer's signals and predicted costs (the costs after Optimal Brain Damage).
 
-    ``s``: 10th percentile of |W| * ||X_j||_2 over non-zero weights. ``g``: mean |dL/dW| over
-    them. ``loss_cost``: predicted rise of the mean token loss, in nats, for taking the next
+    ``signals``: each signal's z-score over all layers, by its name; negative is safer to prune.
+    ``measured``: what each is the score of, by the same names, without those that the layer has
+    not. `prunewright.tools.signals` says what they are.
+
+    ``loss_cost``: predicted rise of the mean token loss, in nats, for taking the next
     `COST_DELTAS` from this layer with the criterion in use, less where the layer has less left,
     and dearer where it is sparser than the model. ``dense_sparsity``: the part of ``sparsity`` that
     the dense model has, and that no step can give back.
     ``regrow_gain``: predicted fall of it for giving the last `COST_DELTAS` back.
-    ``z_s``, ``z_g``, ``z_c``: z-scores over all layers; negative is safer to prune.
 
     ``patterned``: whether the layer has the run's N:M pattern. ``pattern_cost``: predicted rise of
     the loss for taking the dense layer to it, and so the fall for giving it back, nats; None in an
@@ -42,16 +53,25 @@ class LayerProfile(BaseModel):
     parameters: int
     sparsity: float
     dense_sparsity: float = 0.0
-    s: float
-    g: float
     loss_cost: tuple[float, float, float]
     regrow_gain: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    z_s: float
-    z_g: float
-    z_c: float
+    signals: dict[_SignalName, float]
+    measured: dict[_SignalName, float] = {}
     patterned: bool = False
     pattern_cost: float | None = None
     pattern_own: float = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_first_version(cls, data: Any) -> Any:
+        """Version 0.1.0 had a field for each of its three signals."""
+        if not isinstance(data, dict) or "signals" in data:
+            return data
+        data = dict(data)
+        if found := {name: data.pop(name) for name in ("z_s", "z_g", "z_c") if name in data}:
+            values = {z: data.pop(name) for z, name in _MEASURED.items() if name in data}
+            data |= {"signals": found, "measured": values}
+        return data
 
     @property
     def pruned(self) -> float:
@@ -105,7 +125,8 @@ class ModelProfile(BaseModel):
 
     def table(self) -> dict[str, str]:
         """Compact rows by short name, under a head, for the checkpointed state."""
-        return {"layer": "sparsity z_s z_g z_c"} | {
-            p.short_name: f"{p.sparsity:.3f} {p.z_s:.2f} {p.z_g:.2f} {p.z_c:.2f}"
+        names = list(self.layers[0].signals) if self.layers else []
+        return {"layer": " ".join(["sparsity", *names])} | {
+            p.short_name: " ".join([f"{p.sparsity:.3f}", *(f"{p.signals[n]:.2f}" for n in names)])
             for p in self.layers
         }

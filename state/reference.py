@@ -65,5 +65,7 @@ def _form(key: dict[str, Any]) -> str:
     words = _TYPES.get(key.get("type", ""), key.get("type", "any value"))
     if "items" in key:
         words += f" of {_form(key['items']).removeprefix('one of ')}"
+    if "examples" in key:
+        words += f", such as {', '.join(map(str, key['examples']))}"
     bounds = [f"{word} {key[bound]:g}" for bound, word in _BOUNDS.items() if bound in key]
     return ", ".join([words, *bounds])

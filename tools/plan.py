@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from prunewright.state import InputError, PruneRequest
-from prunewright.tools.criteria import CRITERIA
+from prunewright.tools.criteria import find_criterion
 from prunewright.tools.model.checkpoint import Stored, read_tensors
 from prunewright.tools.model.head import TOKENS_AT_ONCE, Head, window_losses
 from prunewright.tools.model.layers import Layer, find_layers, left_dense, named_blocks
@@ -290,7 +290,7 @@ def _memory(
     texts = TEXTS
     # The mean squares of each weight's gradient, in float32, and those of the newest, too, while
     # the older are let go.
-    gradients = 8 * shape.prunable if CRITERIA[request.criterion].by_weight else 0
+    gradients = 8 * shape.prunable if find_criterion(request.criterion).by_weight else 0
     host = {"texts": texts, "gradients": gradients, "host": texts + gradients}
     if device.type == "cpu":
         parts["apply"] = 2 * shape.prunable * size

@@ -1,7 +1,6 @@
 """Who decides: an LLM, a control without one, or the user's own class. One string names each."""
 
 import difflib
-import importlib
 import inspect
 import os
 from collections.abc import Mapping
@@ -21,6 +20,8 @@ from prunewright.graph.agents.prompt.build import check_prompts
 from prunewright.graph.agents.replay import ReplayAgent
 from prunewright.state import InputError, PruneContext, Spent
 from prunewright.state.config import DEFAULT_AGENT
+from prunewright.state.plugins import IMPORT, Registry
+from prunewright.tools.signals import find_signals
 
 __all__ = [
     "Agent",
@@ -38,6 +39,14 @@ CONTROLS: dict[str, type[Agent]] = {
     "random": RandomAgent,
     "uniform": UniformAgent,
 }
+REGISTRY: Registry[type[Agent]] = Registry(
+    kind="agent",
+    group="prunewright.agents",
+    known=CONTROLS,
+    fits=lambda found: inspect.isclass(found) and callable(getattr(found, "decide", None)),
+    must="is no class with a method decide(observation)",
+    form="package.module:Class",
+)
 _REMOVED = {
     "adaptive": ", as it was no better: use greedy",
     "local": ": serve the model (Ollama, llama.cpp, vLLM) and ask it as ollama:MODEL, or as "
@@ -81,15 +90,14 @@ def resolve_agent(name: str, options: Mapping[str, Any] | None = None) -> Resolv
         )
     if name in CONTROLS:
         return ResolvedAgent(name, "a control without an LLM")
-    if name.startswith("import:"):
-        _imported(name)
+    if _own(name) is not None:
         return ResolvedAgent(name, "the user's own class")
     kind, _, path = name.partition(":")
     if kind in _REMOVED:
         raise InputError(f"the agent {name!r} no longer exists{_REMOVED[kind]}")
     if ":" not in name:
         raise InputError(
-            f"unknown agent {name!r}{_hint(name)}; known: auto, {', '.join(CONTROLS)}, "
+            f"unknown agent {name!r}{_hint(name)}; known: auto, {', '.join(REGISTRY.names())}, "
             f"provider:model (such as {DEFAULT_AGENT}), replay:FILE, exchange:DIR, "
             "import:package.module:Class"
         )
@@ -107,8 +115,8 @@ def check_agent(context: PruneContext) -> ResolvedAgent:
     An agent is built and dropped, which asks nobody; a class of the user's is not.
 
     Raises:
-        InputError: as `resolve_agent`, an unknown provider, options that do not fit, templates
-            of the prompt that cannot work, or an allocation, which is a baseline's.
+        InputError: as `resolve_agent`, an unknown provider, options that do not fit, signals or
+            templates of the prompt that cannot work, or an allocation, which is a baseline's.
     """
     if context.allocation != "uniform" or context.allocation_options:
         raise InputError(
@@ -116,9 +124,10 @@ def check_agent(context: PruneContext) -> ResolvedAgent:
             "shares the target out. Leave allocation and allocation_options away, or use baseline"
         )
     resolved = resolve_agent(context.agent, context.agent_options)
+    find_signals(context.signals)
     check_prompts(context.prompts)
-    if resolved.name.startswith("import:"):
-        _options(resolved.name, _imported(resolved.name), context.agent_options)
+    if (own := _own(resolved.name)) is not None:
+        _options(resolved.name, own, context.agent_options)
     else:
         make_agent(context)
     return resolved
@@ -137,8 +146,7 @@ def make_agent(context: PruneContext, spent: Spent | None = None) -> tuple[str, 
     name = resolve_agent(context.agent, context.agent_options).name
     if name in CONTROLS:
         return name, CONTROLS[name]()
-    if name.startswith("import:"):
-        found = _imported(name)
+    if (found := _own(name)) is not None:
         return name, found(**_options(name, found, context.agent_options))
     kind, _, path = name.partition(":")
     if kind == "replay":
@@ -153,7 +161,7 @@ def make_agent(context: PruneContext, spent: Spent | None = None) -> tuple[str, 
 def _hint(name: str) -> str:
     if name.startswith("gemini"):
         return f"; did you mean google_genai:{name}?"
-    close = difflib.get_close_matches(name, [*CONTROLS, "auto"], n=1)
+    close = difflib.get_close_matches(name, [*REGISTRY.names(), "auto"], n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -170,20 +178,7 @@ def _options(name: str, found: type[Agent], options: dict[str, Any]) -> dict[str
     return options
 
 
-def _imported(name: str) -> type[Agent]:
-    module, _, attribute = name.removeprefix("import:").rpartition(":")
-    if not module or not attribute:
-        raise InputError(f"{name!r} is not of the form import:package.module:Class")
-    try:
-        found: type[Agent] = getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"cannot import the agent {name!r}: {error}; is its folder on PYTHONPATH?"
-        ) from error
-    except Exception as error:  # the module is the user's: it may raise anything
-        raise InputError(
-            f"cannot import the agent {name!r}: {type(error).__name__}: {error}"
-        ) from error
-    if not inspect.isclass(found) or not callable(getattr(found, "decide", None)):
-        raise InputError(f"the agent {name!r} is no class with a method decide(observation)")
-    return found
+def _own(name: str) -> type[Agent] | None:
+    """A class from outside; None for a control, a provider's model, or what reads files."""
+    known = name in CONTROLS or name in _REMOVED or (":" in name and not name.startswith(IMPORT))
+    return None if known else REGISTRY.own(name)

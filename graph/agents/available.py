@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from prunewright.graph.agents import CONTROLS, resolve_agent
+from prunewright.graph.agents import CONTROLS, REGISTRY, resolve_agent
 from prunewright.state import InputError
 from prunewright.state.config import DEFAULT_AGENT
 
@@ -37,7 +37,8 @@ class Available:
 def available() -> list[Available]:
     """Every kind of agent; keys are looked for and never shown."""
     rows = []
-    for name, tried in _TRIED.items():
+    installed = {name: name for name in REGISTRY.names() if name not in CONTROLS}
+    for name, tried in (_TRIED | installed).items():
         try:
             found = resolve_agent(tried)
             words = found.words if name == "auto" else found.why

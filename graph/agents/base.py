@@ -16,8 +16,9 @@ from prunewright.state import (
     PrunewrightError,
     Step,
 )
-from prunewright.state.config import Signal, pattern_sparsity
+from prunewright.state.config import pattern_sparsity
 from prunewright.state.decision import MAX_NAME
+from prunewright.state.profile import COST_SIGNAL
 
 
 class InvalidAnswerError(PrunewrightError):
@@ -84,7 +85,8 @@ class Observation:
         dense_perplexity: guard perplexity of the dense model.
         perplexity: guard perplexity of the accepted revision.
         profile: every layer's signals.
-        signals: which z-scores an LLM is shown; z_c stands for all of the predicted cost.
+        signals: which z-scores an LLM is shown, as a configuration names them; z_c stands for all
+            of the predicted cost.
         history: the earlier steps; empty without feedback.
         feedback: whether an LLM is told what its earlier steps did.
         prompts: folder with templates of the prompt that replace the project's.
@@ -109,7 +111,7 @@ class Observation:
     profile: ModelProfile
     max_knowledge_drop: float | None = None
     pattern: str = "unstructured"
-    signals: tuple[Signal, ...] = ("z_s", "z_g", "z_c")
+    signals: tuple[str, ...] = ("z_s", "z_g", "z_c")
     history: tuple[Step, ...] = ()
     feedback: bool = True
     prompts: str | None = None
@@ -123,6 +125,11 @@ class Observation:
     def pattern_sparsity(self) -> float | None:
         """Sparsity of a layer that has the pattern; None in an unstructured run."""
         return pattern_sparsity(self.pattern)
+
+    @property
+    def costs_shown(self) -> bool:
+        """Whether an LLM is shown predicted costs."""
+        return COST_SIGNAL in self.signals
 
     @property
     def gradient_age(self) -> int:

@@ -125,7 +125,11 @@ class ZScoreAgent:
 
     def decide(self, observation: Observation) -> Decision:
         """Whole layers in the order of z_s + z_g until the budget is full."""
-        order = sorted(observation.profile.layers, key=lambda p: (p.z_s + p.z_g, p.name))
+
+        def score(layer: LayerProfile) -> float:
+            return layer.signals["z_s"] + layer.signals["z_g"]
+
+        order = sorted(observation.profile.layers, key=lambda p: (score(p), p.name))
         deltas = _fill(observation, [p.name for p in order])
         return _decision(deltas, f"Lowest z_s + z_g: {len(deltas)} layers.")
 

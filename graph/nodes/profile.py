@@ -66,13 +66,15 @@ def profile(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
                     f"the guard text is not finite in {bench.loaded.dtype}. Try another dtype"
                 )
             update = _fresh_state(dense, losses, bench.sparsity())
-        signals = bench.profile(revision, gradient_revision, progress_of(runtime))
+        signals = bench.profile(
+            revision, gradient_revision, progress_of(runtime), context_of(runtime).signals
+        )
         signals = signals.model_copy(update={"gradient_step": gradient_step})
         tokens = spent_by(bench, before)
     broken = [
         p.short_name
         for p in signals.layers
-        if not math.isfinite(p.s + p.g + sum(p.loss_cost) + (p.pattern_cost or 0.0))
+        if not math.isfinite(sum(p.measured.values()) + sum(p.loss_cost) + (p.pattern_cost or 0.0))
     ]
     if broken:
         raise PrunewrightError(

@@ -48,6 +48,7 @@ from prunewright.state.shown import clean
 from prunewright.tools.allocation import resolve_allocation
 from prunewright.tools.baseline import prune_once
 from prunewright.tools.bench.workbench import workbench
+from prunewright.tools.criteria import find_criterion
 from prunewright.tools.model.head import Progress
 from prunewright.tools.results import save_pruned
 from prunewright.tools.store.rundir import RunDirectory
@@ -489,8 +490,10 @@ def _prune_once(
 
 def _settle(config: PruneConfig | dict[str, Any] | str | Path) -> PruneConfig:
     if isinstance(config, str | Path):
-        return load_config(config)
-    return validate_config(config) if isinstance(config, dict) else config
+        config = load_config(config)
+    settled = validate_config(config) if isinstance(config, dict) else config
+    find_criterion(settled.criterion)  # before anything is loaded
+    return settled
 
 
 def _new_thread() -> str:

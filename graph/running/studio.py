@@ -25,7 +25,7 @@ from prunewright.state import (
     PruneUpdate,
     PrunewrightError,
 )
-from prunewright.state.config import CriterionName
+from prunewright.state.config import Name
 
 DATABASE_VARIABLE = "PRUNEWRIGHT_STUDIO_DB"
 """Environment variable that says where the server keeps its threads."""
@@ -63,7 +63,7 @@ class StudioContext(PruneContext):
 
     model_config = ConfigDict(json_schema_extra=_offer_at_nodes)
 
-    criterion: CriterionName | None = Field(
+    criterion: Name | None = Field(
         None, description="the criterion of runs that this assistant starts; null: the request's"
     )
 

@@ -5,7 +5,6 @@ the command line in processes of its own: `run`, `baseline` or `resume`, then `e
 memory is its own, its crash leaves the others alone, and anyone can go on with it by hand.
 """
 
-import importlib.util
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from prunewright.graph import agents
 from prunewright.graph.agents import resolve_agent
 from prunewright.graph.running.runner import OnEvent
 from prunewright.state import InputError, PruneConfig, PrunewrightError, StoreError
@@ -34,6 +34,7 @@ from prunewright.state.study import (
     load_comparison_config,
     validate_comparison,
 )
+from prunewright.tools import allocation, criteria, signals
 from prunewright.tools.model.loading import model_skeleton
 from prunewright.tools.report.comparison import write_pages, write_tables
 from prunewright.tools.store.rundir import RunDirectory
@@ -126,38 +127,35 @@ def plan_experiments(config: ComparisonConfig, digests: Digests) -> list[Planned
                     name = resolve_agent(settled.agent).name
                     settled = settled.model_copy(update={"agent": name})
                 kind = method.resolved_kind
-                files = _agent_files(settled) if kind == "run" else _allocation_files(settled)
+                criteria.find_criterion(settled.criterion)  # none could run with an unknown one
+                files = _experiment_files(settled, kind)
                 key = experiment_key(kind, settled, config.evaluation, digests, files)
                 experiments.append(Planned(method, seed, target, settled, key))
     return experiments
 
 
-def _agent_files(config: PruneConfig) -> dict[str, str]:
-    """Hashes of the files that an agent's decisions follow from; what is missing, a run tells.
+def _experiment_files(config: PruneConfig, kind: str) -> dict[str, str]:
+    """Hashes of the files that an experiment follows from; what is missing, a run tells.
 
-    By their names, and a module by its own: where they lie says nothing.
+    By their names, and code from outside by what it is: where they lie says nothing.
     """
-    kind, _, name = config.agent.partition(":")
-    paths: list[Path] = []
-    if kind == "replay":
-        path = Path(name).expanduser()
-        paths = [path / "trace.jsonl" if path.is_dir() else path]
-    elif kind == "import":
-        try:
-            found = importlib.util.find_spec(name.rpartition(":")[0])
-        except (ImportError, ValueError):
-            found = None
-        paths = [Path(found.origin)] if found is not None and found.origin else []
-    if config.prompts is not None:
-        paths += sorted(Path(config.prompts).expanduser().glob("*.md"))
-    return {path.name: sha256_file(path) for path in paths if path.is_file()}
-
-
-def _allocation_files(config: PruneConfig) -> dict[str, str]:
-    """As `_agent_files`, of the run that a baseline's allocation is taken from."""
-    kind, _, name = config.allocation.partition(":")
-    path = RunDirectory(Path(name).expanduser()).trace_file
-    return {path.name: sha256_file(path)} if kind == "from" and path.is_file() else {}
+    code = {"criterion": criteria.REGISTRY.source(config.criterion)}
+    paths: list[Path | None] = []
+    if kind == "run":
+        code |= {f"signal {name}": signals.REGISTRY.source(name) for name in config.signals}
+        paths = [agents.REGISTRY.source(config.agent)]
+        if config.agent.startswith("replay:"):
+            path = Path(config.agent.removeprefix("replay:")).expanduser()
+            paths = [path / "trace.jsonl" if path.is_dir() else path]
+        if config.prompts is not None:
+            paths += sorted(Path(config.prompts).expanduser().glob("*.md"))
+    elif config.allocation.startswith(allocation.FROM_RUN):
+        path = Path(config.allocation.removeprefix(allocation.FROM_RUN)).expanduser()
+        paths = [RunDirectory(path).trace_file]
+    else:
+        code["allocation"] = allocation.REGISTRY.source(config.allocation)
+    found = [*code.items(), *((path.name, path) for path in paths if path is not None)]
+    return {name: sha256_file(path) for name, path in found if path and path.is_file()}
 
 
 class _Work:

@@ -2,6 +2,7 @@
 
 from prunewright.graph.cli.screen.console import layers_words, step_line
 from prunewright.state import ModelProfile, Step
+from prunewright.state.profile import COST_SIGNAL
 from prunewright.state.shown import clean
 
 _NAMED = 3
@@ -9,8 +10,8 @@ _NAMED = 3
 
 def profile_words(step: int, profile: ModelProfile) -> str:
     """What the profile came to."""
-    cheapest = sorted(profile.layers, key=lambda layer: (layer.z_c, layer.name))[:_NAMED]
-    named = ", ".join(f"{p.short_name} z_c {p.z_c:+.2f}" for p in cheapest)
+    scores = sorted((p.signals[COST_SIGNAL], p.name, p.short_name) for p in profile.layers)
+    named = ", ".join(f"{short} {COST_SIGNAL} {z:+.2f}" for z, _, short in scores[:_NAMED])
     return clean(f"step {step + 1}: {len(profile.layers)} layers profiled, cheapest {named}")
 
 

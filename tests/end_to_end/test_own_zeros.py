@@ -148,7 +148,10 @@ def test_a_run_meets_the_target_and_keeps_to_its_bounds(
             added[name] = added.get(name, 0.0) + delta
             assert added[name] >= -1e-9  # nothing that the dense model has is given back
         # What is told of the layers is finite, and all-zero ones cost nothing.
-        assert all(math.isfinite(p.s + p.g + sum(p.loss_cost) + p.z_c) for p in profile.values())
+        assert all(
+            math.isfinite(sum([*p.measured.values(), *p.signals.values(), *p.loss_cost]))
+            for p in profile.values()
+        )
         assert all(p.loss_cost == (0, 0, 0) for p in profile.values() if p.dense_sparsity == 1)
 
 

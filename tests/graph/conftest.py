@@ -42,12 +42,8 @@ def make_layer() -> Callable[..., LayerProfile]:
             "projection": projection,
             "parameters": 1000,
             "sparsity": 0.1,
-            "s": 1.0,
-            "g": 1.0,
             "loss_cost": (0.001, 0.003, 0.006),
-            "z_s": 0.0,
-            "z_g": 0.0,
-            "z_c": 0.0,
+            "signals": {name: values.pop(name, 0.0) for name in ("z_s", "z_g", "z_c")},
         }
         return LayerProfile(**(defaults | values))
 

@@ -289,13 +289,9 @@ def profiles(draw: st.DrawFn) -> ModelProfile:
                 projection="mlp.up_proj",
                 parameters=draw(st.integers(1, 100_000)),
                 sparsity=draw(st.floats(0, 0.9)),
-                s=1.0,
-                g=1.0,
                 loss_cost=costs,
                 regrow_gain=tuple(gains),
-                z_s=z_scores[0],
-                z_g=z_scores[1],
-                z_c=z_scores[2],
+                signals=dict(zip(("z_s", "z_g", "z_c"), z_scores, strict=True)),
             )
         )
     return ModelProfile(revision="r", gradient_revision="r", layers=layers)
@@ -405,12 +401,8 @@ def test_greedy_is_as_cheap_as_any_step_can_be(
                 projection="p",
                 parameters=1000,
                 sparsity=sparsities[index],
-                s=0,
-                g=0,
                 loss_cost=costs,
-                z_s=0,
-                z_g=0,
-                z_c=0,
+                signals={"z_s": 0, "z_g": 0, "z_c": 0},
             )
         )
     observation = Observation(

@@ -61,13 +61,9 @@ def test_costs_by_projection_and_depth_add_up_to_the_predicted_change() -> None:
             projection=kind,
             parameters=100,
             sparsity=0.3,
-            s=0,
-            g=0,
             loss_cost=(0.01 * (block + 1), 0.03, 0.06 + block),
             regrow_gain=(0.002, 0.004, 0.005),
-            z_s=0,
-            z_g=0,
-            z_c=0,
+            signals={"z_s": 0, "z_g": 0, "z_c": 0},
         )
         for block in range(5)
         for kind in ("q", "up")

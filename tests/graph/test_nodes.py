@@ -118,12 +118,8 @@ def layer(name: str, sparsity: float = 0.0) -> LayerProfile:
         projection=name.partition(".")[2],
         parameters=100,
         sparsity=sparsity,
-        s=1.0,
-        g=1.0,
         loss_cost=(0.01, 0.02, 0.04),
-        z_s=0.0,
-        z_g=0.0,
-        z_c=0.0,
+        signals={"z_s": 0.0, "z_g": 0.0, "z_c": 0.0},
     )
 
 

@@ -35,15 +35,14 @@ from prunewright.state import (
     PruneContext,
     Step,
 )
-from prunewright.state.config import Signal
 from prunewright.state.decision import MAX_NAME
 from prunewright.tools.model.loading import resolve_directory
 
 MakeLayer = Callable[..., LayerProfile]
 MakeObservation = Callable[..., Observation]
 
-ALL: tuple[Signal, ...] = ("z_s", "z_g", "z_c")
-SUBSETS: list[tuple[Signal, ...]] = [
+ALL = ("z_s", "z_g", "z_c")
+SUBSETS: list[tuple[str, ...]] = [
     *((), ("z_s",), ("z_g",), ("z_c",)),
     *(("z_s", "z_g"), ("z_s", "z_c"), ("z_g", "z_c"), ALL),
 ]
@@ -98,7 +97,7 @@ def make_history(profile: ModelProfile, steps: int, seed: int = 0) -> tuple[Step
 def after(
     profile: ModelProfile,
     steps: int,
-    signals: tuple[Signal, ...],
+    signals: tuple[str, ...],
     make_observation: MakeObservation,
 ) -> Observation:
     """What an agent sees of a model after some steps."""
@@ -121,7 +120,7 @@ def test_a_prompt_of_252_layers_is_compact(make_observation: MakeObservation) ->
     profile = make_model(36)
     assert len(profile.layers) == 252
 
-    def tokens(steps: int, signals: tuple[Signal, ...], target: float = 0.6) -> int:
+    def tokens(steps: int, signals: tuple[str, ...], target: float = 0.6) -> int:
         observation = after(profile, steps, signals, make_observation)
         observation = replace(observation, target=target)
         return sum(len(tokenizer(text).input_ids) for text in texts(observation))
@@ -236,7 +235,7 @@ def test_maps(seed: int, make_observation: MakeObservation) -> None:
     digits = read_map(step, "z_s and z_g, one digit each")
     for name, cell in digits.items():
         p = by_name[name]
-        for digit, z in zip(cell, (p.z_s, p.z_g), strict=True):
+        for digit, z in zip(cell, (p.signals["z_s"], p.signals["z_g"]), strict=True):
             assert (int(digit) - 5) / 2 == pytest.approx(min(max(z, -2.5), 2), abs=0.251)
     total = sum(p.parameters for p in layers)
     shares = next(line for line in step.splitlines() if line.startswith("share of each layer"))
@@ -252,7 +251,10 @@ def test_maps_without_costs_have_finer_scores(make_observation: MakeObservation)
     titles, cells = read_cells(step)
     assert titles[1:] == ["z_s in hundredths", "z_g in hundredths"]
     assert {name: [int(x) for x in cell[1:]] for name, cell in cells.items()} == {
-        p.short_name: [pytest.approx(100 * z, abs=0.51) for z in (p.z_s, p.z_g)] for p in layers
+        p.short_name: [
+            pytest.approx(100 * z, abs=0.51) for z in (p.signals["z_s"], p.signals["z_g"])
+        ]
+        for p in layers
     }
 
 
@@ -379,8 +381,8 @@ def test_of_more_layers_than_fit_groups_are_summed_up(make_observation: MakeObse
         "27",
         f"{100 * 27 * QWEN3_4B['mlp.up_proj'] / sum(p.parameters for p in layers):.3g}",
         f"{sum(p.sparsity for p in group) / 27:.3f}",
-        f"{sum(p.z_s for p in group) / 27:.2f}",
-        f"{sum(p.z_g for p in group) / 27:.2f}",
+        f"{sum(p.signals['z_s'] for p in group) / 27:.2f}",
+        f"{sum(p.signals['z_g'] for p in group) / 27:.2f}",
         f"{rates[0]:.2g} / {rates[13]:.2g} / {rates[-1]:.2g}",
     ]
 
@@ -526,13 +528,12 @@ def altered(observation: Observation, hidden: set[str], seed: int) -> Observatio
     layers = []
     for p in observation.profile.layers:
         changes: dict[str, Any] = {}
-        if "z_s" in hidden:
-            changes |= {"z_s": dice.gauss(0, 2), "s": dice.random()}
-        if "z_g" in hidden:
-            changes |= {"z_g": dice.gauss(0, 2), "g": dice.random()}
+        for name in hidden:
+            changes["signals"] = changes.get("signals", p.signals) | {name: dice.gauss(0, 2)}
+            changes["measured"] = changes.get("measured", p.measured) | {name: dice.random()}
         if "z_c" in hidden:
             values = tuple(sorted(dice.lognormvariate(-6, 2) for _ in range(3)))
-            changes |= {"z_c": dice.gauss(0, 2), "loss_cost": values, "regrow_gain": values}
+            changes |= {"loss_cost": values, "regrow_gain": values}
         layers.append(p.model_copy(update=changes))
     history = observation.history
     if "z_c" in hidden:
@@ -561,7 +562,7 @@ MODELS = {count: make_model(blocks) for count, blocks in ((14, 2), (252, 36), (2
 )
 def test_nothing_of_a_hidden_signal_leaks(
     make_observation: MakeObservation,
-    signals: tuple[Signal, ...],
+    signals: tuple[str, ...],
     shape: tuple[int, int],
     steps: int,
     seed: int,
@@ -601,7 +602,7 @@ def test_without_signals_the_shortlist_is_spread_over_the_model(
 @pytest.mark.parametrize("count", MODELS)
 @pytest.mark.parametrize("signals", SUBSETS)
 def test_without_feedback_nothing_of_earlier_steps_stands_there(
-    count: int, signals: tuple[Signal, ...], make_observation: MakeObservation
+    count: int, signals: tuple[str, ...], make_observation: MakeObservation
 ) -> None:
     profile = MODELS[count]
     plain = make_observation(

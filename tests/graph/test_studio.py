@@ -153,7 +153,7 @@ def test_the_forms_have_descriptions_bounds_and_defaults(server: Server) -> None
         assert "default" in field or name == "agent_options", name
     assert (asked["target"]["default"], asked["target"]["maximum"]) == (0.45, 0.95)
     assert asked["target"]["exclusiveMinimum"] == 0
-    assert set(asked["criterion"]["enum"]) >= {"magnitude", "wanda", "fisher"}
+    assert set(asked["criterion"]["examples"]) >= {"magnitude", "wanda", "fisher"}
     assert carried["agent"]["langgraph_nodes"] == ["agent_decide"]
     graph: dict[str, Any] = dict(server.client.assistants.get_graph(assistant))
     drawn = {node["id"] for node in graph["nodes"]}

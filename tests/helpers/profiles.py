@@ -36,12 +36,8 @@ def make_model(blocks: int, seed: int = 0, sizes: Mapping[str, int] = QWEN3_4B) 
                     projection=projection,
                     parameters=parameters,
                     sparsity=dice.uniform(0.3, 0.6),
-                    s=1.0,
-                    g=1.0,
                     loss_cost=(costs[0], costs[1], costs[2]),
-                    z_s=dice.gauss(0, 1),
-                    z_g=dice.gauss(0, 1),
-                    z_c=dice.gauss(0, 1),
+                    signals={name: dice.gauss(0, 1) for name in ("z_s", "z_g", "z_c")},
                 )
             )
     return ModelProfile(revision="r", gradient_revision="r", layers=layers)

@@ -61,7 +61,7 @@ def test_the_defaults_are_those_of_the_design() -> None:
         ({"target": float("nan")}, "target:"),
         ({"guard": {"max_increase": -1}}, "guard.max_increase:"),
         ({"guard": 3}, "guard:"),
-        ({"criterion": "wandaa"}, "criterion:"),
+        ({"criterion": "wanda, obs"}, "criterion: a name is asked for"),
         ({"target": 0.8, "max_layer_sparsity": 0.7}, "above max_layer_sparsity 0.7"),
         ({"texts": {"windows": {"calibration": 2, "gradient": 3}}}, "gradient windows (3)"),
         ({"pattern": 124}, "in quotes"),

@@ -20,12 +20,8 @@ def layer(
         projection="mlp.down_proj",
         parameters=1000,
         sparsity=0.25,
-        s=1.0,
-        g=1.0,
         loss_cost=costs,
-        z_s=-0.5,
-        z_g=1.234,
-        z_c=0.0,
+        signals={"z_s": -0.5, "z_g": 1.234, "z_c": 0.0},
     )
 
 

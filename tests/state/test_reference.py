@@ -47,7 +47,7 @@ def test_every_key_has_a_meaning_and_a_type() -> None:
         "(number, above 0, at most 0.95) target: 0.45",
         "(integer, at least 1 or null) max_calls: null",
         "(true or false) review: false",
-        "(list of z_s, z_g, z_c) signals: [z_s, z_g, z_c]",
+        "(string, such as magnitude, wanda, gblm, fisher, sparsegpt, obs) criterion: wanda",
     ):
         assert words in text
 

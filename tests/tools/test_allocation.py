@@ -26,11 +26,9 @@ from prunewright.tools.allocation.evolutionary import divergence, search
 from prunewright.tools.allocation.global_ranking import lowest_counts
 from prunewright.tools.allocation.owl import owl_sparsities
 from prunewright.tools.bench.workbench import Workbench
-from prunewright.tools.calibration.profiling import (
-    crowded_costs,
-    measure_activations,
-    measure_gradients,
-)
+from prunewright.tools.calibration.activations import measure_activations
+from prunewright.tools.calibration.costs import crowded_costs
+from prunewright.tools.calibration.gradients import measure_gradients
 from prunewright.tools.losses import perplexity
 from prunewright.tools.model.head import Head
 from prunewright.tools.model.loading import load_model

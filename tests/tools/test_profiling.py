@@ -12,20 +12,18 @@ from torch.nn import functional
 
 from prunewright.state import InputError
 from prunewright.state.profile import COST_DELTAS
-from prunewright.tools.calibration import profiling
-from prunewright.tools.calibration.profiling import (
-    build_profile,
-    measure_activations,
-    measure_gradients,
-    predict_losses,
-    predict_pattern_loss,
-    salience_percentile,
-    z_scores,
-)
+from prunewright.tools.calibration import gradients as gradients_module
+from prunewright.tools.calibration import sample
+from prunewright.tools.calibration.activations import measure_activations
+from prunewright.tools.calibration.costs import predict_losses, predict_pattern_loss
+from prunewright.tools.calibration.gradients import measure_gradients
+from prunewright.tools.calibration.profile import build_profile
+from prunewright.tools.calibration.sample import even_spread, salience_percentile
 from prunewright.tools.criteria import LayerStatistics, fisher, prune_mask
 from prunewright.tools.model.head import Head
 from prunewright.tools.model.layers import find_layers
 from prunewright.tools.model.loading import LoadedModel
+from prunewright.tools.signals import z_scores
 
 Load = Callable[..., LoadedModel]
 
@@ -176,7 +174,7 @@ def test_pieces_of_a_window_make_no_difference(
     loaded = load()
     head = Head(loaded.model)
     whole = measure_gradients(loaded, head, windows)
-    monkeypatch.setattr(profiling, "TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr(gradients_module, "TOKENS_AT_ONCE", 7)
     pieces = measure_gradients(loaded, head, windows)
     for name in loaded.layers:
         close(pieces.gradient_square[name], whole.gradient_square[name], 1e-4)
@@ -445,7 +443,7 @@ def test_the_predicted_loss_of_a_pattern_is_the_saliency_of_its_mask(
 def test_a_pattern_of_a_large_layer_is_estimated_from_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, statistics = random_layer(256, 64)
     whole = predict_pattern_loss(weight, statistics, "wanda", (2, 4))
-    monkeypatch.setattr(profiling, "SAMPLE", 64 * 64)
+    monkeypatch.setattr(sample, "SAMPLE", 64 * 64)
     assert predict_pattern_loss(weight, statistics, "wanda", (2, 4)) == pytest.approx(
         whole, rel=0.05
     )
@@ -482,7 +480,7 @@ def test_a_large_layer_is_estimated_from_a_sample(
     levels = [0.2, 0.5, 0.8]
     exact = predict_losses(weight, statistics, criterion, levels)  # type: ignore[arg-type]
     percentile = salience_percentile(weight, statistics.input_square)
-    monkeypatch.setattr(profiling, "SAMPLE", 2**14)
+    monkeypatch.setattr(sample, "SAMPLE", 2**14)
     estimate = predict_losses(weight, statistics, criterion, levels)  # type: ignore[arg-type]
     assert estimate != exact
     assert estimate == pytest.approx(exact, rel=0.15)
@@ -493,7 +491,7 @@ def test_a_large_layer_is_estimated_from_a_sample(
 def test_a_layer_with_fewer_rows_than_the_sample_skips_is_still_estimated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(profiling, "SAMPLE", 16)
+    monkeypatch.setattr(sample, "SAMPLE", 16)
     weight, statistics = random_layer(3, 1000)
     losses = predict_losses(weight, statistics, "wanda", [0.5, 1.0])
     exact = predicted_by_loops(weight, statistics, "wanda", 1.0)
@@ -505,8 +503,8 @@ def test_a_layer_with_fewer_rows_than_the_sample_skips_is_still_estimated(
 def test_the_sample_visits_rows_and_columns_evenly(
     rows: int, inputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(profiling, "SAMPLE", 512)
-    spread = profiling._spread(rows, inputs, torch.device("cpu"))
+    monkeypatch.setattr(sample, "SAMPLE", 512)
+    spread = even_spread(rows, inputs, torch.device("cpu"))
     assert len(spread.rows) == len(spread.columns) <= 512
     matrix = torch.randn(rows, inputs)
     assert torch.equal(spread.of(matrix), matrix[spread.rows, spread.columns])
@@ -562,8 +560,8 @@ def test_a_profile_holds_every_layer_with_its_signals(
         dense = layer.matrix(loaded.dense(layer))
         assert (p.block, p.projection) == (layer.block, layer.projection)
         assert p.parameters == layer.numel
-        assert p.g == gradients.mean_absolute[p.name]
-        assert p.s == salience_percentile(dense, statistics.input_square)
+        assert p.measured["z_g"] == gradients.mean_absolute[p.name]
+        assert p.measured["z_s"] == salience_percentile(dense, statistics.input_square)
         start = sparsities[p.name]
         levels = [min(start + d, 1.0) for d in (0.0, *COST_DELTAS)]
         losses = predict_losses(dense, statistics, "wanda", levels)
@@ -575,9 +573,9 @@ def test_a_profile_holds_every_layer_with_its_signals(
     assert profile.layers[0].loss_cost == (0.0, 0.0, 0.0)
     assert all(p.loss_cost[0] > 0 for p in profile.layers[1:])
     for values, scores in (
-        ([p.s for p in profile.layers], [p.z_s for p in profile.layers]),
-        ([p.g for p in profile.layers], [p.z_g for p in profile.layers]),
-        (marginal, [p.z_c for p in profile.layers]),
+        ([p.measured["z_s"] for p in profile.layers], [p.signals["z_s"] for p in profile.layers]),
+        ([p.measured["z_g"] for p in profile.layers], [p.signals["z_g"] for p in profile.layers]),
+        (marginal, [p.signals["z_c"] for p in profile.layers]),
     ):
         array = np.array(values)
         expected = (array - array.mean()) / array.std()

@@ -280,8 +280,11 @@ def test_frames_hold_what_the_trace_holds(
     assert len(second) == len(layers)
     for layer in layers:
         row = second.loc[layer["name"]]
-        for key in ("block", "projection", "parameters", "sparsity", "s", "g", "z_s", "z_g", "z_c"):
+        for key in ("block", "projection", "parameters", "sparsity", "dense_sparsity"):
             assert row[key] == layer[key], key
+        for key in ("z_s", "z_g", "z_c"):
+            assert row[key] == layer["signals"][key], key
+            assert row[key.removeprefix("z_")] == layer["measured"][key], key
         for key in ("loss_cost", "regrow_gain"):
             assert [row[f"{key}_{delta}"] for delta in ("0.05", "0.10", "0.15")] == layer[key]
     control = load_trace(runs[1])

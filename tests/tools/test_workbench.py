@@ -15,7 +15,8 @@ from prunewright.state import InputError, PruneRequest, StoreError, validate_con
 from prunewright.state.run import DENSE
 from prunewright.tools.bench import workbench as module
 from prunewright.tools.bench.workbench import Workbench, workbench
-from prunewright.tools.calibration.profiling import measure_activations, measure_gradients
+from prunewright.tools.calibration.activations import measure_activations
+from prunewright.tools.calibration.gradients import measure_gradients
 from prunewright.tools.criteria import CRITERIA
 from prunewright.tools.model.head import Head, window_losses
 from prunewright.tools.model.layers import Layer
@@ -79,7 +80,7 @@ def test_every_family_is_profiled_pruned_and_restored(
     dense = weights(bench)
     profile = bench.profile(DENSE, DENSE)
     assert [p.name for p in profile.layers] == list(bench.loaded.layers)
-    assert all(p.s > 0 and p.g > 0 and min(p.loss_cost) > 0 for p in profile.layers)
+    assert all(min(*p.measured.values(), *p.loss_cost) > 0 for p in profile.layers)
     counts = counts_at(bench, 0.3)
     pruned = bench.prune(DENSE, DENSE, counts)
     assert_same(weights(bench), dense)  # the live model stays where it was

@@ -14,8 +14,8 @@ from prunewright.state.run import DENSE
 from prunewright.tools.allocation.blocks import layer_bounds
 from prunewright.tools.allocation.counts import Allotment, Bounds, exact_counts
 from prunewright.tools.bench.workbench import Workbench
-from prunewright.tools.calibration.profiling import statistics_of
-from prunewright.tools.criteria import CRITERIA, prune_mask
+from prunewright.tools.calibration.profile import statistics_of
+from prunewright.tools.criteria import find_criterion, prune_mask
 from prunewright.tools.model.head import TOKENS_AT_ONCE, Head, Progress, hidden_states
 
 _DRAWS = 50
@@ -196,7 +196,7 @@ class _Trials:
     """The live model, taken from one allocation to the next by the layers that differ."""
 
     def __init__(self, bench: Workbench, windows: Tensor, progress: Progress | None) -> None:
-        rule = CRITERIA[bench.request.criterion]
+        rule = find_criterion(bench.request.criterion)
         self._bench = bench
         self._windows = windows
         self._activations = bench.activations(DENSE, progress)

@@ -10,7 +10,7 @@ from prunewright.state.run import DENSE
 from prunewright.tools.allocation.blocks import layer_bounds
 from prunewright.tools.allocation.counts import Allotment
 from prunewright.tools.bench.workbench import Workbench
-from prunewright.tools.calibration.profiling import statistics_of
+from prunewright.tools.calibration.profile import statistics_of
 from prunewright.tools.criteria import CRITERIA, split_experts
 from prunewright.tools.model.head import Progress
 

@@ -8,12 +8,8 @@ from prunewright.state.run import DENSE
 from prunewright.tools.allocation.blocks import layer_counts
 from prunewright.tools.allocation.counts import Allotment
 from prunewright.tools.bench.workbench import Workbench
-from prunewright.tools.calibration.profiling import (
-    crowded_costs,
-    crowding_exponent,
-    predict_losses,
-    statistics_of,
-)
+from prunewright.tools.calibration.costs import crowded_costs, crowding_exponent, predict_losses
+from prunewright.tools.calibration.profile import statistics_of
 from prunewright.tools.model.head import Progress
 
 WIDTH = 0.025

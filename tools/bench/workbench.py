@@ -4,7 +4,7 @@ import ctypes
 import random
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -15,15 +15,11 @@ from torch import Tensor
 from prunewright.state import InputError, PruneRequest, StoreError, parse_pattern
 from prunewright.state.config import EMBEDDED
 from prunewright.state.profile import ModelProfile
-from prunewright.tools.calibration.profiling import (
-    Activations,
-    Gradients,
-    build_profile,
-    measure_activations,
-    measure_gradients,
-    statistics_of,
-)
-from prunewright.tools.criteria import CRITERIA, prune_mask
+from prunewright.tools import criteria
+from prunewright.tools.calibration.activations import Activations, measure_activations
+from prunewright.tools.calibration.gradients import Gradients, measure_gradients
+from prunewright.tools.calibration.profile import build_profile, statistics_of
+from prunewright.tools.criteria import find_criterion, prune_mask
 from prunewright.tools.fast import INTEGERS, count_zeros, write_masked
 from prunewright.tools.masks import nm_count
 from prunewright.tools.model.continuations import answer_scores, fact_tokens
@@ -35,6 +31,7 @@ from prunewright.tools.solve.blocks import BlockRunner, BlockTokens
 from prunewright.tools.solve.solving import Wanted, solve_blocks, solves
 from prunewright.tools.store.revisions import Manifest, RevisionStore, StoredLayer, unpack_kept
 from prunewright.tools.store.standing import setting_files
+from prunewright.tools.store.storage import sha256_file
 from prunewright.tools.texts.questions import hash_questions, load_facts
 from prunewright.tools.texts.windows import Windows, load_windows
 
@@ -47,7 +44,10 @@ class Workbench:
     """
 
     def __init__(self, request: PruneRequest) -> None:
+        find_criterion(request.criterion)  # an unknown one is refused before a model is loaded
         self.request = request
+        source = criteria.REGISTRY.source(request.criterion)
+        self._code = {} if source is None else {"criterion": sha256_file(source)}
         self.loaded: LoadedModel = load_model(
             request.model,
             dtype=request.dtype,
@@ -101,6 +101,8 @@ class Workbench:
                 role: {"source": self.windows.sources[role], "sha256": digest}
                 for role, digest in self.windows.hashes.items()
             },
+            # Of modules from outside that masks are made by.
+            "code": self._code,
             "seed": self.request.seed,
             "dtype": str(self.loaded.dtype).removeprefix("torch."),
             "device": str(self.loaded.device),
@@ -206,7 +208,7 @@ class Workbench:
                 self.head,
                 windows,
                 checkpointing=self.request.profile.gradient_checkpointing,
-                by_weight=CRITERIA[self.request.criterion].by_weight,
+                by_weight=find_criterion(self.request.criterion).by_weight,
                 progress=progress,
             )
             self._gradients = (revision, measured)
@@ -218,9 +220,20 @@ class Workbench:
         self._activations = self._gradients = None
 
     def profile(
-        self, revision: str, gradient_revision: str, progress: Progress | None = None
+        self,
+        revision: str,
+        gradient_revision: str,
+        progress: Progress | None = None,
+        signals: Iterable[str] = (),
     ) -> ModelProfile:
-        """Every layer's signals at a revision, with gradients from another."""
+        """Every layer's signals at a revision, with gradients from another.
+
+        Args:
+            revision: where the model and the activations are.
+            gradient_revision: where gradients were taken.
+            progress: told after each window.
+            signals: names of more signals than the project's own, as in a configuration.
+        """
         gradients = self.gradients(gradient_revision, progress)
         activations = self.activations(revision, progress)
         self.sync(revision)
@@ -239,6 +252,7 @@ class Workbench:
             pattern_own={n: whole - gain / layers[n].numel for n, gain in gains.items()},
             patterned=set(self.store.manifest(revision)),
             reconstruct=self.request.reconstruct,
+            signals=signals,
         )
 
     def check_blocks(self) -> None:
@@ -382,7 +396,7 @@ class Workbench:
     ) -> dict[str, Wanted]:
         """What a solve is asked for: the layers that change and, if reconstructed, all pruned."""
         wanted = {}
-        rule = CRITERIA[self.request.criterion]
+        rule = find_criterion(self.request.criterion)
         if not rule.solves:
             masks = self._masks(revision, gradient_revision, counts, progress)
             wanted = {name: Wanted(mask=mask) for name, mask in masks.items()}
@@ -468,7 +482,7 @@ class Workbench:
     ) -> dict[str, Tensor]:
         """The masks of `prune`: bool by layer, True where pruned."""
         request = self.request
-        rule = CRITERIA[request.criterion]
+        rule = find_criterion(request.criterion)
         gradients = self.gradients(gradient_revision, progress) if rule.needs_gradients else None
         activations = self.activations(revision, progress)
         self.sync(revision)

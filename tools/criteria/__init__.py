@@ -1,12 +1,14 @@
 """Criteria: which weights inside a layer go. One file each, one line each in the registry."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from prunewright.state.config import CriterionName
+from prunewright.state import InputError
+from prunewright.state.plugins import Registry
 from prunewright.tools.criteria import fisher, gblm, magnitude, obs, sparsegpt, wanda
 from prunewright.tools.fast import count_zeros
 from prunewright.tools.masks import (
@@ -59,6 +61,9 @@ class Criterion:
             (`sparsegpt.prune`): what it tries. ``score`` then only stands in where a mask's effect
             is predicted.
         shrinks: whether that sweep shrinks X^T X as the request's ``shrinkage`` says.
+
+    Raises:
+        ValueError: no such group.
     """
 
     group: Group
@@ -68,6 +73,10 @@ class Criterion:
     by_weight: bool = False
     dampings: tuple[float, ...] = ()
     shrinks: bool = False
+
+    def __post_init__(self) -> None:
+        if self.group not in get_args(Group):
+            raise ValueError(f"the group of a criterion is row or layer, not {self.group!r}")
 
     @property
     def solves(self) -> bool:
@@ -81,7 +90,7 @@ def _taken(gradients: Tensor | None) -> Tensor:
     return gradients
 
 
-CRITERIA: dict[CriterionName, Criterion] = {
+CRITERIA: dict[str, Criterion] = {
     "magnitude": Criterion(magnitude.GROUP, lambda w, _: magnitude.score(w)),
     "wanda": Criterion(
         wanda.GROUP, lambda w, s: wanda.score(w, s.input_square), follows_saliency=True
@@ -114,10 +123,42 @@ CRITERIA: dict[CriterionName, Criterion] = {
 }
 
 
+REGISTRY = Registry(
+    kind="criterion",
+    group="prunewright.criteria",
+    known=CRITERIA,
+    fits=lambda found: isinstance(found, Criterion),
+    must="is no prunewright.tools.criteria.Criterion",
+)
+
+
+def find_criterion(name: str) -> Criterion:
+    """The criterion that a configuration names.
+
+    Raises:
+        InputError: unknown, or it cannot be imported.
+    """
+    found = REGISTRY.find(name)
+    if name in CRITERIA:
+        return found
+
+    def score(weight: Tensor, statistics: LayerStatistics) -> Tensor:
+        scores = found.score(weight, statistics)
+        if not isinstance(scores, Tensor) or scores.shape != weight.shape:
+            given = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise InputError(
+                f"the criterion {name!r} must give each weight a score: asked for was a tensor of "
+                f"the shape {tuple(weight.shape)}, given {given}"
+            )
+        return scores.float()
+
+    return replace(found, score=score)
+
+
 def prune_mask(
     weight: Tensor,
     statistics: LayerStatistics,
-    criterion: CriterionName,
+    criterion: str,
     *,
     pruned: int | None = None,
     pattern: tuple[int, int] | None = None,
@@ -133,11 +174,12 @@ def prune_mask(
         pattern: ``(keep_n, group_m)`` instead.
 
     Raises:
+        InputError: the criterion is unknown, or one from outside gives no scores.
         ValueError: neither or both of ``pruned`` and ``pattern``, or a count out of range.
     """
     if (pruned is None) == (pattern is None):
         raise ValueError("give the number of weights to prune, or a pattern")
-    rule = CRITERIA[criterion]
+    rule = find_criterion(criterion)
     matrices = split_experts(weight, statistics)
     shares = expert_shares(pruned, [matrix for matrix, _ in matrices])
     masks = []

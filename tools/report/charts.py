@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from prunewright.state import LayerProfile, Step
+from prunewright.state import Step
 from prunewright.state.profile import short_name
+from prunewright.tools.signals import SIGNALS
 from prunewright.tools.store.trace import Story, layer_sparsities
 
 Spec = dict[str, Any]
@@ -12,11 +13,6 @@ Spec = dict[str, Any]
 VERDICTS = {"accepted": "accepted", "rolled_back": "rolled back", "empty": "empty"}
 """Each verdict in words, as plots and tables show it."""
 _SHAPES = ["circle", "triangle-down", "square"]
-_SIGNALS = {
-    "z_s": "z_s: activation-weighted magnitude, z-score before the last step",
-    "z_g": "z_g: gradient, z-score before the last step",
-    "z_c": "z_c: predicted loss cost, z-score before the last step",
-}
 
 
 def step_charts(stories: Sequence[tuple[str, Story]]) -> dict[str, Spec]:
@@ -172,8 +168,12 @@ def heat_maps(story: Story) -> dict[str, Spec]:
     maps = {"sparsity": _heat_map(values, title, _SEQUENTIAL, ".0f")}
     profile = story.records[-1].profile
     layers = story.directory.read_profile(profile).layers if profile else []
-    for signal, words in _SIGNALS.items() if layers else ():
-        maps[signal] = _heat_map(_signal(layers, signal), words, _DIVERGING, ".1f")
+    for signal in layers[0].signals if layers else ():
+        # Of one from outside the name alone: a report runs nobody's code.
+        title = f": {SIGNALS[signal].title}" if signal in SIGNALS else ""
+        words = f"{signal}{title}, z-score before the last step"
+        scores = {p.name: p.signals[signal] for p in layers if signal in p.signals}
+        maps[signal] = _heat_map(scores, words, _DIVERGING, ".1f")
     return maps
 
 
@@ -185,10 +185,6 @@ _DIVERGING = {
     "clamp": True,
     "dark": "abs(datum.value) > 1.8",
 }
-
-
-def _signal(layers: list[LayerProfile], signal: str) -> dict[str, float]:
-    return {layer.name: getattr(layer, signal) for layer in layers}
 
 
 def _heat_map(values: dict[str, float], title: str, colours: Spec, form: str) -> Spec:

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from prunewright.state import PruneRequest
-from prunewright.state.config import CriterionName
 from prunewright.tools.criteria import (
-    CRITERIA,
     LayerStatistics,
     expert_shares,
+    find_criterion,
     fisher,
     prune_mask,
     sparsegpt,
@@ -28,7 +27,7 @@ PASSES = 2
 
 def solves(request: PruneRequest) -> bool:
     """Whether weights that are kept get other values, which is done block by block."""
-    return request.reconstruct or CRITERIA[request.criterion].solves
+    return request.reconstruct or find_criterion(request.criterion).solves
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def solve_blocks(
     windows: Tensor,
     wanted: dict[str, Wanted],
     *,
-    criterion: CriterionName = "sparsegpt",
+    criterion: str = "sparsegpt",
     reconstruct: bool,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Solved], list[str]]:
@@ -178,7 +177,7 @@ def _solve(
     dense: Tensor,
     wanted: Wanted,
     grams: _Grams,
-    criterion: CriterionName,
+    criterion: str,
     reconstruct: bool,
 ) -> tuple[Solved, list[str]]:
     """One layer, expert by expert, of the parameter's shape; and what must be told of it."""
@@ -232,12 +231,12 @@ def _sweep(
     pattern: tuple[int, int] | None,
     gradient_square: Tensor | None,
     shrinkage: float,
-    criterion: CriterionName,
+    criterion: str,
     name: str,
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Mask and weights of one matrix; by what is known of single weights, and without an update,
     where no token came or no damping helps."""
-    dampings = CRITERIA[criterion].dampings
+    dampings = find_criterion(criterion).dampings
     notes = []
     inputs = torch.ones(weight.shape[1], device=weight.device)
     if gram is not None:

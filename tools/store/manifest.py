@@ -55,6 +55,7 @@ def standing(facts: dict[str, Any]) -> dict[str, Any]:
             role: text.get("sha256") if isinstance(text, dict) else None
             for role, text in (texts if isinstance(texts, dict) else {}).items()
         },
+        "code": facts.get("code") or {},
         "seed": facts.get("seed"),
         "dtype": facts.get("dtype"),
     }

@@ -17,6 +17,7 @@ from prunewright.state import (
 from prunewright.state.metrics import Metrics
 from prunewright.state.profile import short_name
 from prunewright.state.shown import clean
+from prunewright.tools.signals import SIGNALS
 from prunewright.tools.store.rundir import RunDirectory
 from prunewright.tools.store.storage import read_json
 
@@ -48,7 +49,8 @@ _HISTORY = (
 )
 _DECISIONS = ("step", "verdict", "layer", "block", "projection", "delta")
 _CURVES = ("loss_cost", "regrow_gain")
-_SCALARS = tuple(name for name in LayerProfile.model_fields if name not in (*_CURVES, "name"))
+_BY_NAME = ("signals", "measured")
+_SCALARS = tuple(n for n in LayerProfile.model_fields if n not in (*_CURVES, *_BY_NAME, "name"))
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,9 @@ class Trace:
             person said to the decision.
         decisions: a row a step and layer: the ``delta`` of sparsity that was applied. Those of a
             rolled-back step were taken back.
-        profiles: a row a step and layer: all signals of `LayerProfile` before the step, with
-            ``loss_cost`` and ``regrow_gain`` in nats, a column for each delta:
-            ``loss_cost_0.05``.
+        profiles: a row a step and layer: all that `LayerProfile` holds before the step. A signal
+            has two columns, its z-score (``z_s``) and what that is of (``s``); ``loss_cost`` and
+            ``regrow_gain``, in nats, have one for each delta: ``loss_cost_0.05``.
     """
 
     history: "pd.DataFrame"
@@ -161,18 +163,18 @@ def load_trace(run_dir: str | Path) -> Trace:
         return pd.DataFrame(words, columns=list(columns))
 
     curves = tuple(f"{name}_{delta:.2f}" for name in _CURVES for delta in COST_DELTAS)
+    profiles = [
+        {"step": record.step + 1, "layer": layer.name, **_columns(layer)}
+        for record in records
+        if record.profile
+        for layer in directory.read_profile(record.profile).layers
+    ]
+    known = ("step", "layer", *_SCALARS, *map(_value_of, SIGNALS), *SIGNALS, *curves)
+    outside = dict.fromkeys(name for row in profiles for name in row if name not in known)
     return Trace(
         history=frame([_history_row(record) for record in records], _HISTORY),
         decisions=frame([row for record in records for row in _decision_rows(record)], _DECISIONS),
-        profiles=frame(
-            [
-                {"step": record.step + 1, "layer": layer.name, **_signals(layer)}
-                for record in records
-                if record.profile
-                for layer in directory.read_profile(record.profile).layers
-            ],
-            ("step", "layer", *_SCALARS, *curves),
-        ),
+        profiles=frame(profiles, (*known, *outside)),
     )
 
 
@@ -219,8 +221,14 @@ def _decision_rows(record: Step) -> list[dict[str, Any]]:
     return rows
 
 
-def _signals(layer: LayerProfile) -> dict[str, Any]:
-    values = layer.model_dump(include=set(_SCALARS))
+def _value_of(signal: str) -> str:
+    """The column of what a signal's z-score is of."""
+    return signal.removeprefix("z_")
+
+
+def _columns(layer: LayerProfile) -> dict[str, Any]:
+    values = layer.model_dump(include=set(_SCALARS)) | layer.signals
+    values |= {_value_of(name): value for name, value in layer.measured.items()}
     for curve in _CURVES:
         for delta, value in zip(COST_DELTAS, getattr(layer, curve), strict=True):
             values[f"{curve}_{delta:.2f}"] = value

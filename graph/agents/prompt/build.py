@@ -25,15 +25,17 @@ from prunewright.graph.agents.prompt.feedback import (
     last_measured,
     percent,
 )
-from prunewright.graph.agents.prompt.table import MAX_ROWS, shown_layers, table
+from prunewright.graph.agents.prompt.table import MAX_ROWS, shown_layers, signals_shown, table
 from prunewright.state import InputError
 from prunewright.state.decision import MAX_LESSON, MAX_LESSONS
+from prunewright.state.shown import one_line
 
 __all__ = ["MAX_ROWS", "check_prompts", "floor_digits", "prompt", "shown_layers"]
 
 FILES = ("system.md", "step.md")
 """The templates: the rules, which stay the same over a run, and the state at one step."""
-
+MAX_MEANING = 300
+"""Characters of what a prompt says of a signal."""
 
 _SAMPLE: dict[str, Any] = {
     "criterion": "wanda",
@@ -51,6 +53,7 @@ _SAMPLE: dict[str, Any] = {
     "budget": "0.05",
     "dense_perplexity": 20.0,
     "table": "name | share",
+    "meanings": {"z_s": "how safe"},
 }
 # What is empty, or None, without feedback or before the first step.
 _FORMS: dict[str, tuple[Any, ...]] = {
@@ -129,10 +132,11 @@ def floor_digits(value: float, digits: int = 4) -> str:
 
 def _values(o: Observation, rows: int) -> dict[str, Any]:
     """What a template may use, as docs/prompts.md tells."""
-    last = last_measured(o)
+    last, shown = last_measured(o), signals_shown(o)
     return {
         "criterion": o.criterion,
-        "signals": list(o.signals),
+        "signals": [signal.name for signal in shown],
+        "meanings": {s.name: one_line(s.meaning, MAX_MEANING) for s in shown},
         "feedback": o.feedback,
         "max_increase": o.max_increase,
         "max_knowledge_drop": o.max_knowledge_drop,
@@ -154,7 +158,7 @@ def _values(o: Observation, rows: int) -> dict[str, Any]:
         "last_change": f"{percent(last.change)} ± {percent(last.change_stderr).lstrip('+')} %"
         if last
         else "",
-        "gradient_age": o.gradient_age if {"z_g", "z_c"} & set(o.signals) else None,
+        "gradient_age": o.gradient_age if any(s.gradients for s in shown) else None,
         "history": compile_feedback(o),
         "lessons": [" ".join(lesson.split()) for lesson in o.lessons] if o.feedback else [],
         "table": table(o, last_changes(o), rows),

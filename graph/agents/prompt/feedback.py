@@ -20,12 +20,12 @@ def compile_feedback(observation: Observation) -> str:
 
     A line a step; of the latest rollbacks and the last step also the layers with their deltas,
     of the last step the agent's own reasoning; what was measured over what was predicted, by
-    projection and by depth. Of predicted costs only where the signals hold z_c.
+    projection and by depth. Of predicted costs only where they are shown.
     """
     records = observation.history
     if not observation.feedback or not records:
         return ""
-    costs = "z_c" in observation.signals
+    costs = observation.costs_shown
     lines = _table(records, costs)
     for record in [r for r in records if r.verdict == "rolled_back"][-ROLLBACKS:]:
         why = f"Step {record.step + 1} was rolled back: {one_line(record.reason, 300)}."

@@ -11,6 +11,8 @@ from prunewright.graph.agents.base import Observation, quote_name
 from prunewright.graph.correction import DEPTHS, depth_of
 from prunewright.state import COST_DELTAS, LayerProfile
 from prunewright.state.decision import SHOWN
+from prunewright.state.profile import COST_SIGNAL
+from prunewright.tools.signals import Signal, find_signals
 
 MAX_ROWS = 256
 """Layers shown in one prompt; with more, a shortlist and summaries."""
@@ -38,16 +40,30 @@ def shown_layers(observation: Observation, rows: int = MAX_ROWS) -> list[LayerPr
     if len(layers) <= rows:
         return layers
     rows = min(rows, LINES)
-    visible = [s for s in ("z_s", "z_g") if s in observation.signals]
-    if "z_c" in observation.signals:
+    visible = _scores_shown(observation)
+    if observation.costs_shown:
         costs = observation.cost_deltas
         order = sorted(layers, key=lambda p: p.cost_of(costs[0]) / p.parameters)
     elif visible:
-        order = sorted(layers, key=lambda p: fmean(getattr(p, s) for s in visible))
+        order = sorted(layers, key=lambda p: fmean(p.signals[s] for s in visible))
     else:
         order = [layers[i * len(layers) // rows] for i in range(rows)]
     kept = {p.name for p in order[:rows]}
     return [p for p in layers if p.name in kept]
+
+
+def signals_shown(observation: Observation) -> list[Signal]:
+    """The signals that an LLM is shown.
+
+    One that was named after the profile had been taken, on resume, is shown from the next step on.
+    """
+    held = observation.profile.layers[0].signals
+    return [signal for signal in find_signals(observation.signals) if signal.name in held]
+
+
+def _scores_shown(observation: Observation) -> list[str]:
+    """Names of the signals shown beside the cost, whose own z-score tells nothing more."""
+    return [s.name for s in signals_shown(observation) if s.name != COST_SIGNAL]
 
 
 def table(observation: Observation, last: Mapping[str, str], rows: int = MAX_ROWS) -> str:
@@ -74,7 +90,7 @@ def table(observation: Observation, last: Mapping[str, str], rows: int = MAX_ROW
     )
     if taken:
         words = f"Have the pattern {observation.pattern} already"
-        if "z_c" in observation.signals:
+        if observation.costs_shown:
             prunable, costs = observation.prunable, observation.cost_deltas
             words += ", with the cost that giving the layer back takes away"
             rates = {n: cost_rates(p, prunable, costs)[0] for p in layers if (n := p.name) in taken}
@@ -127,27 +143,24 @@ def cost_rates(layer: LayerProfile, prunable: int, deltas: Iterable[float]) -> l
 
 
 def _order(observation: Observation) -> str:
-    if "z_c" in observation.signals:
+    if observation.costs_shown:
         return "those with the lowest cost"
-    if observation.signals:
+    if _scores_shown(observation):
         return "those with the lowest mean z-score"
     return "evenly spread"
 
 
 def _lines(observation: Observation, shown: list[LayerProfile], last: Mapping[str, str]) -> str:
     """One line a layer."""
-    prunable, signals = observation.prunable, observation.signals
+    prunable = observation.prunable
     columns: dict[str, Callable[[LayerProfile], str]] = {
         "name": lambda p: quote_name(p.short_name),
         "share": lambda p: f"{100 * p.parameters / prunable:.4g}",
         "sparsity": lambda p: f"{p.sparsity:.3f}",
     }
-    if "z_s" in signals:
-        columns["z_s"] = lambda p: f"{p.z_s:.2f}"
-    if "z_g" in signals:
-        columns["z_g"] = lambda p: f"{p.z_g:.2f}"
-    if "z_c" in signals:
-        columns["z_c"] = lambda p: f"{p.z_c:.2f}"
+    for signal in signals_shown(observation):
+        columns[signal.name] = partial(_cell, signal)
+    if observation.costs_shown:
         deltas = observation.cost_deltas
         columns[f"cost at {' / '.join(f'{d:.4g}' for d in deltas)}"] = lambda p: "/".join(
             f"{rate:.2g}" for rate in cost_rates(p, prunable, deltas)
@@ -178,9 +191,9 @@ def _maps(observation: Observation, last: Mapping[str, str]) -> str:
         "sparsity in thousandths (312 is 0.312)": lambda p: f"{1000 * p.sparsity:.0f}"
     }
     parts = [f"share of each layer, per cent, by blocks: {by_blocks(layers, shares, MAX_ROWS)}"]
-    visible = [s for s in ("z_s", "z_g") if s in observation.signals]
+    visible = _scores_shown(observation)
     growth = ""
-    if "z_c" in observation.signals:
+    if observation.costs_shown:
         deltas = observation.cost_deltas
         # Near the target the next weights count, before it a whole step.
         at = 0 if _near(observation) else len(deltas) // 2
@@ -203,7 +216,7 @@ def _maps(observation: Observation, last: Mapping[str, str]) -> str:
             cells[
                 f"{' and '.join(visible)}, one digit each: 5 for a score of 0, then half a "
                 "standard deviation a digit, lower is safer"
-            ] = lambda p: "".join(_digit(getattr(p, signal)) for signal in visible)
+            ] = lambda p: "".join(_digit(p.signals[signal]) for signal in visible)
     else:
         for signal in visible:
             cells[f"{signal} in hundredths"] = partial(_hundredths, signal)
@@ -263,8 +276,12 @@ def _back(layer: LayerProfile, prunable: int, unit: float, form: str) -> str:
     return f"{rate / unit:{form}}"
 
 
+def _cell(signal: Signal, layer: LayerProfile) -> str:
+    return signal.format(layer.signals[signal.name])
+
+
 def _hundredths(signal: str, layer: LayerProfile) -> str:
-    return f"{100 * getattr(layer, signal):.0f}"
+    return f"{100 * layer.signals[signal]:.0f}"
 
 
 def _digit(score: float) -> str:
@@ -303,11 +320,11 @@ def _summary(observation: Observation) -> str:
         # Experts that stand each for itself differ in a number only.
         name = re.sub(r"\d+", "*", p.projection) if many else p.projection
         groups.setdefault((name, depth_of(p.block, blocks)), []).append(p)
-    visible = [s for s in ("z_s", "z_g") if s in observation.signals]
+    visible = _scores_shown(observation)
     deltas = observation.cost_deltas
     middle = deltas[len(deltas) // 2]
     columns = ["projection", "blocks", "layers", "share", "sparsity", *visible]
-    if "z_c" in observation.signals:
+    if observation.costs_shown:
         columns.append(f"cost at {middle:.4g}: lowest / median / highest")
     lines = [
         "All layers by projection and depth (mean sparsity and z-scores, share of all together"
@@ -323,9 +340,9 @@ def _summary(observation: Observation) -> str:
             str(len(group)),
             f"{100 * weights / prunable:.3g}",
             f"{sum(p.parameters * p.sparsity for p in group) / weights:.3f}",
-            *(f"{fmean(getattr(p, s) for p in group):.2f}" for s in visible),
+            *(f"{fmean(p.signals[s] for p in group):.2f}" for s in visible),
         ]
-        if "z_c" in observation.signals:
+        if observation.costs_shown:
             rates = sorted(cost_rates(p, prunable, [middle])[0] for p in group)
             cells.append(f"{rates[0]:.2g} / {median(rates):.2g} / {rates[-1]:.2g}")
         rows.append(" | ".join(cells))

@@ -1,0 +1,75 @@
+"""The forward pass of the calibration: how large the inputs of each layer are."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prunewright.state import InputError
+from prunewright.tools.calibration.observed import (
+    accumulators,
+    fill_unseen,
+    finished,
+    live_weights,
+    unseen_words,
+)
+from prunewright.tools.model.head import Progress, hidden_states
+from prunewright.tools.model.layers import Layer
+from prunewright.tools.model.loading import LoadedModel
+from prunewright.tools.model.observe import ProductObserver
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Input statistics of all layers at one revision.
+
+    Attributes:
+        input_square: E[x_j^2] by layer, float32 [inputs] or [experts, inputs].
+        notes: what a reader must know, such as experts that no token reached.
+    """
+
+    input_square: dict[str, Tensor]
+    notes: list[str]
+
+
+@torch.no_grad()
+def measure_activations(
+    loaded: LoadedModel, windows: Tensor, progress: Progress | None = None
+) -> Activations:
+    """E[x_j^2] of every layer's inputs. The pass ends after the last block: no logits.
+
+    Args:
+        loaded: the model, at the revision to measure.
+        windows: token ids [windows, length].
+        progress: told after each window.
+
+    Raises:
+        InputError: a layer took part in no product, or its inputs are not finite.
+    """
+    squares, counts = accumulators(loaded, inputs=True)
+
+    def on_product(layer: Layer, expert: int | None, inputs: Tensor, _: Tensor) -> None:
+        tokens = inputs.reshape(-1, inputs.shape[-1])
+        norms = torch.linalg.vector_norm(tokens, dim=0, dtype=torch.float32)
+        index = expert or 0
+        squares[layer.name][index] += norms.to(squares[layer.name].dtype).square()
+        # A batched product gives an expert zeros in place of the tokens that are not its own.
+        seen = len(tokens) if expert is None else int(tokens.ne(0).any(dim=1).sum())
+        counts[layer.name][index] += seen
+
+    with ProductObserver(live_weights(loaded), on_product):
+        for index, window in enumerate(windows):
+            hidden_states(loaded.model, window.to(loaded.device).unsqueeze(0))
+            if progress is not None:
+                progress("activations", index + 1, len(windows))
+    means = {n: squares[n] / counts[n].clamp(min=1).unsqueeze(1) for n in loaded.layers}
+    seen = {name: count > 0 for name, count in counts.items()}
+    if orphans := fill_unseen(loaded, means, seen):
+        raise InputError(
+            f"{orphans[0]} took part in no product that could be observed while the model ran: "
+            "this model has a kind of layer that is not supported"
+        )
+    return Activations(
+        {name: finished(means[name], layer, "inputs") for name, layer in loaded.layers.items()},
+        unseen_words("{} saw no calibration token and count as the mean of their like", seen),
+    )
