@@ -88,7 +88,7 @@ AgentOption = Annotated[
 
 CriterionOption = Annotated[
     str | None,
-    typer.Option("--criterion", help="magnitude, wanda, gblm, fisher, sparsegpt or obs."),
+    typer.Option("--criterion", help="magnitude, wanda, gblm, fisher, sparsegpt, obs, import:..."),
 ]
 
 

@@ -1,11 +1,13 @@
 """The profile's own arithmetic."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from prunewright.state import COST_DELTAS, LayerProfile, ModelProfile
 
@@ -59,6 +61,25 @@ def test_the_table_is_compact() -> None:
         "layer": "sparsity z_s z_g z_c",
         "7.mlp.down_proj": "0.250 -0.50 1.23 0.00",
     }
+
+
+def test_profiles_of_the_first_version_are_read() -> None:
+    fields = {"name": "model.layers.7.mlp.down_proj", "block": 7, "projection": "mlp.down_proj"}
+    scores = {"s": 0.5, "g": 2e-4, "z_s": -0.5, "z_g": 1.234, "z_c": 0.0}
+    old = fields | {"parameters": 1000, "sparsity": 0.25, "loss_cost": [0.01, 0.03, 0.08]} | scores
+    text = json.dumps({"revision": "r", "gradient_revision": "r", "layers": [old]})
+    measured = {"z_s": 0.5, "z_g": 2e-4}
+    assert ModelProfile.model_validate_json(text).layers == [
+        layer().model_copy(update={"measured": measured})
+    ]
+    with pytest.raises(ValidationError, match="signals"):
+        LayerProfile.model_validate({k: v for k, v in old.items() if not k.startswith("z_")})
+
+
+@pytest.mark.parametrize("name", ["s", "z_", "z_A", "z_<b>", "z_a b", "z_" + "a" * 31])
+def test_a_signals_name_is_plain(name: str) -> None:
+    with pytest.raises(ValidationError):
+        LayerProfile.model_validate(layer().model_dump() | {"signals": {name: 0.0}})
 
 
 def test_it_survives_json() -> None:
