@@ -20,6 +20,7 @@ from pydantic import (
 
 from prunewright.state.errors import InputError
 from prunewright.state.loading import parse_yaml
+from prunewright.state.profile import SIGNALS
 from prunewright.state.secrets import find_secret
 
 DEFAULT_AGENT = "google_genai:gemini-3-flash-preview"
@@ -275,7 +276,7 @@ class PruneContext(Options):
     asking: AskingOptions = Field(AskingOptions(), description="how an LLM is asked")
     feedback: bool = Field(True, description="show the agent what its earlier steps did")
     signals: tuple[Name, ...] = Field(
-        ("z_s", "z_g", "z_c"),
+        SIGNALS,
         description="what an LLM is shown of each layer: z_s, z_g, z_c, which stands for all of "
         "the predicted cost, and your own as import:package.module:name",
     )

@@ -11,6 +11,8 @@ COST_DELTAS = (0.05, 0.10, 0.15)
 """The deltas, up and down, for which a profile predicts the change of the loss."""
 SIGNAL_NAME = r"z_[a-z0-9_]{1,30}"
 """The form of a signal's name."""
+SIGNALS = ("z_s", "z_g", "z_c")
+"""The project's own signals, which every profile holds: those of `prunewright.tools.signals`."""
 COST_SIGNAL = "z_c"
 """The signal that stands for all of the predicted cost."""
 
@@ -68,7 +70,7 @@ class LayerProfile(BaseModel):
         if not isinstance(data, dict) or "signals" in data:
             return data
         data = dict(data)
-        if found := {name: data.pop(name) for name in ("z_s", "z_g", "z_c") if name in data}:
+        if found := {name: data.pop(name) for name in SIGNALS if name in data}:
             values = {z: data.pop(name) for z, name in _MEASURED.items() if name in data}
             data |= {"signals": found, "measured": values}
         return data

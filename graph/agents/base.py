@@ -18,7 +18,7 @@ from prunewright.state import (
 )
 from prunewright.state.config import pattern_sparsity
 from prunewright.state.decision import MAX_NAME
-from prunewright.state.profile import COST_SIGNAL
+from prunewright.state.profile import COST_SIGNAL, SIGNALS
 
 
 class InvalidAnswerError(PrunewrightError):
@@ -111,7 +111,7 @@ class Observation:
     profile: ModelProfile
     max_knowledge_drop: float | None = None
     pattern: str = "unstructured"
-    signals: tuple[str, ...] = ("z_s", "z_g", "z_c")
+    signals: tuple[str, ...] = SIGNALS
     history: tuple[Step, ...] = ()
     feedback: bool = True
     prompts: str | None = None

@@ -21,7 +21,7 @@ from prunewright.state.study import validate_comparison
 from prunewright.tools import load_trace
 from prunewright.tools.criteria import CRITERIA
 from prunewright.tools.report import write_report
-from prunewright.tools.signals import find_signals
+from prunewright.tools.signals import SIGNALS, find_signals
 from prunewright.tools.study import Digests
 
 TEXT = Path(__file__).parents[2] / "CONTRIBUTING.md"
@@ -287,5 +287,6 @@ def test_a_signal_comes_once_and_in_the_order_it_is_named(outside: Path) -> None
     assert names == ["z_c", "z_tails", "z_s"]
 
 
-def test_the_criteria_that_the_configuration_names_are_all_that_there_are() -> None:
+def test_what_the_configuration_names_is_all_that_there_is() -> None:
     assert PruneRequest.model_fields["criterion"].examples == list(CRITERIA)
+    assert PruneContext().signals == tuple(SIGNALS)

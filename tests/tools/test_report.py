@@ -101,7 +101,7 @@ def test_the_plots_have_the_numbers_of_the_trace(runs: tuple[Path, Path]) -> Non
     profile = read(runs[0] / records[-1]["profile"])
     for signal in ("z_s", "z_g", "z_c"):
         values = {r["layer"]: r["value"] for r in charts[f"heat-{signal}"]["data"]["values"]}
-        assert values == {layer["name"]: layer[signal] for layer in profile["layers"]}
+        assert values == {layer["name"]: layer["signals"][signal] for layer in profile["layers"]}
     final = {r["layer"]: r["value"] for r in charts["heat-sparsity"]["data"]["values"]}
     sizes = {layer["name"]: layer["parameters"] for layer in profile["layers"]}
     total = sum(final[name] * size for name, size in sizes.items()) / sum(sizes.values())

@@ -15,9 +15,8 @@ from prunewright.state import (
     StoreError,
 )
 from prunewright.state.metrics import Metrics
-from prunewright.state.profile import short_name
+from prunewright.state.profile import SIGNALS, short_name
 from prunewright.state.shown import clean
-from prunewright.tools.signals import SIGNALS
 from prunewright.tools.store.rundir import RunDirectory
 from prunewright.tools.store.storage import read_json
 
