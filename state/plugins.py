@@ -94,7 +94,7 @@ class Registry(Generic[_Kind]):
             module = entry.module
         try:
             found = importlib.util.find_spec(module)
-        except (ImportError, ValueError):
+        except Exception:  # a package of the user's is imported on the way
             return None
         path = Path(found.origin) if found is not None and found.origin else None
         return path if path is not None and path.is_file() else None

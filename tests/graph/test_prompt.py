@@ -636,7 +636,7 @@ def test_a_step_shows_what_it_forgot(make_observation: MakeObservation) -> None:
 
 
 VARIABLES = [
-    *("criterion", "signals", "feedback", "max_increase"),
+    *("criterion", "signals", "meanings", "feedback", "max_increase"),
     *("max_knowledge_drop", "pattern", "fixed_delta", "max_delta"),
     "max_layer_sparsity",
     *("max_lessons", "max_lesson", "step", "steps", "steps_left", "target"),
