@@ -654,7 +654,10 @@ def test_own_templates_replace_the_projects(
     plain = make_observation(history=(record(),))
     system, step = texts(replace(plain, prompts=str(tmp_path)))
     assert system == texts(plain)[0]
-    assert "criterion: wanda\nsignals: ['z_s', 'z_g', 'z_c']\nfeedback: True\n" in step
+    assert (
+        "criterion: wanda\nsignals: ['z_s', 'z_g', 'z_c']\nmeanings: {'z_s': 'z-score of the 10th"
+        in step
+    )
     assert "\nbudget: 0.05\ndense_perplexity: 20.0\nperplexity: 21.0\nlast_change: +2.0 ±" in step
     assert "\nlessons: []\ntable: name | share" in step
     # Found in the next step, without a new process.
