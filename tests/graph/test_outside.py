@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from prunewright.graph import baseline, run
 from prunewright.graph.agents import check_agent, make_agent, resolve_agent
-from prunewright.graph.running.study import plan_cells
+from prunewright.graph.running.study import plan_experiments
 from prunewright.state import InputError, PruneContext, PruneRequest
 from prunewright.state.study import validate_comparison
 from prunewright.tools import load_trace
@@ -180,7 +180,7 @@ def test_a_run_does_not_go_on_with_another_code_of_its_criterion(
     )
 
 
-def test_cells_of_a_comparison_follow_from_code_from_outside(
+def test_experiments_of_a_comparison_follow_from_code_from_outside(
     pico_config: dict[str, Any], outside: Path
 ) -> None:
     base = {k: v for k, v in pico_config.items() if k not in ("target", "agent")}
@@ -197,7 +197,7 @@ def test_cells_of_a_comparison_follow_from_code_from_outside(
     )
 
     def keys() -> dict[str, str]:
-        return {cell.method.name: cell.key for cell in plan_cells(config, Digests())}
+        return {cell.method.name: cell.key for cell in plan_experiments(config, Digests())}
 
     before = keys()
     for module, changed in (
