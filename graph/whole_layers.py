@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
 
 from prunewright.state import InputError, ModelProfile, PruneRequest
 from prunewright.state.run import TOLERANCE
 from prunewright.tools.counting import most_zeros
-from prunewright.tools.model.loading import LoadedModel
+
+if TYPE_CHECKING:
+    from prunewright.tools.model.loading import LoadedModel
 
 MISSING = "is missing to the target, too little for any dense layer"
 """How the note ends with which a run says that it stopped short of its target."""
@@ -35,7 +38,7 @@ def check_request(request: PruneRequest) -> None:
 
 
 def check_model(
-    request: PruneRequest, loaded: LoadedModel, gains: Mapping[str, int], zeros: int
+    request: PruneRequest, loaded: "LoadedModel", gains: Mapping[str, int], zeros: int
 ) -> None:
     """Refuse a pattern with which the target cannot be reached on a model.
 

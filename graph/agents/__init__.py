@@ -1,4 +1,8 @@
-"""Who decides: an LLM, a control without one, or the user's own class. One string names each."""
+"""Who decides: an LLM, a control without one, or the user's own class. One string names each.
+
+LangChain and torch take seconds to import, so the agents that need them are imported when they are
+made.
+"""
 
 import difflib
 import inspect
@@ -8,16 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunewright.graph.agents.base import Agent, InvalidAnswerError, Observation, Refusal
-from prunewright.graph.agents.chat.agent import LLMAgent, check_access
+from prunewright.graph.agents.chat.providers import check_access
 from prunewright.graph.agents.controls import (
     GreedyAgent,
     RandomAgent,
     UniformAgent,
     ZScoreAgent,
 )
-from prunewright.graph.agents.exchange import ExchangeAgent
-from prunewright.graph.agents.prompt.build import check_prompts
-from prunewright.graph.agents.replay import ReplayAgent
 from prunewright.state import InputError, PruneContext, Spent
 from prunewright.state.config import DEFAULT_AGENT
 from prunewright.state.plugins import IMPORT, Registry
@@ -124,6 +125,8 @@ def check_agent(context: PruneContext) -> ResolvedAgent:
             "shares the target out. Leave allocation and allocation_options away, or use baseline"
         )
     resolved = resolve_agent(context.agent, context.agent_options)
+    from prunewright.graph.agents.prompt.build import check_prompts
+
     find_signals(context.signals)
     check_prompts(context.prompts)
     if (own := _own(resolved.name)) is not None:
@@ -150,9 +153,15 @@ def make_agent(context: PruneContext, spent: Spent | None = None) -> tuple[str, 
         return name, found(**_options(name, found, context.agent_options))
     kind, _, path = name.partition(":")
     if kind == "replay":
+        from prunewright.graph.agents.replay import ReplayAgent
+
         return name, ReplayAgent(path, context.out)
     if kind == "exchange":
+        from prunewright.graph.agents.exchange import ExchangeAgent
+
         return name, ExchangeAgent(path, context.agent_options)
+    from prunewright.graph.agents.chat.agent import LLMAgent
+
     return name, LLMAgent(
         name, context.agent_options, context.asking, spent, context.out or "RUN_DIR"
     )

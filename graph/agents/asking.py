@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from prunewright.graph.agents import InvalidAnswerError, Observation, Refusal
 from prunewright.graph.agents.base import Agent, quote_name
@@ -22,7 +23,9 @@ from prunewright.state import (
 from prunewright.state.decision import SHOWN, first_problems
 from prunewright.state.secrets import redact, redact_all
 from prunewright.state.step import MAX_REFUSED
-from prunewright.tools.store.rundir import RunDirectory
+
+if TYPE_CHECKING:
+    from prunewright.tools.store.rundir import RunDirectory
 
 _log = logging.getLogger("prunewright")
 
@@ -31,7 +34,7 @@ def observe(
     state: PruneState,
     request: PruneRequest,
     context: PruneContext,
-    run: RunDirectory,
+    run: "RunDirectory",
     earlier: Sequence[Step],
 ) -> Observation:
     """What the agent sees at this point of a run; of the earlier steps with feedback."""

@@ -1,16 +1,13 @@
 """The agent that asks a chat model, with bounded retries."""
 
 import difflib
-import importlib.util
 import json
 import logging
-import os
 import re
 import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -31,6 +28,7 @@ from tenacity import (
 
 from prunewright.graph.agents.base import InvalidAnswerError, Observation, Probes
 from prunewright.graph.agents.chat.probes import probe_tool, take_probes, with_results
+from prunewright.graph.agents.chat.providers import PROVIDERS, check_access
 from prunewright.graph.agents.chat.reading import MAX_ANSWER, answer_schema, read_answer
 from prunewright.graph.agents.chat.transport import ReplyError, address, guard, watched
 from prunewright.graph.agents.prompt.build import prompt
@@ -70,91 +68,6 @@ _THOUGHTS = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class _Provider:
-    """What asking a provider takes.
-
-    Attributes:
-        package: LangChain's, to import.
-        install: what pip is given.
-        keys: the variables in which the client looks for its key.
-        defaults: for its client; `agent_options` win over them.
-        binding: for the binding to the schema.
-    """
-
-    package: str
-    install: str
-    keys: tuple[str, ...] = ()
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    binding: Mapping[str, Any] = field(default_factory=dict)
-
-
-# No retries but ours: Google's client reads 0 as its own default, and 1 as "try once"; Ollama's
-# has none.
-_PROVIDERS = {
-    "google_genai": _Provider(
-        "langchain_google_genai",
-        "langchain-google-genai",
-        ("GOOGLE_API_KEY", "GEMINI_API_KEY"),
-        {"max_retries": 1, "temperature": 0.5},
-    ),
-    "openai": _Provider(
-        "langchain_openai",
-        "'prunewright[openai]'",
-        ("OPENAI_API_KEY",),
-        {"max_retries": 0},
-        # Without it OpenAI takes the schema for a wish.
-        {"strict": True},
-    ),
-    "anthropic": _Provider(
-        "langchain_anthropic",
-        "'prunewright[anthropic]'",
-        ("ANTHROPIC_API_KEY",),
-        {"max_retries": 0},
-    ),
-    "ollama": _Provider(
-        "langchain_ollama",
-        "'prunewright[ollama]'",
-        # Its own context of a few thousand tokens would cut a prompt without a word, and its
-        # answers have no end.
-        defaults={"num_ctx": 16_384, "num_predict": 8_192},
-    ),
-}
-
-
-def check_access(name: str, options: Mapping[str, Any] | None = None) -> str:
-    """Refuse a ``provider:model`` whose package or key is missing, before anything costs time.
-
-    A key is not asked for where ``base_url`` names a server: those of one's own rarely need one.
-
-    Returns:
-        What is unusual about the access, in words; "" if nothing is.
-
-    Raises:
-        InputError: with the pip command or the variable to set.
-    """
-    provider, _, model = name.partition(":")
-    if not provider or not model:
-        raise InputError(f"the agent {name!r} is not of the form provider:model")
-    known = _PROVIDERS.get(provider)
-    if known is None:
-        return ""
-    if importlib.util.find_spec(known.package) is None:
-        raise InputError(f"the agent {name} needs another package: pip install {known.install}")
-    if not known.keys or any(os.environ.get(key) for key in known.keys):
-        return ""
-    if any(option.endswith("api_key") for option in options or {}):
-        return ""
-    variables = " or ".join(known.keys)
-    if (options or {}).get("base_url"):
-        return f"{variables} is not set: the server at base_url is sent a placeholder for the key"
-    raise InputError(
-        f"the agent {name} needs an API key: set the environment variable {variables}, name a "
-        "server that needs none (--set agent_options.base_url=...), or choose an agent without "
-        "an LLM (--agent greedy)"
-    )
-
-
 class LLMAgent:
     """Asks a LangChain chat model for one decision a step.
 
@@ -191,12 +104,12 @@ class LLMAgent:
         if provider == "ollama":
             own = options.get("client_kwargs") or {}
             options = {**options, "client_kwargs": {"timeout": asking.timeout, **own}}
-        elif provider in _PROVIDERS:  # another client may not take it
+        elif provider in PROVIDERS:  # another client may not take it
             defaults["timeout"] = asking.timeout
         if unusual:
             defaults["api_key"] = PLACEHOLDER
-        if provider in _PROVIDERS:
-            defaults |= _PROVIDERS[provider].defaults
+        if provider in PROVIDERS:
+            defaults |= PROVIDERS[provider].defaults
         try:
             model = init_chat_model(model_name, model_provider=provider, **{**defaults, **options})
         except ValidationError as error:
@@ -208,9 +121,9 @@ class LLMAgent:
         _check_options(name, model, options)
         remarks = [unusual] if unusual else []
         if not guard(model):
-            if provider in _PROVIDERS:
+            if provider in PROVIDERS:
                 raise InputError(
-                    f"cannot use the agent {name}: this version of {_PROVIDERS[provider].package} "
+                    f"cannot use the agent {name}: this version of {PROVIDERS[provider].package} "
                     "keeps its HTTP client where redirects of it cannot be forbidden"
                 )
             remarks.append(f"the client of {provider} may follow redirects and read without bound")
@@ -227,7 +140,7 @@ class LLMAgent:
         self._backoff = wait_exponential_jitter(
             initial=asking.wait, max=MAX_WAIT, jitter=asking.wait
         )
-        known = _PROVIDERS.get(provider)
+        known = PROVIDERS.get(provider)
         # Every one of these says how an answer ended.
         self._known = known is not None
         self._body = ""
@@ -333,7 +246,7 @@ class LLMAgent:
     def _hint(self, error: BaseException) -> str:
         """What to look at after an error that no waiting mends."""
         provider, _, model = self.name.partition(":")
-        keys = _PROVIDERS[provider].keys if provider in _PROVIDERS else ()
+        keys = PROVIDERS[provider].keys if provider in PROVIDERS else ()
         where = f" at {address(self._base_url)}" if self._base_url else ""
         code = _status(error)
         if _USED_UP.search(_said(error)):
