@@ -151,7 +151,12 @@ class AskingOptions(Options):
     repairs: int = Field(
         2, ge=0, le=5, description="times a refused answer is sent back with what was wrong"
     )
-    max_calls: int | None = Field(None, ge=1, description="calls in the whole run; null: no bound")
+    max_calls: int | None = Field(
+        None,
+        ge=1,
+        description="calls in the whole run, but for the small question that each start asks "
+        "first; null: no bound",
+    )
     max_tokens: int | None = Field(
         None, ge=1, description="tokens exchanged in the whole run; null: no bound"
     )

@@ -7,7 +7,7 @@ made.
 import difflib
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ __all__ = [
     "Observation",
     "Refusal",
     "check_agent",
+    "greet_agent",
     "make_agent",
     "resolve_agent",
 ]
@@ -134,6 +135,30 @@ def check_agent(context: PruneContext) -> ResolvedAgent:
     else:
         make_agent(context)
     return resolved
+
+
+def greet_agent(context: PruneContext, progress: Callable[[str, int, int], None]) -> None:
+    """Ask an LLM a small question, so that a run it cannot decide ends before the model is loaded.
+
+    Nobody else is asked anything. The call counts towards no budget.
+
+    Args:
+        context: who decides.
+        progress: told under the label ``agent`` before the question and after the answer.
+
+    Raises:
+        InputError: as `check_agent`.
+        AgentError: no answer; the message names the address, or the variable of the key.
+    """
+    name = resolve_agent(context.agent, context.agent_options).name
+    if name in CONTROLS or name.partition(":")[0] in {*FILE_AGENTS, "import"}:
+        return
+    from prunewright.graph.agents.chat.agent import LLMAgent
+
+    agent = LLMAgent(name, context.agent_options, context.asking)
+    progress("agent", 0, 1)
+    agent.greet()
+    progress("agent", 1, 1)
 
 
 def make_agent(context: PruneContext, spent: Spent | None = None) -> tuple[str, Agent]:

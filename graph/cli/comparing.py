@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from prunewright.graph.cli.options import JsonOption, SetOption
-from prunewright.graph.cli.screen.console import Screen
+from prunewright.graph.cli.screen.lines import Screen
 from prunewright.graph.cli.session import DONE, FAILURE, Session, quiet_transformers
 
 

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from prunewright.graph.cli.options import JsonOption
-from prunewright.graph.cli.screen import console
-from prunewright.graph.cli.screen.console import Live
+from prunewright.graph.cli.screen.live import Live
+from prunewright.graph.cli.screen.results import print_evaluation
 from prunewright.graph.cli.session import Session, quiet_transformers
 from prunewright.graph.running.logs import log_progress
 from prunewright.state import InputError, load_config
@@ -164,7 +164,7 @@ def evaluate_command(
             progress=progress,
         )
     session.emit(found.model_dump(mode="json"))
-    console.print_evaluation(session.screen, found)
+    print_evaluation(session.screen, found)
 
 
 def _by_task(option: str, values: list[str] | None) -> dict[str, str]:

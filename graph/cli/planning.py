@@ -16,9 +16,10 @@ from prunewright.graph.cli.options import (
     SetOption,
     TargetOption,
 )
-from prunewright.graph.cli.screen import console
-from prunewright.graph.cli.screen.console import Screen
+from prunewright.graph.cli.screen.lines import Screen
 from prunewright.graph.cli.session import Session, quiet_transformers
+from prunewright.graph.words.numbers import duration, size
+from prunewright.graph.words.runs import request_rows
 from prunewright.state import InputError, PruneConfig, load_config
 from prunewright.state.reference import reference
 
@@ -78,11 +79,11 @@ def plan_command(
 
 
 def _print_plan(screen: Screen, config: PruneConfig, plan: "Plan", agent: str) -> None:
-    stored = ", ".join(f"{console.size(n)} in {kind}" for kind, n in plan.stored.items())
+    stored = ", ".join(f"{size(n)} in {kind}" for kind, n in plan.stored.items())
     memory = plan.memory
     copy = ""
     if plan.disk["copy"]:
-        copy = f"; dense weights in the cache {console.size(plan.disk['copy'])}"
+        copy = f"; dense weights in the cache {size(plan.disk['copy'])}"
     screen.pairs(
         [
             ("model", f"{plan.model} in {plan.directory}"),
@@ -93,31 +94,30 @@ def _print_plan(screen: Screen, config: PruneConfig, plan: "Plan", agent: str) -
             ),
             *([("left dense", plan.left_dense)] if plan.left_dense else []),
             ("stored", stored or "weights not on this machine yet"),
-            ("loaded", f"{console.size(plan.weights)} in {plan.dtype} on {plan.device}"),
-            *console.request_rows(config),
+            ("loaded", f"{size(plan.weights)} in {plan.dtype} on {plan.device}"),
+            *request_rows(config),
             ("agent", agent),
             (
                 "memory",
-                f"about {console.size(memory['peak'])} at most, "
-                f"{console.size(plan.memory_available)} available",
+                f"about {size(memory['peak'])} at most, {size(plan.memory_available)} available",
             ),
             (
                 "of machine",
-                f"about {console.size(memory['host'])} for texts"
+                f"about {size(memory['host'])} for texts"
                 f"{' and the gradient of each weight' if memory['gradients'] else ''}, "
-                f"{console.size(plan.host_available)} available",
+                f"{size(plan.host_available)} available",
             ),
             (
                 "disk",
-                f"about {console.size(plan.disk['total'])} (model "
-                f"{console.size(plan.disk['model'])}, masks {console.size(plan.disk['masks'])} "
-                f"if every layer changes{copy}), {console.size(plan.disk_free)} free",
+                f"about {size(plan.disk['total'])} (model "
+                f"{size(plan.disk['model'])}, masks {size(plan.disk['masks'])} "
+                f"if every layer changes{copy}), {size(plan.disk_free)} free",
             ),
             ("time", _time_words(plan)),
         ]
     )
     for words in plan.warnings:
-        screen.line(("warning    ", "yellow"), words)
+        screen.warn(words)
 
 
 def _time_words(plan: "Plan") -> str:
@@ -125,7 +125,7 @@ def _time_words(plan: "Plan") -> str:
     steps = f"{plan.steps} steps or more"
     if not plan.seconds:
         return f"{steps}; --time loads the model and times one window to say how long"
-    window, step, run = (console.duration(plan.seconds[k]) for k in ("window", "step", "run"))
+    window, step, run = (duration(plan.seconds[k]) for k in ("window", "step", "run"))
     return (
         f"about {step} a step, {steps}, {run} in all, by a window of {window}; to it come loading, "
         "saving, ordering the weights, and what the agent takes to answer"

@@ -4,7 +4,7 @@ import logging
 import os
 import shlex
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
+from prunewright.graph.agents import resolve_agent
 from prunewright.graph.cli.options import (
     AgentOption,
     CalibrationOption,
@@ -29,9 +30,11 @@ from prunewright.graph.cli.options import (
     print_lines,
     with_calibration,
 )
-from prunewright.graph.cli.screen import console
-from prunewright.graph.cli.screen.console import Live, Screen
+from prunewright.graph.cli.screen.lines import Screen
+from prunewright.graph.cli.screen.live import Live, print_step_line
+from prunewright.graph.cli.screen.results import print_metrics
 from prunewright.graph.cli.session import DONE, ENDED_EARLY, Session, quiet_transformers
+from prunewright.graph.words.runs import request_rows
 from prunewright.state import PruneConfig, Step, load_config
 from prunewright.state.config import BASELINE
 from prunewright.state.metrics import NEGLIGIBLE
@@ -83,16 +86,16 @@ def run_command(
         device=device,
         review=review or None,
     )
-    from prunewright.graph.agents import resolve_agent
-    from prunewright.graph.running import runner
-
-    quiet_transformers(session.debug)
     resolved = resolve_agent(settled.agent, settled.agent_options)
     session.run = _directory(settled, out)
     screen = session.screen
     _check_person(settled)
     _print_head(screen, settled, session.run, resolved.words)
     with _live(screen, settled, session.run) as live:
+        # Seconds of imports: what will be done is said before them.
+        from prunewright.graph.running import runner
+
+        quiet_transformers(session.debug)
         result = runner.run(settled, session.run, live.on_event, _reviewer(screen, live))
     _report(session, screen, result)
 
@@ -109,7 +112,6 @@ def resume_command(
     guard.max_increase, max_steps ...), not what defines the run (model, target, texts ...).
     """
     session: Session = ctx.obj
-    from prunewright.graph.agents import resolve_agent
     from prunewright.graph.running import runner
     from prunewright.tools.store.rundir import RunDirectory
 
@@ -118,6 +120,7 @@ def resume_command(
     session.run = run_directory
     settled, changes = _changes(directory, overrides)
     screen = session.screen
+    records = directory.read_trace()
     if changes or not directory.metrics_file.exists():
         _check_person(settled)
         who = settled.agent
@@ -125,11 +128,10 @@ def resume_command(
             resolved = resolve_agent(who, settled.agent_options)
             who = resolved.words
         _print_head(screen, settled, run_directory, who)
-        records = directory.read_trace()
         if records:
             screen.pairs([("resumed", f"after step {records[-1].step + 1}")])
-            screen.line(*console.step_line(records[-1]))
-    with _live(screen, settled, run_directory) as live:
+            print_step_line(screen, records[-1])
+    with _live(screen, settled, run_directory, records) as live:
         reviewer = _reviewer(screen, live)
         result = runner.resume(run_directory, live.on_event, reviewer, **changes)
     _report(session, screen, result)
@@ -161,7 +163,6 @@ def fork_command(
     It may be finished, or going on elsewhere. --set changes what `resume` may change.
     """
     session: Session = ctx.obj
-    from prunewright.graph.agents import resolve_agent
     from prunewright.graph.running import runner
     from prunewright.tools.store.rundir import RunDirectory
 
@@ -210,7 +211,7 @@ def watch_command(
     _print_head(screen, config, run_directory, config.agent)
     command = f"prunewright resume {shlex.quote(str(run_directory))}"
     try:
-        with Live(screen) as live:
+        with Live(screen, config=None if config.agent == BASELINE else config) as live:
             for mode, event in follow(directory):
                 live.on_event(mode, event)
                 if mode == "holder":
@@ -265,14 +266,14 @@ def baseline_command(
         seed=seed,
         device=device,
     )
-    from prunewright.graph.running import runner
-
-    quiet_transformers(session.debug)
     session.run = _directory(settled, out)
     screen = session.screen
     one_shot = settled.model_copy(update={"agent": BASELINE})
     _print_head(screen, one_shot, session.run, f"none: {settled.allocation}, one shot")
     with _live(screen, one_shot, session.run) as live:
+        from prunewright.graph.running import runner
+
+        quiet_transformers(session.debug)
         result = runner.baseline(settled, session.run, live.on_event)
     _report(session, screen, result)
 
@@ -316,7 +317,7 @@ def _print_head(screen: Screen, config: PruneConfig, directory: Path, agent: str
         [
             ("model", config.model),
             ("agent", agent),
-            *console.request_rows(config),
+            *request_rows(config),
             ("run", str(directory)),
         ]
     )
@@ -327,12 +328,12 @@ def _live(
     screen: Screen,
     config: PruneConfig,
     directory: Path,
-    records: list[Step] | None = None,
+    records: Iterable[Step] = (),
 ) -> Iterator[Live]:
-    from prunewright.graph.agents.replay import other_standing
-    from prunewright.tools.store.rundir import RunDirectory
-
     def loaded(dense: float | None) -> None:
+        from prunewright.graph.agents.replay import other_standing
+        from prunewright.tools.store.rundir import RunDirectory
+
         facts = RunDirectory(directory).manifest()
         model, windows = facts["model"], config.texts.windows
         told = facts.get("notes")
@@ -364,7 +365,8 @@ def _live(
                 ]
             )
 
-    with Live(screen, loaded, records or RunDirectory(directory).read_trace()) as live:
+    steps = None if config.agent == BASELINE else config
+    with Live(screen, loaded, records, steps) as live:
         yield live
 
 
@@ -380,20 +382,18 @@ def _report(session: Session, screen: Screen, result: "RunResult") -> NoReturn:
     records = RunDirectory(result.directory).read_trace()
     signatures = failure_signatures(records)
     model = str(result.model_directory) if result.model_directory else None
-    console.print_metrics(screen, metrics, str(result.directory), model)
+    print_metrics(screen, metrics, str(result.directory), model)
     for note in records[-1].notes if records else []:
         if note.endswith(MISSING):
             screen.pairs([("target", note)])
     if result.model_directory and not result.model_directory.exists():
         command = f"prunewright save {shlex.quote(str(result.directory))}"
-        screen.line(
-            ("warning    ", "yellow"), f"the model was deleted; its masks are kept: {command}"
-        )
+        screen.warn(f"the model was deleted; its masks are kept: {command}")
     page = result.directory / FILE
     if page.is_file():
         screen.pairs([("report", str(page))])
     for words in signatures:
-        screen.line(("warning    ", "yellow"), words)
+        screen.warn(words)
     reached = metrics.status in _GOOD_ENDS
     code = DONE if reached else ENDED_EARLY
     reason = ended_words(metrics)

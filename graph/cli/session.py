@@ -18,11 +18,11 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from prunewright.graph.cli.screen import console
-from prunewright.graph.cli.screen.console import Screen
+from prunewright.graph.cli.screen.lines import Screen
 from prunewright.graph.running.logs import LOGGER
 from prunewright.graph.running.stopping import stop_requested
 from prunewright.state import InputError, PrunewrightError
+from prunewright.state.shown import one_line
 
 _log = logging.getLogger(LOGGER)
 
@@ -173,7 +173,7 @@ def _unforeseen(error: Exception) -> str:
     text = f"{type(error).__name__}: {error}"
     short = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate")
     if isinstance(error, MemoryError) or any(s in str(error).lower() for s in short):
-        return f"{_MEMORY_ADVICE}.\n({console.one_line(text, 300)})"
+        return f"{_MEMORY_ADVICE}.\n({one_line(text, 300, '...')})"
     if isinstance(error, OSError) and error.filename is not None:
         return (
             f"cannot use {error.filename}: {error.strerror}. Give another path, free some space "

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from prunewright.graph.cli.options import JsonOption, RunArgument
-from prunewright.graph.cli.screen import console
 from prunewright.graph.cli.session import Session
+from prunewright.graph.words.numbers import size
 from prunewright.state import InputError
 
 
@@ -71,7 +71,7 @@ def report_command(
 
     path = write_report([run_directory, *(others or [])], out)
     session.emit({"report": str(path)})
-    session.screen.pairs([("report", f"{path} ({console.size(path.stat().st_size)})")])
+    session.screen.pairs([("report", f"{path} ({size(path.stat().st_size)})")])
 
 
 def ask_command(
@@ -101,9 +101,9 @@ def ask_command(
     screen.line((f"Step {found.step + 1}: {found.about}", "bold"))
     for message in found.messages:
         screen.line((f"--- {message.type} ---", "bold"))
-        screen.line(str(message.text))
+        screen.exact(str(message.text))
     screen.line(("--- JSON schema of the answer ---", "bold"))
-    screen.line(json.dumps(found.schema, indent=2))
+    screen.exact(json.dumps(found.schema, indent=2))
 
 
 def agents_command(ctx: typer.Context, _json: JsonOption = False) -> None:

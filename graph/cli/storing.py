@@ -8,9 +8,9 @@ import typer
 
 from prunewright.graph.cli.evaluating import model_of
 from prunewright.graph.cli.options import JsonOption, RunArgument
-from prunewright.graph.cli.screen import console
-from prunewright.graph.cli.screen.console import Live
+from prunewright.graph.cli.screen.live import Live
 from prunewright.graph.cli.session import Session, quiet_transformers
+from prunewright.graph.words.numbers import size
 from prunewright.state import InputError
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _print_sizes(session: Session, sizes: "Sizes", written: Path) -> None:
     """What an archive saves."""
     session.emit({"written": str(written), **asdict(sizes)})
     rows = [
-        ("model", f"{console.size(sizes.model)} in all"),
-        ("archive", f"{console.size(sizes.archive)}, {sizes.archive / sizes.model:.3f} of that"),
+        ("model", f"{size(sizes.model)} in all"),
+        ("archive", f"{size(sizes.archive)}, {sizes.archive / sizes.model:.3f} of that"),
     ]
     session.screen.pairs([*rows, ("written", str(written))])

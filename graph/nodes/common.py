@@ -120,7 +120,7 @@ def progress_of(runtime: Runtime[PruneContext]) -> "Progress":
         nonlocal told
         check_stop()
         now = time.monotonic()
-        if done < total and now - told < INTERVAL:
+        if 0 < done < total and now - told < INTERVAL:  # a phase tells at once that it begins
             return
         told = now
         log_progress(label, done, total)

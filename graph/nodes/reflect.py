@@ -14,7 +14,7 @@ from prunewright.graph.nodes.common import (
 )
 from prunewright.graph.routing import termination
 from prunewright.graph.whole_layers import MISSING, model_notes, nothing_fits
-from prunewright.graph.words.summary import step_words
+from prunewright.graph.words.steps import step_words
 from prunewright.state import (
     PruneContext,
     PruneRequest,

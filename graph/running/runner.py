@@ -19,7 +19,7 @@ from langgraph.checkpoint.base import CheckpointTuple
 from langgraph.types import Command
 from pydantic_core import to_jsonable_python
 
-from prunewright.graph.agents import check_agent
+from prunewright.graph.agents import check_agent, greet_agent
 from prunewright.graph.builder import build_graph
 from prunewright.graph.routing import termination
 from prunewright.graph.running.checkpoints import read_checkpoints, write_checkpoints
@@ -575,6 +575,8 @@ def _drive(
                 _tell_unused(directory)
             return RunResult(directory.path, load_metrics(directory))
         check_agent(context)
+        with stop_on_signals():
+            greet_agent(context, _progress(on_event))
         if status != "running":
             _check_open(directory, cast(PruneState, state.values), config)
             graph.update_state(options, _reopened(status), as_node="reflect")

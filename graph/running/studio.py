@@ -11,11 +11,11 @@ from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from langgraph.runtime import Runtime
 from pydantic import ConfigDict, Field, ValidationError
 
-from prunewright.graph.agents import check_agent
+from prunewright.graph.agents import check_agent, greet_agent
 from prunewright.graph.builder import build_graph
 from prunewright.graph.nodes.common import Node, run_directory
 from prunewright.graph.running.checkpoints import serve_checkpoints
-from prunewright.graph.running.stopping import call_cancellable
+from prunewright.graph.running.stopping import call_cancellable, check_stop
 from prunewright.graph.running.tracing import label
 from prunewright.state import (
     InputError,
@@ -89,6 +89,7 @@ def served(node: Node) -> Callable[[PruneState, Runtime[StudioContext]], Awaitab
                         )
                     if "revision" not in state:
                         check_agent(context)
+                        greet_agent(context, lambda *_: check_stop())
                         if given.criterion is not None:
                             request = {**dict(state["request"]), "criterion": given.criterion}
                             state = {**state, "request": request}

@@ -1,6 +1,6 @@
 """What a node did, in words for whoever watches the state, in Studio or elsewhere."""
 
-from prunewright.graph.cli.screen.console import layers_words, step_line
+from prunewright.graph.words.steps import layers_words
 from prunewright.state import ModelProfile, Step
 from prunewright.state.profile import COST_SIGNAL
 from prunewright.state.shown import clean
@@ -43,9 +43,3 @@ def evaluated_words(before: float, after: float, reason: str) -> str:
     return f"perplexity {before:.3f} to {after:.3f}, " + (
         f"to be rolled back: {reason}" if reason else "accepted"
     )
-
-
-def step_words(step: Step) -> str:
-    """The whole step in a line."""
-    parts = (part if isinstance(part, str) else part[0] for part in step_line(step))
-    return clean(" ".join("".join(parts).split()))

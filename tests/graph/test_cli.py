@@ -154,7 +154,11 @@ def test_run_tells_what_it_does(config_file: Path, tmp_path: Path) -> None:
     assert f"dense perplexity {dense:.3f} on 3 guard windows of 48 tokens" in text
     steps = [line for line in lines if line.startswith("step ")]
     assert len(steps) == metrics["steps"]
-    assert re.search(r"accepted +\d+ layers \(.*proj \+0\.\d+.*sparsity 0\.\d+ .*±", steps[0])
+    number = r"[+-]\d+\.\d\d%"
+    pattern = (
+        rf"step   1   +\d+\.\d\d%  ppl +[\d.]+  {number} ± .*\(predicted {number}\)  \d+ layers"
+    )
+    assert re.fullmatch(pattern, steps[0])
     assert lines.index(steps[0]) > next(i for i, ln in enumerate(lines) if ln.startswith("dense"))
     assert metrics["revision"] in text
     assert "neither smaller on disk nor faster" in text

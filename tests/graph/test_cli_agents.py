@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from loopback import FakeOllama, serve
 from typer.testing import CliRunner, Result
 
 from prunewright.graph.agents import Observation
@@ -72,14 +73,17 @@ def test_agents_with_packages_but_without_keys(monkeypatch: pytest.MonkeyPatch) 
     ):
         assert rows[f"{name}:MODEL"]["ready"] is False
         assert variable in rows[f"{name}:MODEL"]["words"]
-    assert rows["ollama:MODEL"]["ready"] is True
 
 
 def test_agents_with_keys_shows_none(monkeypatch: pytest.MonkeyPatch) -> None:
     set_installed(monkeypatch, True)
     for variable in ("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
         monkeypatch.setenv(variable, CANARY)
-    rows = listed()
+    with serve(FakeOllama) as ollama:
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("OLLAMA_HOST", ollama.url)
+        ollama.pages["/api/tags"] = b'{"models": []}'
+        rows = listed()
     assert [name for name, row in rows.items() if not row["ready"]] == []
     assert rows["auto"]["words"].startswith("google_genai:")
     for args in (["agents"], ["agents", "--json"]):

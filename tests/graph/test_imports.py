@@ -14,7 +14,7 @@ HEAVY = {"torch", "transformers", "langgraph", "langchain", "langchain_core", "n
         "import prunewright, prunewright.graph",
         "import prunewright.graph.agents",
         "import prunewright.graph.agents.asking, prunewright.graph.whole_layers",
-        "import prunewright.graph.words.nodes, prunewright.graph.words.runs",
+        "import prunewright.graph.words.summary, prunewright.graph.words.runs",
         "from prunewright.graph.agents import resolve_agent; resolve_agent('greedy')",
     ],
 )

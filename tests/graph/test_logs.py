@@ -17,7 +17,8 @@ from typer.testing import CliRunner, Result
 
 from prunewright.graph import run
 from prunewright.graph.cli import app
-from prunewright.graph.cli.screen.console import Live, Screen
+from prunewright.graph.cli.screen.lines import Screen
+from prunewright.graph.cli.screen.live import Live
 from prunewright.graph.running.logs import LOGGER, logging_to_stderr
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
+from prunewright.graph.agents.chat.agent import GREETING
+
 CANARY = "canary-AIzaSyD4-never-to-be-seen-0123456789"
 
 
@@ -120,6 +122,12 @@ class FakeLLM(ABC):
     """Paths that were asked for with GET, as after a redirect."""
     over: threading.Event = field(default_factory=threading.Event)
     key: str = CANARY
+    pages: dict[str, bytes] = field(default_factory=dict)
+    """What is answered to GET, by path."""
+    greeting: Reply | None = None
+    """The reply to the small question before a run; None: a whole answer."""
+    greeted: list[dict[str, str]] = field(default_factory=list)
+    """The headers of each request that asked it."""
 
     @property
     def agent(self) -> str:
@@ -130,6 +138,9 @@ class FakeLLM(ABC):
         return {"base_url": self.url, "temperature": 0.5, **more}
 
     def reply(self, path: str, headers: dict[str, str], body: dict[str, Any]) -> Reply:
+        if GREETING in json.dumps(body):
+            self.greeted.append(headers)
+            return self.greeting or self.text("ready")
         received = Received(path, headers, body, *self.read(body))
         self.received.append(received)
         step = self.script.pop(0) if self.script else self.otherwise
@@ -421,7 +432,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.fake.fetched.append(self.path)
-        self.send_error(404)
+        page = self.fake.pages.get(self.path)
+        if page is None:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        self.wfile.write(page)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing on stderr."""

@@ -11,7 +11,7 @@ from prunewright.state.config import Options
 from prunewright.tools.allocation.blocks import block_counts, by_block
 from prunewright.tools.allocation.counts import Allotment
 from prunewright.tools.bench.workbench import Workbench
-from prunewright.tools.model.head import Progress
+from prunewright.tools.model.head import Progress, told
 
 _SPREAD = {"magnitude": 0.5, "sparsegpt": 0.2}
 """eps by criterion in the authors' scripts for Llama-2-7B; Wanda's, 0.3, for all others."""
@@ -42,7 +42,7 @@ def allocate(
     eps = options.eps if options.eps is not None else _SPREAD.get(bench.request.criterion, 0.3)
     blocks = by_block(bench.loaded)
     alphas = {}
-    for index, (block, layers) in enumerate(blocks.items()):
+    for block, layers in told("allocation", blocks.items(), len(blocks), progress):
         found = []
         for layer, dense in zip(layers, bench.loaded.dense_layers(layers), strict=True):
             for matrix in dense.reshape(-1, *dense.shape[-2:]):
@@ -57,8 +57,6 @@ def allocate(
                 found.append(alpha)
         if found:
             alphas[block] = sum(found) / len(found)
-        if progress is not None:
-            progress("allocation", index + 1, len(blocks))
     # A block of zeros alone is rated as the others on average: it stays as it is.
     mean = sum(alphas.values()) / len(alphas)
     alphas = {block: alphas.get(block, mean) for block in blocks}

@@ -10,7 +10,7 @@ from prunewright.tools.allocation.counts import Allotment
 from prunewright.tools.bench.workbench import Workbench
 from prunewright.tools.calibration.costs import crowded_costs, crowding_exponent, predict_losses
 from prunewright.tools.calibration.profile import statistics_of
-from prunewright.tools.model.head import Progress
+from prunewright.tools.model.head import Progress, told
 
 WIDTH = 0.025
 """Sparsity of one slice of a layer."""
@@ -35,14 +35,12 @@ def allocate(bench: Workbench, _: GreedyOptions, progress: Progress | None = Non
     levels = [min(WIDTH * step, request.max_layer_sparsity) for step in range(steps + 1)]
     exponent = crowding_exponent(request.reconstruct)
     slices = []
-    for index, (name, layer) in enumerate(layers.items()):
+    for name, layer in told("allocation", layers.items(), len(layers), progress):
         statistics = statistics_of(name, activations, gradients)
         dense = layer.matrix(bench.loaded.dense(layer))
         losses = predict_losses(dense, statistics, request.criterion, levels)
         costs = [0.0, *crowded_costs(levels, losses, request.target, exponent)]
         slices += _slices(name, layer.numel, levels, costs)
-        if progress is not None:
-            progress("allocation", index + 1, len(layers))
     budget = request.target * bench.loaded.prunable
     wanted = dict.fromkeys(layers, 0.0)
     predicted = 0.0

@@ -12,7 +12,7 @@ from prunewright.tools.allocation.blocks import block_counts, by_block, weighted
 from prunewright.tools.allocation.counts import Allotment
 from prunewright.tools.bench.workbench import Workbench
 from prunewright.tools.criteria import LayerStatistics, split_experts, wanda
-from prunewright.tools.model.head import Progress
+from prunewright.tools.model.head import Progress, told
 
 
 class OwlOptions(Options):
@@ -27,7 +27,7 @@ def allocate(bench: Workbench, options: OwlOptions, progress: Progress | None = 
     activations = bench.activations(DENSE, progress)
     blocks = by_block(bench.loaded)
     ratios = {}
-    for index, (block, layers) in enumerate(blocks.items()):
+    for block, layers in told("allocation", blocks.items(), len(blocks), progress):
         scores = [
             wanda.score(matrix, stats.input_square).reshape(-1)
             for layer, dense in zip(layers, bench.loaded.dense_layers(layers), strict=True)
@@ -36,8 +36,6 @@ def allocate(bench: Workbench, options: OwlOptions, progress: Progress | None = 
             )
         ]
         ratios[block] = outlier_ratio(scores, options.m)
-        if progress is not None:
-            progress("allocation", index + 1, len(blocks))
     sizes = {block: sum(ly.numel for ly in layers) for block, layers in blocks.items()}
     wanted = owl_sparsities(ratios, sizes, bench.request.target, options.lam)
     found = block_counts(bench, wanted)

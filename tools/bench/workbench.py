@@ -23,7 +23,7 @@ from prunewright.tools.criteria import find_criterion, prune_mask
 from prunewright.tools.fast import INTEGERS, count_zeros, write_masked
 from prunewright.tools.masks import nm_count
 from prunewright.tools.model.continuations import answer_scores, fact_tokens
-from prunewright.tools.model.head import Head, Progress, window_losses
+from prunewright.tools.model.head import Head, Progress, told, window_losses
 from prunewright.tools.model.layers import Layer
 from prunewright.tools.model.loading import LoadedModel, load_model
 from prunewright.tools.model.tokens import embedding_rows
@@ -489,9 +489,8 @@ class Workbench:
         names = self.loaded.layers if counts is None else counts
         layers = [self.loaded.layers[name] for name in names]
         masks = {}
-        for index, (layer, dense) in enumerate(
-            zip(layers, self.loaded.dense_layers(layers), strict=True)
-        ):
+        pairs = zip(layers, self.loaded.dense_layers(layers), strict=True)
+        for layer, dense in told("masks", pairs, len(names), progress):
             name = layer.name
             pruned, pattern = self._amount(name, counts)
             try:
@@ -505,8 +504,6 @@ class Workbench:
             except ValueError as error:
                 raise InputError(f"{name} cannot be pruned so: {error}") from error
             masks[name] = self._beyond(name, layer.stored(mask).cpu())
-            if progress is not None:
-                progress("masks", index + 1, len(names))
         return masks
 
 

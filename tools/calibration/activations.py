@@ -13,7 +13,7 @@ from prunewright.tools.calibration.observed import (
     live_weights,
     unseen_words,
 )
-from prunewright.tools.model.head import Progress, hidden_states
+from prunewright.tools.model.head import Progress, hidden_states, told
 from prunewright.tools.model.layers import Layer
 from prunewright.tools.model.loading import LoadedModel
 from prunewright.tools.model.observe import ProductObserver
@@ -58,10 +58,8 @@ def measure_activations(
         counts[layer.name][index] += seen
 
     with ProductObserver(live_weights(loaded), on_product):
-        for index, window in enumerate(windows):
+        for window in told("activations", windows, len(windows), progress):
             hidden_states(loaded.model, window.to(loaded.device).unsqueeze(0))
-            if progress is not None:
-                progress("activations", index + 1, len(windows))
     means = {n: squares[n] / counts[n].clamp(min=1).unsqueeze(1) for n in loaded.layers}
     seen = {name: count > 0 for name, count in counts.items()}
     if orphans := fill_unseen(loaded, means, seen):

@@ -19,7 +19,7 @@ from prunewright.tools.calibration.observed import (
     live_weights,
     unseen_words,
 )
-from prunewright.tools.model.head import TOKENS_AT_ONCE, Head, Progress, hidden_states
+from prunewright.tools.model.head import TOKENS_AT_ONCE, Head, Progress, hidden_states, told
 from prunewright.tools.model.layers import Layer, named_blocks
 from prunewright.tools.model.loading import LoadedModel
 from prunewright.tools.model.observe import ProductObserver
@@ -106,10 +106,8 @@ def measure_gradients(
             stack.enter_context(_checkpointed(model))
         stack.enter_context(ProductObserver(live_weights(loaded), on_product))
         stack.enter_context(torch.enable_grad())
-        for index, window in enumerate(windows):
+        for window in told("gradients", windows, len(windows), progress):
             _backward(model, head, window.to(loaded.device))
-            if progress is not None:
-                progress("gradients", index + 1, len(windows))
     means = {name: square / (len(windows) * tokens) for name, square in squares.items()}
     for name, value in sums.items():
         if not math.isfinite(value):

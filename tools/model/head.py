@@ -1,7 +1,7 @@
 """Token losses and perplexity without ever holding a sequence's full logits."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,26 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, the parts done and the parts in all."""
 
 TOKENS_AT_ONCE = 256
+_Part = TypeVar("_Part")
+
+
+def told(
+    label: str, parts: Iterable[_Part], total: int, progress: Progress | None
+) -> Iterator[_Part]:
+    """The parts of some work one by one; progress is told when it begins and after each part.
+
+    Args:
+        label: what is being done.
+        parts: what is worked on.
+        total: how many there are.
+        progress: who is told; None for nobody.
+    """
+    if progress is not None:
+        progress(label, 0, total)
+    for done, part in enumerate(parts, start=1):
+        yield part
+        if progress is not None:
+            progress(label, done, total)
 
 
 def hidden_states(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
@@ -110,8 +130,6 @@ def window_losses(
         One mean loss a window, nats a token.
     """
     losses = []
-    for index, window in enumerate(windows):
+    for window in told("perplexity", windows, len(windows), progress):
         losses.append(float(token_losses(model, head, window).cpu().double().mean()))
-        if progress is not None:
-            progress("perplexity", index + 1, len(windows))
     return losses

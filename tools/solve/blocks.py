@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from prunewright.state import InputError
-from prunewright.tools.model.head import Progress, hidden_states
+from prunewright.tools.model.head import Progress, hidden_states, told
 from prunewright.tools.model.layers import Layer, named_blocks
 from prunewright.tools.model.loading import LoadedModel
 from prunewright.tools.model.observe import OnProduct, ProductObserver
@@ -94,10 +94,8 @@ class BlockRunner:
         self.blocks = [block for _, block in named_blocks(loaded.model)]
         self.first: list[Tensor] = []
         self._calls: list[list[_Call]] = []
-        for index, window in enumerate(windows):
+        for window in told("inputs of blocks", windows, len(windows), progress):
             self._enter(window.to(loaded.device))
-            if progress is not None:
-                progress("inputs of blocks", index + 1, len(windows))
 
     def _enter(self, window: Tensor) -> None:
         """Keep what enters the first block for a window, and what each block is called with."""

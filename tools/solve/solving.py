@@ -14,7 +14,7 @@ from prunewright.tools.criteria import (
     prune_mask,
     sparsegpt,
 )
-from prunewright.tools.model.head import Progress
+from prunewright.tools.model.head import Progress, told
 from prunewright.tools.model.layers import Layer
 from prunewright.tools.model.loading import LoadedModel
 from prunewright.tools.solve import reconstruction
@@ -141,7 +141,7 @@ def solve_blocks(
     states = runner.first
     solved: dict[str, Solved] = {}
     notes: list[str] = []
-    for index in range(last + 1):
+    for index in told("solving blocks", range(last + 1), last + 1, progress):
         layers = by_block.get(index, [])
         dense = {ly.name: d for ly, d in zip(layers, loaded.dense_layers(layers), strict=True)}
         grams = _Grams()
@@ -157,8 +157,6 @@ def solve_blocks(
             notes += words
         if index < last:
             states = [runner.run(index, window, hidden) for window, hidden in enumerate(states)]
-        if progress is not None:
-            progress("solving blocks", index + 1, last + 1)
     return solved, notes
 
 

@@ -11,11 +11,12 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import urljoin
 
 from langchain.chat_models import init_chat_model
 from langchain_core.exceptions import ModelError
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from langchain_core.messages.ai import UsageMetadata
 from pydantic import ValidationError
 from tenacity import (
@@ -40,6 +41,8 @@ from prunewright.state.shown import one_line
 
 _log = logging.getLogger("prunewright")
 
+GREETING = "Answer with the one word: ready"
+"""What is asked before a run begins; any answer will do."""
 MAX_WAIT = 120.0
 """Seconds between two tries, whatever a server asks for."""
 
@@ -61,6 +64,8 @@ _USED_UP = re.compile(
     r"|credit balance|PerDay",
     re.IGNORECASE,
 )
+# Google's servers say so with status 400.
+_BAD_KEY = re.compile(r"api.?key", re.IGNORECASE)
 # Gemini says so in an error's details and Retry-After is not sent.
 _RETRY_DELAY = re.compile(r"retryDelay['\"]?: ?['\"]?(\d+(?:\.\d+)?)s")
 _THOUGHTS = re.compile(
@@ -143,7 +148,7 @@ class LLMAgent:
         known = PROVIDERS.get(provider)
         # Every one of these says how an answer ended.
         self._known = known is not None
-        self._body = ""
+        self._asked = self._body = ""
         self._chat = model
         self._model = _without_parser(
             model.with_structured_output(
@@ -153,6 +158,14 @@ class LLMAgent:
                 **(known.binding if known else {}),
             )
         )
+
+    def greet(self) -> None:
+        """Ask a small question: a wrong key or a dead server shows before the model is loaded.
+
+        Raises:
+            AgentError: as `decide`.
+        """
+        self._ask([HumanMessage(GREETING)], self._chat)
 
     def decide(self, observation: Observation) -> Decision:
         """Ask once, with the answers of this step that were refused and why.
@@ -247,18 +260,19 @@ class LLMAgent:
         """What to look at after an error that no waiting mends."""
         provider, _, model = self.name.partition(":")
         keys = PROVIDERS[provider].keys if provider in PROVIDERS else ()
-        where = f" at {address(self._base_url)}" if self._base_url else ""
+        server = address(self._base_url or urljoin(self._asked, "/")).rstrip("/")
+        where = f" at {server}" if self._base_url or self._asked else ""
         code = _status(error)
         if _USED_UP.search(_said(error)):
             return "; what is paid for is used up: see the provider's billing, then resume"
         if isinstance(error, ReplyError):
             return ""
-        if code in (401, 403):
+        if code in (401, 403) or (code == 400 and _BAD_KEY.search(_said(error))):
             named = f" in {' or '.join(keys)}" if keys else ""
             return f"; is the key{named} right{f' for the server{where}' if where else ''}?"
         if code == 404:
             return f"; is there a model {model!r}{where}?"
-        return f"; the address is {address(self._base_url)}" if where and code is None else ""
+        return f"; the address is {server}" if where and code is None else ""
 
     def _call(self, messages: list[BaseMessage], model: Any) -> AIMessage:
         """One request, within the budget and counted."""
@@ -277,6 +291,7 @@ class LLMAgent:
                 if result is None:
                     raise
             finally:
+                self._asked = wire.asked
                 self._body = wire.body.decode("utf-8", "replace")
         raw = result["raw"] if isinstance(result, dict) else result
         if not isinstance(raw, AIMessage):

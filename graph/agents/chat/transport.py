@@ -53,10 +53,12 @@ class Wire:
     """What passed between client and server in one call.
 
     Attributes:
+        asked: where the last request went; "" if none did.
         body: the last reply's, unpacked.
         problem: why a reply was not handed on.
     """
 
+    asked: str = ""
     body: bytes = b""
     problem: ReplyError | None = None
 
@@ -109,7 +111,8 @@ def address(url: str) -> str:
 
 
 def _before(request: Any) -> None:
-    if _wire.get() is not None:
+    if (wire := _wire.get()) is not None:
+        wire.asked = str(request.url)
         request.headers["accept-encoding"] = "gzip, deflate"
         request.extensions["prunewright_began"] = time.monotonic()
 

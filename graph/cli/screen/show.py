@@ -2,16 +2,12 @@
 
 from typing import Any
 
-from prunewright.graph.cli.screen.console import (
-    Screen,
-    calls_words,
-    change_words,
-    knowledge_words,
-    layers_words,
-    one_line,
-    print_metrics,
-    request_rows,
-)
+from prunewright.graph.cli.screen.lines import Screen
+from prunewright.graph.cli.screen.live import print_step_line
+from prunewright.graph.cli.screen.results import print_metrics
+from prunewright.graph.words.numbers import calls, percent
+from prunewright.graph.words.runs import request_rows
+from prunewright.graph.words.steps import change_words, knowledge_words, layers_words
 from prunewright.state import ProbeReport, Review, Step
 from prunewright.state.profile import short_name
 from prunewright.state.shown import clean
@@ -41,7 +37,7 @@ def as_json(story: Story, *, step: int | None = None, layers: bool = False) -> d
 
 
 def print_story(screen: Screen, story: Story) -> None:
-    """The run as a table, a line a step, and how it stands."""
+    """The run, a line a step, and how it stands."""
     agents = list(dict.fromkeys(record.agent for record in story.records))
     screen.pairs(
         [
@@ -53,13 +49,10 @@ def print_story(screen: Screen, story: Story) -> None:
     if story.records:
         screen.pairs([("dense", f"perplexity {story.records[0].perplexity_before:.3f} (guard)")])
         screen.line()
-        screen.table(
-            ["step", "verdict", "layers", "sparsity", "perplexity", "change", "predicted"],
-            [_row(record) for record in story.records],
-            left=3,
-        )
+        for record in story.records:
+            print_step_line(screen, record)
     for words in failure_signatures(story.records):
-        screen.line(("warning    ", "yellow"), words)
+        screen.warn(words)
     if story.metrics is None:
         screen.line()
         screen.line(
@@ -69,21 +62,6 @@ def print_story(screen: Screen, story: Story) -> None:
     else:
         model = str(story.directory.model) if story.metrics.saved else None
         print_metrics(screen, story.metrics, str(story.directory.path), model)
-
-
-def _row(record: Step) -> list[str]:
-    value = record.candidate_perplexity
-    predicted = record.predicted_change
-    what = layers_words(record.applied) if record.applied else one_line(record.reason, 80)
-    return [
-        str(record.step + 1),
-        record.verdict.replace("_", " "),
-        what,
-        f"{record.sparsity:.4f}",
-        "" if value is None else f"{value:.3f}",
-        change_words(record),
-        "" if predicted is None else f"{predicted:+.2%}",
-    ]
 
 
 def print_step(screen: Screen, record: Step) -> None:
@@ -98,10 +76,10 @@ def print_step(screen: Screen, record: Step) -> None:
         ("sparsity", f"{record.sparsity_before:.4f} -> {record.sparsity:.4f}"),
         ("perplexity", _perplexities(record)),
         ("facts", knowledge_words(record)),
-        ("predicted", "" if predicted is None else f"{predicted:+.2%} by the profile"),
-        ("expected", "" if expected is None else f"{expected:+.2%} by the agent"),
+        ("predicted", "" if predicted is None else f"{percent(predicted)} by the profile"),
+        ("expected", "" if expected is None else f"{percent(expected)} by the agent"),
         ("revision", record.revision),
-        ("asked", calls_words(record.llm_calls, record.llm_tokens)),
+        ("asked", calls(record.llm_calls, record.llm_tokens)),
     ]
     screen.pairs((name, value) for name, value in rows if value)
     probes = [probe.refused or _probe(probe) for probe in record.probes]
@@ -138,7 +116,7 @@ def _review_lines(review: Review | None) -> list[str]:
 
 
 def _probe(probe: ProbeReport) -> str:
-    change = "not finite" if probe.change is None else f"{probe.change:+.2%}"
+    change = "not finite" if probe.change is None else percent(probe.change)
     noise = "" if probe.change_stderr is None else f" ± {probe.change_stderr:.2%}"
     return f"{layers_words(probe.layers)}: {change}{noise} on {probe.tokens} tokens"
 

@@ -3,8 +3,10 @@
 from collections.abc import Iterable
 from typing import Any
 
-from prunewright.graph.cli.screen.console import LABELS, Live, Screen, duration, one_line
-from prunewright.state.shown import clean
+from prunewright.graph.cli.screen.lines import Screen
+from prunewright.graph.cli.screen.live import LABELS, Live
+from prunewright.graph.words.numbers import duration
+from prunewright.state.shown import one_line
 from prunewright.state.study import ExperimentResult, Scores
 from prunewright.tools.report.tables import Table
 
@@ -27,9 +29,7 @@ class Experiments(Live):
                 label = LABELS.get(part["label"], part["label"])
                 self.progress(f"{self._name}: {label}", part["done"], part["total"])
         elif event["state"] == "running":
-            self._name = clean(
-                f"experiment {event['number']} of {event['of']}, {event['experiment']}"
-            )
+            self._name = f"experiment {event['number']} of {event['of']}, {event['experiment']}"
             self.say(self._name)
         else:
             number = f"experiment {event['number']:>3} of {event['of']}  "
@@ -40,7 +40,7 @@ class Experiments(Live):
             self.screen.line(
                 number,
                 (f"{event['state']:<8}", style),
-                f"{event['experiment']}  {one_line(words, 300)}",
+                f"{event['experiment']}  {one_line(words, 300, '...')}",
             )
 
 

@@ -8,7 +8,8 @@ import yaml
 from rich.prompt import Prompt
 from rich.text import Text
 
-from prunewright.graph.cli.screen.console import Live, Screen
+from prunewright.graph.cli.screen.lines import Screen
+from prunewright.graph.cli.screen.live import Live
 from prunewright.state import InputError, ReviewRequest
 from prunewright.state.loading import parse_yaml
 from prunewright.state.shown import clean
@@ -80,7 +81,7 @@ class TerminalReviewer:
         screen = self._screen
         if request.problems:
             for words in request.problems:
-                screen.line(("refused    ", "yellow"), words)
+                screen.warn(words, "refused")
             return
         changes = [
             ("expected", request.expected_ppl_change, "by the agent"),
@@ -100,10 +101,7 @@ class TerminalReviewer:
         largest = sorted(request.layers, key=lambda item: -abs(item.delta))[:SHOWN]
         screen.table(
             ["layer", "sparsity", "delta", "after"],
-            [
-                [clean(x.name), f"{x.sparsity:.3f}", f"{x.delta:+.3f}", f"{x.after:.3f}"]
-                for x in largest
-            ],
+            [[x.name, f"{x.sparsity:.3f}", f"{x.delta:+.3f}", f"{x.after:.3f}"] for x in largest],
         )
         if more := len(request.layers) - len(largest):
             screen.line(f"and {more} more, which the editor shows")
@@ -123,10 +121,10 @@ class TerminalReviewer:
         try:
             found = parse_yaml(text, "the edit is")
         except InputError as error:
-            self._screen.line(("refused    ", "yellow"), str(error))
+            self._screen.warn(str(error), "refused")
             return None
         if not isinstance(found, dict):
-            self._screen.line(("refused    ", "yellow"), "not a mapping of keys to values")
+            self._screen.warn("not a mapping of keys to values", "refused")
             return None
         return found
 

@@ -1,0 +1,80 @@
+"""A run in words: what it is asked to do, and what it came to."""
+
+import math
+
+from prunewright.graph.words.numbers import calls, count, duration
+from prunewright.state import PruneConfig
+from prunewright.state.config import BASELINE, pattern_sparsity
+from prunewright.state.metrics import NEGLIGIBLE, Metrics, Pair
+
+
+def request_rows(config: PruneConfig) -> list[tuple[str, str]]:
+    """What a run is asked to do: target, criterion, texts."""
+    windows, texts = config.texts.windows, config.texts
+    guard = texts.guard or f"{texts.calibration} (other windows)"
+    return [
+        ("target", target_words(config)),
+        ("criterion", config.criterion_words),
+        (
+            "texts",
+            f"calibration {texts.calibration}, {windows.calibration} windows; "
+            f"guard {guard}, {windows.guard}; test {texts.test}, {windows.test}; "
+            f"{windows.length} tokens each",
+        ),
+    ]
+
+
+def target_words(config: PruneConfig) -> str:
+    """The target in words; a baseline's is fixed by a pattern, a run takes whole layers to it."""
+    whole = pattern_sparsity(config.pattern)
+    if whole is None:
+        return f"{config.target:.1%} of the prunable weights"
+    if config.agent == BASELINE:
+        return f"{whole:.1%} of the prunable weights, fixed by the pattern"
+    return f"{config.target:.1%} of the prunable weights, by whole layers of {config.pattern}"
+
+
+def sparsity_words(metrics: Metrics) -> str:
+    """The sparsity that was reached, and how much of it the dense model had."""
+    words = f"{metrics.sparsity:.2%} of the prunable weights are exactly zero"
+    if metrics.dense_sparsity < NEGLIGIBLE:
+        return words
+    return f"{words}, {metrics.dense_sparsity:.2%} were before"
+
+
+def knowledge_rows(pair: Pair | None) -> list[tuple[str, str]]:
+    """What is left of the facts; nothing where the guard did not bound it."""
+    if pair is None:
+        return []
+    words = f"right answers at {pair.final:+.3f} nats a token, dense {pair.dense:+.3f}"
+    return [("facts", words)]
+
+
+def agent_words(metrics: Metrics) -> str:
+    """What the agent decided, and what that took."""
+    words = [count(metrics.decisions, "decision")]
+    if metrics.invalid_answers:
+        refused = count(metrics.invalid_answers, "answer")
+        words.append(f"{refused} refused, {metrics.repairs} of them sent back")
+    if metrics.probes:
+        words.append(count(metrics.probes, "probe"))
+    asked = calls(metrics.llm_calls, metrics.tokens.get("llm", 0))
+    return "; ".join([", ".join(words), *([f"LLM: {asked}"] if asked else [])])
+
+
+def scored_words(tokens: dict[str, int]) -> str:
+    """Tokens of text by what they were scored for."""
+    return ", ".join(f"{use} {n:,}" for use, n in tokens.items() if use != "llm") + " tokens"
+
+
+def time_words(seconds: dict[str, float]) -> str:
+    """How long a run took, and which node how long."""
+    parts = sorted((-value, node) for node, value in seconds.items() if node != "total")
+    named = ", ".join(f"{node} {duration(-value)}" for value, node in parts)
+    return f"{duration(seconds.get('total', math.nan))} ({named})"
+
+
+def pair_row(name: str, pair: Pair) -> list[str]:
+    """A measure before and after, and its relative change."""
+    change = (pair.final - pair.dense) / pair.dense
+    return [name, f"{pair.dense:.3f}", f"{pair.final:.3f}", f"{change:+.2%}"]
