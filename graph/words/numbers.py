@@ -10,7 +10,7 @@ def percent(value: float) -> str:
         return f"{value:+.2%}"
     if size < 1000:
         return f"{value:+.1%}"
-    return f"{value:+.0%}" if size < 1e5 else f"{100 * value:+.1e}%"
+    return f"{value:+.0%}" if size < 1e5 else f"{100 * value:+.0e}%"
 
 
 def perplexity(value: float) -> str:

@@ -70,12 +70,25 @@ class Screen:
         head = f"{name:<{_NAMES}}"
         self.line((head, "yellow"), words, indent=len(head))
 
-    def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
-        """Print a table; the first ``left`` columns are aligned to the left, others right.
+    def table(
+        self,
+        columns: Sequence[str],
+        rows: Iterable[Sequence[str]],
+        left: int = 1,
+        keys: int | None = None,
+    ) -> None:
+        """Print a table, and cut nothing of it.
 
-        Where it is too wide, the widest of the first columns is broken between words. If that is
-        not enough, the other columns stand in several tables below each other, each with the first
-        columns again: nothing is cut.
+        Where it is too wide, the widest of the columns on the left is broken between words. If that
+        is not enough, the columns stand in several tables below each other.
+
+        Args:
+            columns: their names.
+            rows: one word a column.
+            left: how many of the first columns are aligned to the left; the others are to the
+                right.
+            keys: how many of the first columns tell the rows apart, and so stand in each of
+                several tables; None: those on the left.
         """
         cells = [[clean(cell) for cell in row] for row in [columns, *rows]]
         widths = [max(cell_len(row[i]) for row in cells) for i in range(len(columns))]
@@ -83,12 +96,14 @@ class Screen:
         words = [word for row in cells for word in row[widest].split()]
         least = max(map(cell_len, words), default=1)
         over = self._over(widths)
-        if 0 < over <= widths[widest] - least:
-            widths[widest] -= over
-            over = 0
-        first = list(range(left))
+        if over > 0:
+            fitting, half = widths[widest] - over, self.console.width // 2
+            shrunk = fitting if fitting >= least else max(least, half)
+            widths[widest] = min(widths[widest], shrunk)
+            over = self._over(widths)
+        first = list(range(left if keys is None else keys))
         part: list[int] = []
-        for column in range(left, len(columns)):
+        for column in range(len(first), len(columns)):
             wider = [widths[i] for i in [*first, *part, column]]
             if part and over > 0 and self._over(wider) > 0:
                 self._print_table(cells, widths, [*first, *part], left)

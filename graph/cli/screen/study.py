@@ -60,6 +60,7 @@ def print_tables(screen: Screen, tables: Iterable[Table]) -> None:
     for table in tables:
         screen.line()
         screen.line((table.title, "bold"))
-        screen.table(table.columns, table.rows, left=table.left)
+        keys = table.columns.index("target") + 1
+        screen.table(table.columns, table.rows, table.left, keys)
         for note in table.notes:
             screen.line(note)
