@@ -17,33 +17,60 @@ app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="One LLM prunes another: step by step, with rollback, resume and a decision trace. "
     "Exit codes: 0 done, 2 bad usage or configuration, 3 ended before the target, 1 failure, "
     "130 interrupted.",
 )
 
-_COMMANDS: dict[str, Callable[..., None]] = {
-    "run": runs.run_command,
-    "resume": runs.resume_command,
-    "fork": runs.fork_command,
-    "watch": runs.watch_command,
-    "baseline": runs.baseline_command,
-    "compare": comparing.compare_command,
-    "show": showing.show_command,
-    "report": showing.report_command,
-    "ask": showing.ask_command,
-    "agents": showing.agents_command,
-    "evaluate": evaluating.evaluate_command,
-    "save": storing.save_command,
-    "pack": storing.pack_command,
-    "unpack": storing.unpack_command,
-    "gc": storing.gc_command,
-    "config": planning.config_command,
-    "plan": planning.plan_command,
+_PRUNE, _LOOK, _BEFORE, _KEEP = "Prune", "Look", "Before a run", "Keep and tidy up"
+# By their headings in the help, each with an example or two.
+_COMMANDS: dict[str, tuple[str, Callable[..., None], list[str]]] = {
+    "run": (
+        _PRUNE,
+        runs.run_command,
+        ["run -m my-model -t 0.45 -o runs/mine", "run -c configs/demo.yaml --agent greedy"],
+    ),
+    "resume": (
+        _PRUNE,
+        runs.resume_command,
+        ["resume runs/mine", "resume runs/mine --set guard.max_increase=0.3"],
+    ),
+    "fork": (_PRUNE, runs.fork_command, ["fork runs/mine --step 7 --set agent=greedy"]),
+    "baseline": (
+        _PRUNE,
+        runs.baseline_command,
+        ["baseline -m my-model -t 0.45 --allocation owl", "baseline -m my-model --pattern 2:4"],
+    ),
+    "compare": (
+        _PRUNE,
+        comparing.compare_command,
+        ["compare configs/studies/smollm2-45.yaml --seeds 0,1,2"],
+    ),
+    "show": (_LOOK, showing.show_command, ["show runs/mine", "show runs/mine --step 3"]),
+    "watch": (_LOOK, runs.watch_command, ["watch runs/mine"]),
+    "report": (_LOOK, showing.report_command, ["report runs/mine runs/uniform"]),
+    "ask": (_LOOK, showing.ask_command, ["ask runs/mine"]),
+    "evaluate": (
+        _LOOK,
+        evaluating.evaluate_command,
+        ["evaluate runs/mine --text my.txt", "evaluate runs/mine --task mmlu --against my-model"],
+    ),
+    "agents": (_BEFORE, showing.agents_command, ["agents"]),
+    "config": (_BEFORE, planning.config_command, ["config > my.yaml"]),
+    "plan": (_BEFORE, planning.plan_command, ["plan -m my-model -t 0.45"]),
+    "save": (_KEEP, storing.save_command, ["save runs/mine"]),
+    "pack": (_KEEP, storing.pack_command, ["pack runs/mine mine.pack"]),
+    "unpack": (_KEEP, storing.unpack_command, ["unpack mine.pack my-model"]),
+    "gc": (_KEEP, storing.gc_command, ["gc runs/mine", "gc --cache"]),
 }
-for _name, _command in _COMMANDS.items():
-    app.command(_name)(_command)
+for _name, (_panel, _command, _examples) in _COMMANDS.items():
+    app.command(
+        _name,
+        rich_help_panel=_panel,
+        epilog="Such as:\n\n" + "\n".join(f"- `prunewright {example}`" for example in _examples),
+    )(_command)
 
 
 def _version(value: bool) -> None:

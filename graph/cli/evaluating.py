@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from prunewright.graph.cli.completing import devices, values
 from prunewright.graph.cli.options import JsonOption
 from prunewright.graph.cli.screen.live import Live
 from prunewright.graph.cli.screen.results import print_evaluation
@@ -47,6 +48,7 @@ def evaluate_command(
             "--protocol",
             help="windows: the first of each text. literature: all of them, cut from the text "
             "tokenized once, 2048 tokens each unless --length says otherwise.",
+            autocompletion=values("windows", "literature"),
         ),
     ] = "windows",
     windows: Annotated[
@@ -63,6 +65,7 @@ def evaluate_command(
             "--task",
             help="mmlu (letters), mmlu-cloze (the answers' words) or facts (FreebaseQA's form); "
             "may be repeated. Needs the extra eval.",
+            autocompletion=values("mmlu", "mmlu-cloze", "facts"),
         ),
     ] = None,
     data: Annotated[
@@ -107,9 +110,17 @@ def evaluate_command(
         ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")
+        str,
+        typer.Option(
+            "--dtype",
+            help="auto, bfloat16, float16 or float32.",
+            autocompletion=values("auto", "bfloat16", "float16", "float32"),
+        ),
     ] = "auto",
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    device: Annotated[
+        str,
+        typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", autocompletion=devices),
+    ] = "auto",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings.")
     ] = False,

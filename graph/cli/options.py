@@ -1,17 +1,31 @@
-"""What several commands take."""
+"""What several commands take, and under which heading their help has it."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from prunewright.graph.cli import completing
+
+CONFIGURATION = "Configuration"
+REQUEST = "What is asked for"
+
 RunArgument = Annotated[
-    Path, typer.Argument(metavar="RUN_DIR", help="Directory of the run.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="RUN_DIR",
+        help="Directory of the run.",
+        show_default=False,
+        autocompletion=completing.run_directories,
+    ),
 ]
 
 
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", help="YAML file with the configuration.")
+    Path | None,
+    typer.Option(
+        "--config", "-c", help="YAML file with the configuration.", rich_help_panel=CONFIGURATION
+    ),
 ]
 
 
@@ -23,18 +37,32 @@ SetOption = Annotated[
         metavar="KEY=VALUE",
         help="Any key of the configuration; dots reach nested ones: texts.windows.guard=16. "
         "May be repeated.",
+        autocompletion=completing.settings,
+        rich_help_panel=CONFIGURATION,
     ),
 ]
 
 
 ModelOption = Annotated[
-    str | None, typer.Option("--model", "-m", help="embedded, a model directory or a hub name.")
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="embedded, a model directory or a hub name.",
+        autocompletion=completing.values("embedded"),
+        rich_help_panel=REQUEST,
+    ),
 ]
 
 
 TargetOption = Annotated[
     float | None,
-    typer.Option("--target", "-t", help="Sparsity over all prunable weights, such as 0.45."),
+    typer.Option(
+        "--target",
+        "-t",
+        help="Sparsity over all prunable weights, such as 0.45.",
+        rich_help_panel=REQUEST,
+    ),
 ]
 
 
@@ -44,6 +72,8 @@ PatternOption = Annotated[
         "--pattern",
         help="unstructured, or the number kept of each group: 2:4. A baseline takes all layers to "
         "it, which fixes the sparsity; in a run the agent chooses layers, each as a whole.",
+        autocompletion=completing.patterns,
+        rich_help_panel=REQUEST,
     ),
 ]
 
@@ -51,17 +81,28 @@ PatternOption = Annotated[
 CalibrationOption = Annotated[
     str | None,
     typer.Option(
-        "--calibration", help="Text for the statistics: embedded, a file or a hub data set."
+        "--calibration",
+        help="Text for the statistics: embedded, a file or a hub data set.",
+        rich_help_panel=REQUEST,
     ),
 ]
 
 
 SeedOption = Annotated[
-    int | None, typer.Option("--seed", help="Draws the windows and seeds the agent.")
+    int | None,
+    typer.Option("--seed", help="Draws the windows and seeds the agent.", rich_help_panel=REQUEST),
 ]
 
 
-DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, mps ...")]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="auto, cpu, cuda, mps ...",
+        autocompletion=completing.devices,
+        rich_help_panel=REQUEST,
+    ),
+]
 
 
 def with_calibration(overrides: list[str] | None, calibration: str | None) -> list[str]:
@@ -82,13 +123,20 @@ AgentOption = Annotated[
         "-a",
         help="Who decides, such as provider:model, greedy, replay:FILE, exchange:DIR; "
         "`prunewright agents` lists all.",
+        autocompletion=completing.agents,
+        rich_help_panel=REQUEST,
     ),
 ]
 
 
 CriterionOption = Annotated[
     str | None,
-    typer.Option("--criterion", help="magnitude, wanda, gblm, fisher, sparsegpt, obs, import:..."),
+    typer.Option(
+        "--criterion",
+        help="magnitude, wanda, gblm, fisher, sparsegpt, obs or import:...",
+        autocompletion=completing.criteria,
+        rich_help_panel=REQUEST,
+    ),
 ]
 
 

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 import typer
 
 from prunewright.graph.agents import resolve_agent
+from prunewright.graph.cli import completing
 from prunewright.graph.cli.options import (
+    REQUEST,
     AgentOption,
     CalibrationOption,
     ConfigOption,
@@ -63,7 +65,11 @@ def run_command(
     device: DeviceOption = None,
     review: Annotated[
         bool | None,
-        typer.Option("--review", help="Ask a person to approve, edit or reject each decision."),
+        typer.Option(
+            "--review",
+            help="Ask a person to approve, edit or reject each decision.",
+            rich_help_panel=REQUEST,
+        ),
     ] = None,
     out: OutOption = None,
     _json: JsonOption = False,
@@ -237,9 +243,10 @@ def baseline_command(
         str | None,
         typer.Option(
             "--allocation",
-            help="How the layers share the target: uniform, owl, alphapruning, atp, greedy, "
-            "evolutionary, global, or from:RUN_DIR, another run's final one. "
-            "Options: --set allocation_options.lam=0.05.",
+            help=f"How the layers share the target: {', '.join(completing.ALLOCATIONS)}, or "
+            "from:RUN_DIR, another run's final one. Options: --set allocation_options.lam=0.05.",
+            autocompletion=completing.allocations,
+            rich_help_panel=REQUEST,
         ),
     ] = None,
     model: ModelOption = None,

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -101,9 +102,19 @@ class Commands(TyperGroup):
             _failed(session, error, str(error), code)
         except Exception as error:
             # Usage errors and typer.Exit carry their own code and are the framework's to show.
+            _hint(error)
             if hasattr(error, "exit_code") or isinstance(error, typer.Abort | BrokenPipeError):
                 raise
             _failed(session, error, _unforeseen(error), FAILURE)
+
+
+def _hint(error: Any) -> None:
+    """Add to a usage error how a model is named, where one stands by itself."""
+    words = str(getattr(error, "message", ""))
+    extra = re.match(r"Got unexpected extra argument\S* \(([^\s)]+)", words)
+    command = getattr(getattr(error, "ctx", None), "command", None)
+    if extra and command and any("--model" in parameter.opts for parameter in command.params):
+        error.message = f"{words}. A model is named by -m: -m {extra[1]}"
 
 
 def quiet_transformers(debug: bool) -> None:
