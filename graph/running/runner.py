@@ -65,7 +65,7 @@ _FORKING = ".forking-"
 OnEvent = Callable[[str, dict[str, Any]], None]
 """Called with ``updates`` (a node's name and update) or ``custom`` (progress, step, metrics).
 
-A baseline, which has no nodes, says ``begun`` once its model is loaded.
+A step's ``step`` counts from 0, as in trace.jsonl; what people read counts from 1. A baseline, which has no nodes, says ``begun`` once its model is loaded.
 """
 
 Reviewer = Callable[[ReviewRequest], ReviewAnswer | dict[str, Any]]
