@@ -1,5 +1,6 @@
 """The state machine that prunes, and how to run it."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,7 +14,5 @@ def __getattr__(name: str) -> Any:
     """Import what is asked for only then: torch takes seconds, and `--help` needs none of it."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from prunewright.graph import builder
-    from prunewright.graph.running import runner
-
-    return getattr(builder if name == "build_graph" else runner, name)
+    home = "builder" if name == "build_graph" else "running.runner"
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)

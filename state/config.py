@@ -30,6 +30,10 @@ BASELINE = "baseline"
 """The name that stands for "no agent" in a run directory's config and trace."""
 
 
+CRITERIA = ("magnitude", "wanda", "gblm", "fisher", "sparsegpt", "obs")
+"""The project's own criteria: those of `prunewright.tools.criteria`, which takes seconds."""
+
+
 def _plain_name(value: str) -> str:
     """Refuse what no name is: names come from files of others, and are shown."""
     if not re.fullmatch(r"[\w.:\-]{1,200}", value):
@@ -186,7 +190,7 @@ class PruneRequest(Options):
     criterion: Name = Field(
         "wanda",
         description="which weights inside a layer go first; your own as import:package.module:name",
-        examples=["magnitude", "wanda", "gblm", "fisher", "sparsegpt", "obs"],
+        examples=list(CRITERIA),
     )
     pattern: str = Field(
         "unstructured",

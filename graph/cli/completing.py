@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import get_args
 
 from pydantic import BaseModel
 
 from prunewright.graph.agents import CONTROLS, FILE_AGENTS
 from prunewright.state import PruneConfig
-from prunewright.state.config import DEFAULT_AGENT, CriterionName
+from prunewright.state.config import CRITERIA, DEFAULT_AGENT
 
 ALLOCATIONS = ("uniform", "owl", "alphapruning", "atp", "greedy", "evolutionary", "global")
 """The allocations by name: the modules that make them take seconds to import."""
@@ -35,8 +34,8 @@ agents = values(
     *(f"{kind}:" for kind in FILE_AGENTS),
     "import:",
 )
-allocations = values(*ALLOCATIONS, "from:")
-criteria = values(*get_args(CriterionName))
+allocations = values(*ALLOCATIONS, "from:", "import:")
+criteria = values(*CRITERIA, "import:")
 devices = values("auto", "cpu", "cuda", "mps")
 patterns = values("unstructured", "2:4", "4:8")
 

@@ -12,7 +12,7 @@ from datetime import datetime
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import CheckpointTuple
@@ -40,19 +40,16 @@ from prunewright.state import (
     load_config,
     validate_config,
 )
-from prunewright.state.config import BASELINE
+from prunewright.state.config import BASELINE, CRITERIA
 from prunewright.state.metrics import Metrics
 from prunewright.state.review import HOW
 from prunewright.state.run import Status
 from prunewright.state.shown import clean
-from prunewright.tools.allocation import resolve_allocation
-from prunewright.tools.baseline import prune_once
-from prunewright.tools.bench.workbench import workbench
-from prunewright.tools.criteria import find_criterion
-from prunewright.tools.model.head import Progress
-from prunewright.tools.results import save_pruned
 from prunewright.tools.store.rundir import RunDirectory
 from prunewright.tools.store.trace import load_metrics
+
+if TYPE_CHECKING:
+    from prunewright.tools.model.head import Progress
 
 _log = logging.getLogger("prunewright")
 
@@ -65,7 +62,8 @@ _FORKING = ".forking-"
 OnEvent = Callable[[str, dict[str, Any]], None]
 """Called with ``updates`` (a node's name and update) or ``custom`` (progress, step, metrics).
 
-A step's ``step`` counts from 0, as in trace.jsonl; what people read counts from 1. A baseline, which has no nodes, says ``begun`` once its model is loaded.
+A step's ``step`` counts from 0, as in trace.jsonl; what people read counts from 1. A baseline,
+which has no nodes, says ``begun`` once its model is loaded.
 """
 
 Reviewer = Callable[[ReviewRequest], ReviewAnswer | dict[str, Any]]
@@ -297,6 +295,8 @@ def _check_moved(directory: RunDirectory, before: PruneConfig, now: PruneConfig)
     same = now.request.identity() == before.request.identity()
     if not same or not directory.manifest_file.exists():
         raise InputError(words)
+    from prunewright.tools.bench.workbench import workbench
+
     request = directory.locate(now.request)
     with workbench(request, directory.path) as bench:
         try:
@@ -398,6 +398,8 @@ def baseline(
         InputError: the configuration, the model, a text or the directory cannot be used.
         PrunewrightError: another failure; its message says what to do.
     """
+    from prunewright.tools.allocation import resolve_allocation  # torch takes seconds
+
     settled = _settle(config).model_copy(update={"agent": BASELINE})
     resolve_allocation(settled.allocation, settled.allocation_options, settled.pattern)
     thread = _new_thread()
@@ -417,6 +419,9 @@ def save(run_directory: str | Path, on_event: OnEvent | None = None) -> RunResul
         InputError: no finished run there, it pruned nothing, or it has its model.
         StoreError: a file of the run is missing or damaged, or the model cannot be written.
     """
+    from prunewright.tools.bench.workbench import workbench
+    from prunewright.tools.results import save_pruned
+
     directory = RunDirectory(run_directory)
     config = directory.config()
     if not directory.metrics_file.exists():
@@ -462,7 +467,7 @@ def collect_garbage(run_directory: str | Path) -> tuple[int, int]:
         return directory.collect_garbage(keep)
 
 
-def _progress(on_event: OnEvent | None) -> Progress:
+def _progress(on_event: OnEvent | None) -> "Progress":
     """Tells of progress, and stops where a person or the system asks for it."""
 
     def progress(label: str, done: int, total: int) -> None:
@@ -477,6 +482,8 @@ def _progress(on_event: OnEvent | None) -> Progress:
 def _prune_once(
     directory: RunDirectory, config: PruneConfig, thread: str, on_event: OnEvent | None
 ) -> RunResult:
+    from prunewright.tools.baseline import prune_once
+
     progress = _progress(on_event)
 
     def begun() -> None:
@@ -492,7 +499,10 @@ def _settle(config: PruneConfig | dict[str, Any] | str | Path) -> PruneConfig:
     if isinstance(config, str | Path):
         config = load_config(config)
     settled = validate_config(config) if isinstance(config, dict) else config
-    find_criterion(settled.criterion)  # before anything is loaded
+    if settled.criterion not in CRITERIA:  # refused before anything is loaded
+        from prunewright.tools.criteria import find_criterion  # torch takes seconds
+
+        find_criterion(settled.criterion)
     return settled
 
 

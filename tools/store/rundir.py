@@ -29,7 +29,6 @@ from prunewright.state import (
 from prunewright.state.config import EMBEDDED
 from prunewright.state.loading import parse_yaml
 from prunewright.tools.store.manifest import decides, standing, surroundings, version
-from prunewright.tools.store.revisions import RevisionStore
 from prunewright.tools.store.standing import difference
 from prunewright.tools.store.steps import StepLog, chained
 from prunewright.tools.store.storage import (
@@ -180,6 +179,8 @@ class RunDirectory:
         for line in lines:
             revisions = revisions | {line.step.revision}
             revisions |= {line.step.candidate} if line.step.candidate else set()
+        from prunewright.tools.store.revisions import RevisionStore  # torch takes seconds
+
         RevisionStore(self.path / "revisions").share(
             RevisionStore(other.path / "revisions"), revisions
         )
@@ -322,6 +323,8 @@ class RunDirectory:
         """
         for record in self.read_trace():
             keep = keep | {record.revision} | ({record.candidate} if record.candidate else set())
+        from prunewright.tools.store.revisions import RevisionStore
+
         return RevisionStore(self.path / "revisions").collect(keep)
 
     @property
