@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from prunewright.graph import baseline, nodes, resume, run
+from prunewright.graph import baseline, resume, run
 from prunewright.graph.running.runner import load_metrics
 from prunewright.state import InputError, StoreError, load_config
 from prunewright.state.config import validate_config
@@ -79,7 +79,7 @@ def test_events_tell_every_node_and_the_end(pico_config: dict[str, Any], tmp_pat
         result.metrics.model_dump(mode="json")
     ]
     progress = [e["progress"] for e in custom if "progress" in e]
-    assert all(1 <= p["done"] <= p["total"] for p in progress)
+    assert all(0 <= p["done"] <= p["total"] for p in progress)
     assert {"activations", "perplexity", "masks"} <= {p["label"] for p in progress}
 
 
@@ -102,11 +102,11 @@ def test_each_node_computes_in_a_thread_that_ends_with_it(
     assert not any(others_alive)
 
 
-def test_progress_is_told_of_the_end_of_each_part_and_else_at_intervals(
+def test_progress_is_told_of_both_ends_of_each_part_and_else_at_intervals(
     pico_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def told(interval: float) -> list[tuple[str, int, int]]:
-        monkeypatch.setattr(nodes, "INTERVAL", interval)
+        monkeypatch.setattr("prunewright.graph.nodes.common.INTERVAL", interval)
         reports: list[dict[str, Any]] = []
 
         def on_event(_: str, event: dict[str, Any]) -> None:
@@ -117,11 +117,10 @@ def test_progress_is_told_of_the_end_of_each_part_and_else_at_intervals(
         return [(r["label"], r["done"], r["total"]) for r in reports]
 
     every, few = told(0.0), told(1e9)
-    ends = [(label, done, total) for label, done, total in every if done == total]
-    assert len(every) > len(ends)
-    assert [report for report in few if report[1] == report[2]] == ends
-    # Each node says its first word at once.
-    assert len(ends) < len(few) < len(every)
+    assert few == [(label, done, total) for label, done, total in every if done in (0, total)]
+    assert 0 < len(few) < len(every)
+    begun = [label for label, done, _ in few if done == 0]
+    assert begun == [label for label, done, total in few if done == total]
 
 
 @pytest.mark.parametrize(

@@ -105,11 +105,14 @@ class Live:
     def say(self, words: str) -> None:
         """Name what begins."""
         self._show(words, None)
+        self._progress.refresh()
 
     def progress(self, label: str, done: int, total: int) -> None:
         """Say how far what is being done is."""
         words = LABELS.get(label, label)
         self._show(f"{words} {done}/{total}" if total > 1 else words, done / max(total, 1))
+        if done == 0:  # it is named before it is done, however short it is
+            self._progress.refresh()
 
     def on_event(self, mode: str, event: dict[str, Any]) -> None:
         """Take an event of the runner."""
