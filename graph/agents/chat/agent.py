@@ -18,6 +18,7 @@ from langchain_core.exceptions import ModelError
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from langchain_core.messages.ai import UsageMetadata
+from langsmith import tracing_context
 from pydantic import ValidationError
 from tenacity import (
     RetryCallState,
@@ -165,7 +166,8 @@ class LLMAgent:
         Raises:
             AgentError: as `decide`.
         """
-        self._ask([HumanMessage(GREETING)], self._chat)
+        with tracing_context(enabled=False):  # it belongs to no run
+            self._ask([HumanMessage(GREETING)], self._chat)
 
     def decide(self, observation: Observation) -> Decision:
         """Ask once, with the answers of this step that were refused and why.
