@@ -114,7 +114,7 @@ def test_window_losses_are_means_and_progress_is_told(load: Load, windows: Tenso
         loaded.model, Head(loaded.model), windows, lambda *progress: told.append(progress)
     )
     assert losses == pytest.approx([float(full_losses(loaded, w).mean()) for w in windows])
-    assert told == [("perplexity", i, 3) for i in (1, 2, 3)]
+    assert told == [("perplexity", i, 3) for i in (0, 1, 2, 3)]
 
 
 def test_perplexity_of_a_uniform_model_is_the_vocabulary(load: Load, windows: Tensor) -> None:

@@ -582,11 +582,13 @@ def test_a_profile_holds_every_layer_with_its_signals(
         assert scores == pytest.approx(expected.tolist(), abs=1e-4)
 
 
-def test_progress_is_told_after_each_window(load: Load, windows: Tensor) -> None:
+def test_progress_is_told_as_a_phase_begins_and_after_each_window(
+    load: Load, windows: Tensor
+) -> None:
     loaded = load()
     told: list[tuple[str, int, int]] = []
     measure_activations(loaded, windows, lambda *p: told.append(p))
     measure_gradients(loaded, Head(loaded.model), windows, progress=lambda *p: told.append(p))
     assert told == [
-        (label, done, 3) for label in ("activations", "gradients") for done in (1, 2, 3)
+        (label, done, 3) for label in ("activations", "gradients") for done in (0, 1, 2, 3)
     ]

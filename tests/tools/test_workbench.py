@@ -328,7 +328,7 @@ def test_losses_are_those_of_the_roles_windows(bench_of: Bench) -> None:
     told: list[tuple[str, int, int]] = []
     guard = bench.guard_losses(first, lambda *p: told.append(p))
     test = bench.test_losses(DENSE)
-    assert told == [("perplexity", i, 3) for i in (1, 2, 3)]
+    assert told == [("perplexity", i, 3) for i in (0, 1, 2, 3)]
     fresh = bench_of()
     head = Head(fresh.loaded.model)
     assert test == window_losses(fresh.loaded.model, head, windows.test)
