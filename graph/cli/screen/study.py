@@ -41,6 +41,7 @@ class Experiments(Live):
                 number,
                 (f"{event['state']:<8}", style),
                 f"{event['experiment']}  {one_line(words, 300, '...')}",
+                indent=len(number),
             )
 
 
