@@ -5,7 +5,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import typer
@@ -15,13 +14,13 @@ from typer.testing import CliRunner
 from prunewright.graph.cli import _COMMANDS, app, completing
 from prunewright.graph.cli.session import Session
 from prunewright.state import load_config
-from prunewright.state.config import CriterionName
 from prunewright.tools.allocation import ALLOCATIONS
+from prunewright.tools.criteria import CRITERIA
 
 
 def test_what_is_offered_is_what_there_is() -> None:
     assert set(completing.ALLOCATIONS) == set(ALLOCATIONS)
-    assert completing.criteria("") == list(get_args(CriterionName))
+    assert completing.criteria("") == list(CRITERIA)
     assert completing.agents("gr") == ["greedy"]
     assert completing.patterns("2") == ["2:4"]
 
