@@ -20,7 +20,7 @@ from prunewright.tools.criteria import CRITERIA
 
 def test_what_is_offered_is_what_there_is() -> None:
     assert set(completing.ALLOCATIONS) == set(ALLOCATIONS)
-    assert completing.criteria("") == list(CRITERIA)
+    assert completing.criteria("") == [*CRITERIA, "import:"]
     assert completing.agents("gr") == ["greedy"]
     assert completing.patterns("2") == ["2:4"]
 
