@@ -297,6 +297,11 @@ class PruneContext(Options):
     )
     review: bool = Field(False, description="ask a person to approve, edit or reject each decision")
     guard: GuardOptions = Field(GuardOptions(), description="when a step is rolled back")
+    with_control: bool = Field(
+        False,
+        description="measure uniform pruning at the sparsity reached, too, by the same criterion "
+        "on the same texts, so that there is something to compare the run with",
+    )
     max_steps: int = Field(40, ge=1, le=10_000, description="steps that end the run")
     max_stalls: int = Field(
         3, ge=1, description="rollbacks or empty decisions in a row that end the run"
@@ -318,6 +323,15 @@ class PruneContext(Options):
 
 class PruneConfig(PruneRequest, PruneContext):
     """The whole configuration, as one YAML file holds it."""
+
+    @model_validator(mode="after")
+    def _has_control(self) -> "PruneConfig":
+        if self.with_control and self.pattern != "unstructured":
+            raise ValueError(
+                f"with_control: pattern {self.pattern} fixes each layer's sparsity, so there is no "
+                "uniform control at any other: leave one of the two away"
+            )
+        return self
 
     @property
     def request(self) -> PruneRequest:

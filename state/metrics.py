@@ -24,6 +24,47 @@ class Perplexities(BaseModel):
     test: Pair
 
 
+class Control(BaseModel):
+    """Uniform pruning, measured to compare a run with: every layer alike, in one shot.
+
+    Model, criterion, calibration, windows and sparsity are the run's.
+
+    Attributes:
+        revision: hash of its masks.
+        sparsity: fraction of exact zeros over all prunable weights.
+        guard: perplexity on the guard text; None if it is not finite.
+        test: perplexity on the test text; None if it is not finite.
+        change: relative change of the test perplexity from the control to the run, below 0 if the
+            run is better; None where the control's is not finite.
+        change_stderr: standard error of the change, paired over the test windows.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    revision: str
+    sparsity: float
+    guard: float | None
+    test: float | None
+    change: float | None
+    change_stderr: float | None
+
+
+class Sample(BaseModel):
+    """How the dense and the pruned model continue the same prompt, taking the likeliest token.
+
+    Attributes:
+        prompt: what they continue.
+        dense: the dense model's continuation.
+        pruned: the pruned model's.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: str
+    dense: str
+    pruned: str
+
+
 class Metrics(BaseModel):
     """What a run or a baseline came to.
 
@@ -45,11 +86,13 @@ class Metrics(BaseModel):
         perplexity: see `Perplexities`.
         knowledge: mean log-probability of the right answers to the facts, nats a token, where the
             guard bounded it.
+        control: the uniform control, where ``with_control`` asked for it.
+        sample: text of the dense and the pruned model; None where none was saved.
         seconds: wall time, ``total`` and by node.
         tokens: run through the model for calibration (forward), gradient (forward and backward),
-            solve (through the blocks), guard, probes, the trials of an allocation, and test;
-            exchanged with the LLM. Statistics that a process still has are not taken again, so
-            a run that was resumed counts those that it took once more.
+            solve (through the blocks), guard, probes, the trials of an allocation, test, and all
+            that the uniform control took; exchanged with the LLM. Statistics that a process still
+            has are not taken again, so a run that was resumed counts those that it took once more.
         peak_memory_bytes: largest resident size of the process so far.
     """
 
@@ -71,6 +114,8 @@ class Metrics(BaseModel):
     llm_calls: int = 0
     perplexity: Perplexities
     knowledge: Pair | None = None
+    control: Control | None = None
+    sample: Sample | None = None
     seconds: dict[str, float]
     tokens: dict[str, int]
     peak_memory_bytes: int

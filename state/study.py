@@ -25,6 +25,7 @@ _GIVEN = {
     "seed": "seeds says which",
     "out": "each experiment has a directory of its own",
     "review": "a person cannot be asked in a comparison",
+    "with_control": "uniform pruning is a method of its own here",
 }
 # Perplexities of two models, or of one in two number formats, do not compare.
 _SHARED = ("model", "trust_remote_code", "dtype")

@@ -7,7 +7,7 @@ from itertools import takewhile
 from typing import Literal
 
 from prunewright.state import STATUS_WORDS, PruneContext, Step
-from prunewright.state.metrics import Metrics
+from prunewright.state.metrics import Control, Metrics
 from prunewright.state.run import TOLERANCE, Status
 from prunewright.state.shown import one_line
 
@@ -108,6 +108,16 @@ def ended_words(metrics: Metrics) -> str:
     """How a run or a baseline ended, in words."""
     short = next((w for s, w in STATUS_WORDS.items() if s == metrics.status), "pruned in one shot")
     return metrics.reason or short
+
+
+def control_words(control: Control) -> str:
+    """What a run comes to against uniform pruning, measured with it."""
+    words = f"uniform pruning to {control.sparsity:.2%} by the same criterion"
+    if control.change is None:
+        return f"{words}: its test perplexity is not finite"
+    noise = f" ± {control.change_stderr:.1%}" if control.change_stderr is not None else ""
+    than = "lower" if control.change < 0 else "higher"
+    return f"test perplexity {abs(control.change):.1%}{noise} {than} than that of {words}"
 
 
 def kind_of(record: Step) -> Kind:

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from prunewright.state import PrunewrightError
-from prunewright.state.metrics import Metrics, Pair, Perplexities
+from prunewright.state.config import BASELINE
+from prunewright.state.metrics import Control, Metrics, Pair, Perplexities, Sample
 from prunewright.state.run import DENSE
+from prunewright.tools.allocation.uniform import uniform_counts
 from prunewright.tools.bench.workbench import Workbench
-from prunewright.tools.losses import perplexity
+from prunewright.tools.losses import change_with_error, perplexity
 from prunewright.tools.model.head import Progress
 from prunewright.tools.saving.card import model_card
 from prunewright.tools.saving.model import save_model
@@ -21,6 +23,9 @@ from prunewright.tools.store.rundir import RunDirectory
 from prunewright.tools.store.storage import write_json
 
 _log = logging.getLogger("prunewright")
+
+PROMPT = "Water boils at a lower temperature on a high mountain because"
+"""What the dense and the pruned model continue, for people to read."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,9 @@ def finish(
 ) -> Metrics:
     """Measure the test text, save and verify the model, write card, metrics and report.
 
-    No model is saved that would be the dense one. May run again after a crash: the model
-    directory appears whole or not at all.
+    Where the configuration says ``with_control``, uniform pruning is measured before. No model is
+    saved that would be the dense one. May run again after a crash: the model directory appears
+    whole or not at all.
 
     Raises:
         PrunewrightError: the saved model does not reload to the same sparsity and losses.
@@ -63,7 +69,8 @@ def finish(
     began = time.perf_counter()
     tokens_before = dict(bench.tokens)
     dense = perplexity(bench.test_losses(DENSE, progress))
-    final = perplexity(bench.test_losses(outcome.revision, progress))
+    losses = bench.test_losses(outcome.revision, progress)
+    final = perplexity(losses)
     if not math.isfinite(final):
         raise PrunewrightError(
             "the pruned model's perplexity is not finite: it is broken and was not saved"
@@ -72,10 +79,18 @@ def finish(
     for key, value in outcome.tokens.items():
         tokens[key] = tokens.get(key, 0) + int(value)
     seconds = dict(outcome.seconds)
+    saved = outcome.revision != DENSE
+    control = sample = None
+    if saved and run.config().with_control and not _is_uniform(outcome.method):
+        control, spent, seconds["control"] = _measure_control(bench, outcome, losses, progress)
+        tokens["control"] = spent
+    if saved:
+        texts = (bench.sample(revision, PROMPT) for revision in (DENSE, outcome.revision))
+        sample = Sample(prompt=PROMPT, dense=next(texts), pruned=next(texts))
     metrics = Metrics(
         status=outcome.status,
         reason=outcome.reason,
-        saved=outcome.revision != DENSE,
+        saved=saved,
         method=outcome.method,
         revision=outcome.revision,
         sparsity=bench.sparsity(),
@@ -92,19 +107,64 @@ def finish(
             test=Pair(dense=dense, final=final),
         ),
         knowledge=outcome.knowledge,
+        control=control,
+        sample=sample,
         seconds=seconds,
         tokens=tokens,
         peak_memory_bytes=peak_memory(),
     )
     if metrics.saved:
         save_pruned(run, bench, metrics, outcome.guard_losses)
-    seconds["finish"] = time.perf_counter() - began
+    seconds["finish"] = time.perf_counter() - began - seconds.get("control", 0.0)
     seconds["total"] = sum(v for k, v in seconds.items() if k != "total")
     metrics = metrics.model_copy(update={"seconds": seconds, "peak_memory_bytes": peak_memory()})
     run.write_step_file(metrics.steps, "metrics", metrics.model_dump())
     write_json(run.metrics_file, metrics.model_dump())
     _write_report(run)
     return metrics
+
+
+def _is_uniform(method: dict[str, str]) -> bool:
+    """Whether a baseline is the uniform control itself."""
+    return method.get("allocation") == "uniform"
+
+
+def _measure_control(
+    bench: Workbench, outcome: Outcome, losses: list[float], progress: Progress | None
+) -> tuple[Control, int, float]:
+    """Prune every layer alike, in one shot, and measure it; its model is not saved.
+
+    Args:
+        bench: at the run's final revision, where it is left.
+        outcome: of the run. At its target, the control is what ``prunewright baseline`` comes to.
+        losses: of the run's final revision on the test windows.
+        progress: told of the parts done.
+
+    Returns:
+        The control, the tokens that were run through the model for it, and the seconds it took.
+    """
+    began, before, reached = time.perf_counter(), dict(bench.tokens), bench.sparsity()
+    target = bench.request.target
+    wanted = target if outcome.status in ("target_reached", BASELINE) else reached
+    counts = uniform_counts(bench, wanted).counts
+    revision = bench.prune(DENSE, DENSE, counts, progress)
+    guard = perplexity(bench.guard_losses(revision, progress))
+    test_losses = bench.test_losses(revision, progress)
+    test = perplexity(test_losses)
+    change, stderr = change_with_error(test_losses, losses)
+    sparsity = bench.sparsity()
+    bench.sync(outcome.revision)
+    spent = sum(bench.tokens.values()) - sum(before.values())
+    bench.tokens.update(before)  # they are told as one use
+    control = Control(
+        revision=revision,
+        sparsity=sparsity,
+        guard=guard if math.isfinite(guard) else None,
+        test=test if math.isfinite(test) else None,
+        change=change if math.isfinite(test) else None,
+        change_stderr=stderr if math.isfinite(test) and math.isfinite(stderr) else None,
+    )
+    return control, spent, time.perf_counter() - began
 
 
 def save_pruned(

@@ -71,6 +71,13 @@ def run_command(
             rich_help_panel=REQUEST,
         ),
     ] = None,
+    with_control: Annotated[
+        bool | None,
+        typer.Option(
+            "--with-control",
+            help="Measure uniform pruning to the same sparsity, too, to compare the run with.",
+        ),
+    ] = None,
     out: OutOption = None,
     _json: JsonOption = False,
 ) -> None:
@@ -91,6 +98,7 @@ def run_command(
         seed=seed,
         device=device,
         review=review or None,
+        with_control=with_control or None,
     )
     resolved = resolve_agent(settled.agent, settled.agent_options)
     session.run = _directory(settled, out)

@@ -3,8 +3,8 @@
 import math
 
 from prunewright.state.config import Options
-from prunewright.tools.allocation.blocks import layer_counts
-from prunewright.tools.allocation.counts import Allotment
+from prunewright.tools.allocation.blocks import layer_bounds
+from prunewright.tools.allocation.counts import Allotment, exact_counts
 from prunewright.tools.bench.workbench import Workbench
 from prunewright.tools.model.head import Progress
 
@@ -19,8 +19,13 @@ def allocate(bench: Workbench, _: UniformOptions, progress: Progress | None = No
     So no layer is above the target, and the total is below it by less than one weight a layer.
     Where some have more zeros of their own, the others are pruned as much less.
     """
-    target, layers = bench.request.target, bench.loaded.layers
+    return uniform_counts(bench, bench.request.target)
+
+
+def uniform_counts(bench: Workbench, target: float) -> Allotment:
+    """As `allocate`, for any sparsity that is not below that of the model's own zeros."""
+    layers = bench.loaded.layers
     counts = {name: math.floor(target * layer.numel) for name, layer in layers.items()}
     if all(bench.dense_zeros[name] <= count for name, count in counts.items()):
         return Allotment(counts, [])
-    return layer_counts(bench, dict.fromkeys(layers, target))
+    return exact_counts(dict.fromkeys(layers, target), layer_bounds(bench), target)

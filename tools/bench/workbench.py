@@ -22,7 +22,7 @@ from prunewright.tools.calibration.profile import build_profile, statistics_of
 from prunewright.tools.criteria import find_criterion, prune_mask
 from prunewright.tools.fast import INTEGERS, count_zeros, write_masked
 from prunewright.tools.masks import nm_count
-from prunewright.tools.model.continuations import answer_scores, fact_tokens
+from prunewright.tools.model.continuations import answer_scores, continue_text, fact_tokens
 from prunewright.tools.model.head import Head, Progress, told, window_losses
 from prunewright.tools.model.layers import Layer
 from prunewright.tools.model.loading import LoadedModel, load_model
@@ -312,6 +312,13 @@ class Workbench:
         self.sync(revision)
         self.tokens["test"] += self.windows.test.numel()
         return window_losses(self.loaded.model, self.head, self.windows.test, progress)
+
+    def sample(self, revision: str, prompt: str) -> str:
+        """How the model continues a prompt at a revision; its few tokens are not counted."""
+        self.sync(revision)
+        return continue_text(
+            self.loaded.model, self.head, self.loaded.tokenizer, prompt, rows=self._rows
+        )
 
     def prune(
         self,

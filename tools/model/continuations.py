@@ -11,6 +11,8 @@ from prunewright.tools.texts.questions import FactQuestion, shown_form
 
 AT_ONCE = 16
 """Facts that are scored in one batch."""
+SAMPLED = 40
+"""Tokens of a text that a model writes by itself."""
 
 
 def fact_tokens(
@@ -40,6 +42,43 @@ def fact_tokens(
 
 
 @torch.no_grad()
+def continue_text(
+    model: PreTrainedModel,
+    head: Head,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    rows: int,
+    most: int = SAMPLED,
+) -> str:
+    """What a model writes after a prompt if it takes the likeliest token each time.
+
+    Args:
+        model: the causal LM.
+        head: its head.
+        tokenizer: its tokenizer.
+        prompt: what is continued; its tokens that the model does not know are left out.
+        rows: `embedding_rows` of the model.
+        most: tokens that are written at most; fewer where the model has no positions for them.
+
+    Returns:
+        The text up to the model's end token, without the prompt.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = [token for token in tokenizer(prompt).input_ids if token < rows]
+    if isinstance(limit, int):
+        most = min(most, limit - len(context))
+    if not context or most < 1:
+        return ""
+
+    def ended(found: list[int]) -> bool:
+        return found[-1] == tokenizer.eos_token_id or found[-1] >= rows
+
+    found = Continuations(model, head).greedy(context, most, ended)
+    known = [token for token in found if token < rows]
+    return str(tokenizer.decode(known, skip_special_tokens=True))
+
+
 def answer_scores(
     model: PreTrainedModel,
     head: Head,

@@ -10,8 +10,9 @@ import yaml
 from prunewright.state import PruneConfig
 from prunewright.state.config import BASELINE, EMBEDDED
 from prunewright.state.metrics import NEGLIGIBLE, Metrics
+from prunewright.tools.ending import control_words
 
-_EMBEDDED_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BASE_OF_EMBEDDED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 _NOT_OWNERS = {
     "checkpoint", "checkpoints", "content", "data", "home", "mnt", "model", "models", "out",
@@ -37,9 +38,10 @@ def model_card(config: PruneConfig, metrics: Metrics, directory: Path, values: s
     front |= license_of(directory)
     front["tags"] = ["pruning", "sparse", "prunewright", config.criterion]
     title = (base or Path(config.model).name).rpartition("/")[2]
-    ppl = metrics.perplexity
     # Where it was written says nothing of how.
     recipe = config.model_dump(mode="json", exclude={"out"})
+    if base and config.model != EMBEDDED:
+        recipe["model"] = base  # not where it lay on this machine
     return f"""---
 {yaml.safe_dump(front, sort_keys=False)}---
 # {title}, pruned to {metrics.sparsity:.1%}
@@ -48,10 +50,7 @@ Pruned with Prunewright after training, without retraining: {metrics.sparsity:.2
 in the decoder blocks' linear layers are exactly zero{_dense_words(metrics)}. Embeddings, norms and
 the head are dense.
 {f"{chr(10)}Numbers: {values}.{chr(10)}" if values else ""}
-| | dense | pruned |
-|---|---|---|
-| perplexity, guard text | {ppl.guard.dense:.3f} | {ppl.guard.final:.3f} |
-| perplexity, test text ({config.texts.test}) | {ppl.test.dense:.3f} | {ppl.test.final:.3f} |
+{_table(metrics, config.texts.test)}
 
 Method: {_method_words(metrics.method)}, criterion {config.criterion_words};
 {_steps_words(metrics)}.
@@ -67,6 +66,28 @@ runtime that uses them.{_pattern_words(config.pattern, whole=metrics.status != B
 """
 
 
+def _table(metrics: Metrics, test: str) -> str:
+    """Perplexities of the dense and the pruned model, and of the uniform control where measured."""
+    ppl, control = metrics.perplexity, metrics.control
+    rows = [
+        ["", "dense", "pruned"],
+        ["---"] * 3,
+        ["perplexity, guard text", f"{ppl.guard.dense:.3f}", f"{ppl.guard.final:.3f}"],
+        [f"perplexity, test text ({test})", f"{ppl.test.dense:.3f}", f"{ppl.test.final:.3f}"],
+    ]
+    if control is not None:
+        measured = [
+            "not finite" if value is None else f"{value:.3f}"
+            for value in (control.guard, control.test)
+        ]
+        words = ["uniform control", "---", *measured]
+        rows = [[*row, word] for row, word in zip(rows, words, strict=True)]
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return (
+        f"{lines}\n\nAgainst the uniform control: {control_words(control)}." if control else lines
+    )
+
+
 def hub_name(name: str, directory: Path) -> str | None:
     """The hub name of a model, where one is known; never a path of some machine.
 
@@ -78,7 +99,7 @@ def hub_name(name: str, directory: Path) -> str | None:
         directory: where the model was found.
     """
     if name == EMBEDDED:
-        return _EMBEDDED_NAME
+        return BASE_OF_EMBEDDED
     if not Path(name).expanduser().is_dir():
         return name
     cache = directory.parent.parent.name

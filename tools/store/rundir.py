@@ -356,7 +356,7 @@ class RunDirectory:
             self.check(request, facts)
             return
         if not self.config_file.exists():
-            config = PruneConfig(**request.model_dump(), **context.model_dump())
+            config = validate_config(request.model_dump() | context.model_dump())
             write_atomic(self.config_file, config.to_yaml().encode())
         write_json(
             self.manifest_file,

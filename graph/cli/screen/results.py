@@ -13,7 +13,7 @@ from prunewright.graph.words.runs import (
     time_words,
 )
 from prunewright.state.metrics import Metrics
-from prunewright.tools.ending import ended_words
+from prunewright.tools.ending import control_words, ended_words
 
 if TYPE_CHECKING:
     from prunewright.tools.evaluation import Evaluation
@@ -30,13 +30,19 @@ def print_metrics(screen: Screen, metrics: Metrics, directory: str, model: str |
         pair_row("test (reported)", metrics.perplexity.test),
         pair_row("guard (chosen on)", metrics.perplexity.guard),
     ]
+    columns = ["perplexity", "dense", "pruned", "change"]
+    if metrics.control is not None:
+        columns.append("uniform")
+        for row, value in zip(rows, (metrics.control.test, metrics.control.guard), strict=True):
+            row.append("not finite" if value is None else f"{value:.3f}")
     screen.line()
-    screen.table(["perplexity", "dense", "pruned", "change"], rows)
+    screen.table(columns, rows)
     screen.line()
     screen.pairs(
         [
             ("sparsity", sparsity_words(metrics)),
             *knowledge_rows(metrics.knowledge),
+            *([("control", control_words(metrics.control))] if metrics.control else []),
             ("ended", ended_words(metrics)),
             ("steps", f"{metrics.steps}, {metrics.rollbacks} rolled back"),
             ("agent", agent_words(metrics)),
