@@ -74,7 +74,7 @@ def test_it_draws_filters_and_keeps_hostile_text_text(opened: Callable[..., Any]
     assert page.locator("img").count() == 0
     assert "<script>window.hacked" in page.locator("#decisions").text_content()
 
-    rows = page.locator("#decisions tbody tr:visible")
+    rows = page.locator("#decisions article:visible")
     total = rows.count()
     page.fill("#filter-words", "STEP 3, plain")
     assert rows.count() == 1
@@ -102,6 +102,22 @@ def test_it_fits_a_phone_and_is_dark_where_the_device_is(opened: Callable[..., A
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     assert page.locator("body").get_attribute("data-drawn") == "dark"
+    # What is cut at the side scrolls, and a shadow says so.
+    cut = page.evaluate(
+        "[...document.querySelectorAll('main *')].filter(e => e.scrollWidth > e.clientWidth + 1 &&"
+        " ['auto', 'scroll', 'hidden'].includes(getComputedStyle(e).overflowX))"
+        ".map(e => [e.className, getComputedStyle(e).backgroundImage.includes('gradient')])"
+    )
+    assert cut
+    assert all(hint == ["scroll", True] for hint in cut)
+
+    def colour(verdict: str) -> str:
+        path = f"article.{verdict} svg.map path"
+        return str(page.evaluate(f"getComputedStyle(document.querySelector('{path}')).fill"))
+
+    assert colour("accepted") != colour("rolled_back")
+    marks = page.locator("[data-chart=perplexity] svg .mark-symbol path")
+    assert len({mark.get_attribute("fill") for mark in marks.all()}) >= 2
 
     def lightness(script: str) -> float:
         """Mean of the red, green and blue of a computed colour."""
@@ -110,12 +126,17 @@ def test_it_fits_a_phone_and_is_dark_where_the_device_is(opened: Callable[..., A
 
     back = lightness("getComputedStyle(document.body).backgroundColor")
     text = lightness("getComputedStyle(document.body).color")
-    plot = lightness("getComputedStyle(document.querySelector('[data-chart] svg text')).fill")
+    plot = lightness(
+        "getComputedStyle(document.querySelector('[data-chart=sparsity] svg text')).fill"
+    )
     assert back < 60 < 180 < min(text, plot)
     page.emulate_media(color_scheme="light")
     page.wait_for_selector("body[data-drawn=light]", state="attached")
     assert lightness("getComputedStyle(document.body).backgroundColor") > 200
-    assert lightness("getComputedStyle(document.querySelector('[data-chart] svg text')).fill") < 90
+    assert (
+        lightness("getComputedStyle(document.querySelector('[data-chart=sparsity] svg text')).fill")
+        < 90
+    )
 
 
 def test_a_comparison_draws_its_plots_on_a_phone_and_keeps_names_text(

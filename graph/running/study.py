@@ -36,7 +36,7 @@ from prunewright.state.study import (
 )
 from prunewright.tools import allocation, criteria, signals
 from prunewright.tools.model.loading import model_skeleton
-from prunewright.tools.report.comparison import write_pages, write_tables
+from prunewright.tools.report.tables import write_tables
 from prunewright.tools.store.rundir import RunDirectory
 from prunewright.tools.store.storage import sha256_file, write_atomic
 from prunewright.tools.store.trace import load_metrics
@@ -228,6 +228,8 @@ class _Work:
         comparison = self.comparison()
         write_tables(comparison, self.directory)
         try:
+            from prunewright.tools.report.comparison import write_pages  # the extra's
+
             write_pages(comparison, self.directory)
         except PrunewrightError as error:
             _log.warning("The comparison is whole, but without its page and plots: %s", error)

@@ -18,6 +18,7 @@ from prunewright.state.study import (
     Comparison,
     EvaluationOptions,
     Experiment,
+    Spread,
     TextResult,
 )
 from prunewright.tools import study as module
@@ -26,9 +27,15 @@ from prunewright.tools.report.comparison import (
     comparison_charts,
     draw,
     write_pages,
+)
+from prunewright.tools.report.tables import (
+    BEST,
+    OFF_TARGET,
+    comparison_tables,
+    results_table,
+    to_markdown,
     write_tables,
 )
-from prunewright.tools.report.tables import OFF_TARGET, comparison_tables, to_markdown
 from prunewright.tools.study import (
     Digests,
     experiment_key,
@@ -100,6 +107,33 @@ def test_an_unequal_sparsity_is_marked_everywhere() -> None:
     assert [(row[0], row[1]) for row in failed] == [(NAME, "0.5")]
 
 
+def test_the_best_is_marked_where_it_is_more_than_the_spreads_away() -> None:
+    found = make_comparison()
+
+    def marked(*spreads: tuple[float, float | None]) -> list[int]:
+        """The rows that are marked where methods at one target have these perplexities."""
+        base = [item for item in found.summary if item.target == 0.5]
+        summary = [
+            item.model_copy(
+                update={"perplexity": {"web <i>": Spread(mean=mean, sd=sd, n=3 if sd else 1)}}
+            )
+            for item, (mean, sd) in zip(base, spreads, strict=True)
+        ]
+        table = results_table(found.model_copy(update={"summary": tuple(summary)}))
+        rows = [n for n, row in enumerate(table.rows[1:]) if BEST in row[4]]
+        assert bool(rows) == any(BEST in note for note in table.notes)
+        return rows
+
+    assert marked((40.0, 1.0), (37.9, 1.0), (50.0, 1.0)) == [1]
+    assert marked((40.0, 1.0), (38.1, 1.0), (50.0, 1.0)) == []
+    assert marked((40.0, 1.0), (37.9, 1.0), (50.0, 12.0)) == []  # one far off, but uncertain
+    assert marked((40.0, None), (10.0, 1.0), (50.0, 1.0)) == []
+    one = make_comparison(make_config(seeds=[0]))
+    assert "One seed is all there is" in to_markdown(one)
+    assert "One seed is all there is" in Page(build_page(one, {})).text
+    assert "One seed" not in to_markdown(found)
+
+
 def test_json_reads_back_as_it_was_written(tmp_path: Path) -> None:
     found = make_comparison()
     write_tables(found, tmp_path)
@@ -131,7 +165,8 @@ def test_markdown_holds_hostile_names_as_text() -> None:
 def test_the_page_holds_hostile_names_as_text_and_loads_nothing(tmp_path: Path) -> None:
     found = make_comparison()
     page = Page(build_page(found, comparison_charts(found)))
-    assert page.links == []
+    done = [cell.key for cell in found.cells if cell.state == "done"]
+    assert page.links == [f"cells/{key}/report.html" for key in done]  # links, and nothing loaded
     assert "img" not in page.tags
     assert len(page.scripts) == 3  # the charts' data, Vega and the page's own
     assert "default-src 'none'" in page.policy
@@ -149,7 +184,8 @@ def test_the_page_holds_hostile_names_as_text_and_loads_nothing(tmp_path: Path) 
 def test_a_plot_has_each_sum_with_its_spread_at_its_place(axis: str) -> None:
     found = make_comparison()
     spec = comparison_charts(found)[f"1-web-i-{axis}"]
-    rows = [row for row in spec["data"]["values"] if row["method"] != "dense"]
+    data = spec["data"] if "data" in spec else spec["layer"][0]["data"]
+    rows = [row for row in data["values"] if row["method"] != "dense"]
     assert len(rows) == len(found.summary)
     for row, item in zip(rows, found.summary, strict=True):
         of_axis = {

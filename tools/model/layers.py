@@ -73,7 +73,7 @@ class Layer:
     @property
     def kind(self) -> str:
         """Its projection without the numbers of experts that are modules of their own."""
-        return _unnumbered(self.projection)
+        return unnumbered(self.projection)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The parameter's tensor viewed as [..., outputs, inputs]."""
@@ -86,7 +86,7 @@ class Layer:
         return values if self.view is None else values.reshape(self.shape)
 
 
-def _unnumbered(path: str) -> str:
+def unnumbered(path: str) -> str:
     """A path inside a block without the numbers of experts in it."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", path)
 
@@ -290,7 +290,7 @@ def left_dense(
             seen.add(id(parameter))
             total += parameter.numel()
             if id(parameter) not in pruned:
-                short = _unnumbered(path.removesuffix(".weight"))
+                short = unnumbered(path.removesuffix(".weight"))
                 router = any(_is_router(part) for part in path.split("."))
                 reason = "routes tokens" if router else why.get(f"{prefix}.{path}")
                 lost += 0 if router else parameter.numel()

@@ -11,29 +11,31 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from prunewright.state import InputError, PruneConfig, StoreError
 from prunewright.state.config import BASELINE
 from prunewright.state.metrics import NEGLIGIBLE
+from prunewright.state.profile import short_name
+from prunewright.state.run import Status
 from prunewright.state.shown import clean
-from prunewright.tools.ending import ended_words
-from prunewright.tools.report.charts import VERDICTS, heat_maps, prediction_chart, step_charts
+from prunewright.tools.ending import control_words, describe_ending, ended_words
+from prunewright.tools.model.loading import EMBEDDED
+from prunewright.tools.report.maps import Grid
+from prunewright.tools.saving.card import BASE_OF_EMBEDDED
 from prunewright.tools.signatures import failure_signatures
 from prunewright.tools.store.cache import cache_directory
 from prunewright.tools.store.rundir import RunDirectory
 from prunewright.tools.store.storage import remove_unfinished, write_atomic
-from prunewright.tools.store.trace import Story, read_story
+from prunewright.tools.store.trace import Story, layer_sparsities, read_story
 
 FILE = "report.html"
 """Its name in a run directory."""
 SAME_SPARSITY = 0.002
 """How far two sparsities may lie apart that are compared as equal."""
-NAMED = 300
-"""Layers of a step that the page names, the largest deltas first."""
 
 _PLOTTER = "vl-convert-python"
 _GLOBALS = "window.vegaEmbed = vegaEmbed;"
@@ -116,27 +118,37 @@ def build_report(run_dirs: Sequence[str | Path]) -> str:
         InputError: no run there, a newer version made it, or the extra ``report`` is missing.
         StoreError: a file is damaged.
     """
+    # Not at the top: they need what the extra brings.
+    from prunewright.tools.report.charts import heat_maps, prediction_chart, step_charts
+
     stories = [read_story(RunDirectory(path)) for path in run_dirs]
     runs = _compare(stories)
     first = stories[0]
-    named = [(run.label, run.story) for run in runs]
-    charts = step_charts(named)
+    grid = Grid.of(layer_sparsities(first))
+    charts = step_charts([(run.label, run.story) for run in runs])
     prediction = prediction_chart(first.records)
     if prediction is not None:
         charts["prediction"] = prediction
+    deltas = [abs(delta) for record in first.records for delta in record.applied.values()]
+    uniform, commands = _against_uniform(runs)
     try:
         return render_page(
             "page.html",
             runs=runs,
             run=runs[0],
-            uniform=_uniform_words(runs),
-            charts=charts | {f"heat-{k}": spec for k, spec in heat_maps(first).items()},
+            name=_model_name(first.config.model),
+            headline=_headline(runs[0]),
+            uniform=uniform,
+            commands=commands,
+            going_on=_going_on(first),
+            bars=_bars(runs),
+            charts=charts | {f"heat-{k}": spec for k, spec in heat_maps(first, grid).items()},
+            grid=grid,
+            most=max(deltas, default=0.0) or 1.0,
             signatures=failure_signatures(first.records),
-            verdicts=VERDICTS,
             ended=ended_words(first.metrics) if first.metrics else "",
             options=_flat(first.config),
-            named=NAMED,
-            negligible=NEGLIGIBLE,
+            save=f"prunewright save {shlex.quote(str(first.directory.path))}",
         )
     except ValueError as error:
         raise StoreError(
@@ -163,6 +175,7 @@ def render_page(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {"short": short_name, "code": _with_code}
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
     values["charts"] = _all_shown(values["charts"])
     return environment.get_template(template).render(
@@ -171,6 +184,11 @@ def render_page(template: str, **values: Any) -> str:
         scripts=scripts,
         hashes=" ".join(_hash(script) for script in scripts),
     )
+
+
+def _with_code(text: str) -> Markup:
+    """Words of ours as HTML, with what stands in backticks as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(clean(text)))))
 
 
 def _shown(value: Any) -> Any:
@@ -259,21 +277,73 @@ def _fact(manifest: dict[str, Any], key: str) -> Any:
     return value.get("sha256", value) if isinstance(value, dict) else value
 
 
-def _uniform_words(runs: list[Compared]) -> list[str]:
-    """What the measured uniform controls say of the first run, or how to measure one."""
-    run, others = runs[0], runs[1:]
+def _headline(run: Compared) -> list[str]:
+    """What was pruned, by whom, to what, and what it cost, in sentences."""
+    story, metrics = run.story, run.story.metrics
+    config, records = story.config, story.records
+    model = run.manifest.get("model", {})
+    weights = "the prunable weights"
+    if model:
+        weights = (
+            f"the {model.get('prunable_weights', 0):,} weights in "
+            f"{model.get('prunable_layers', 0):,} linear layers"
+        )
+    by = f"by the criterion {config.criterion}"
+    if config.pattern != "unstructured":
+        by += f" in the pattern {config.pattern}"
+    if config.reconstruct:
+        by += ", with the kept weights reconstructed"
+    if metrics is None:
+        done = f"{len(records)} steps were done" if records else "No step had ended yet"
+        reached = f", at a sparsity of {records[-1].sparsity:.2%}" if records else ""
+        return [
+            f"{run.method} prunes {weights} {by}.",
+            f"The run is not finished: {done}{reached} when this page was written.",
+        ]
+    if not metrics.saved:
+        return [f"{run.method} pruned nothing of {weights}: the model would be the dense one."]
+    steps = f"{metrics.steps} steps, {metrics.rollbacks or 'none'} of them rolled back"
+    test = metrics.perplexity.test
+    words = [
+        f"{run.method} set {metrics.sparsity:.2%} of {weights} to zero {by}"
+        + ("." if run.is_baseline else f", in {steps}."),
+        f"Perplexity on the test text {'rose' if test.final > test.dense else 'fell'} from "
+        f"{test.dense:.2f} to {test.final:.2f}, by {abs(test.final / test.dense - 1):.1%}.",
+    ]
+    if metrics.dense_sparsity >= NEGLIGIBLE:
+        words.append(f"{metrics.dense_sparsity:.2%} were zero in the dense model already.")
+    if metrics.knowledge is not None:
+        known = metrics.knowledge
+        words.append(
+            f"Right answers to facts fell from {known.dense:+.3f} to {known.final:+.3f} nats a "
+            "token."
+        )
+    return words
+
+
+def _against_uniform(runs: list[Compared]) -> tuple[list[str], list[str]]:
+    """What measured uniform controls say of the first run; or the commands that measure one."""
+    run = runs[0]
     if run.is_uniform:
-        return ["This is the uniform control itself."]
-    words = [_against(run, other) for other in others if other.is_uniform]
+        return ["This is the uniform control itself."], []
+    own = run.story.metrics
+    words = [_against(run, other) for other in runs[1:] if other.is_uniform]
+    if own is not None and own.control is not None:
+        words.insert(0, f"Against a uniform control: {control_words(own.control)}.")
+    if words:
+        return words, []
     path = run.story.directory.path
-    out = path.with_name(f"{path.resolve().name}-uniform")
-    control = f"{shlex.quote(str(path))} {shlex.quote(str(out))}"
+    out = shlex.quote(str(path.with_name(f"{path.resolve().name}-uniform")))
     config = shlex.quote(str(run.story.directory.config_file))
-    allocation = "--allocation uniform --set 'allocation_options={}' " if run.is_baseline else ""
-    return words or [
-        "Uniform pruning was not measured here, so nothing on this page says that the run is "
-        f"better than it. To measure it: prunewright baseline --config {config} {allocation}--out "
-        f"{shlex.quote(str(out))} and then: prunewright report {control}"
+    own_allocation = (
+        "--allocation uniform --set 'allocation_options={}' " if run.is_baseline else ""
+    )
+    return [
+        "Uniform pruning was not measured, so nothing here says that this is better. `run "
+        "--with-control` measures it at the end of a run; now, these two commands do:"
+    ], [
+        f"prunewright baseline --config {config} {own_allocation}--out {out}",
+        f"prunewright report {shlex.quote(str(path))} {out}",
     ]
 
 
@@ -284,17 +354,56 @@ def _against(run: Compared, control: Compared) -> str:
         return f"Not comparable with {name}: other are {', '.join(control.obstacles)}."
     if own is None or other is None or control.ratio is None:
         return f"Not compared with {name}: one of the two is not finished."
-    better = "better" if control.ratio < 1 else "not better"
+    than = "lower" if control.ratio < 1 else "not lower"
     words = (
-        f"Against {name}: test perplexity {own.perplexity.test.final:.3f} at sparsity "
-        f"{own.sparsity:.4f}, uniform {other.perplexity.test.final:.3f} at {other.sparsity:.4f}; "
-        f"ratio {control.ratio:.3f}, so this run is {better}."
+        f"Against {name}, at {other.perplexity.test.final:.2f}: perplexity on the test text is "
+        f"{than}, the ratio {control.ratio:.3f}."
     )
     if abs(own.sparsity - other.sparsity) > SAME_SPARSITY:
-        words += " The sparsities differ: the ratio is no fair comparison."
+        words += (
+            f" The sparsities differ ({own.sparsity:.4f} and {other.sparsity:.4f}): the ratio is "
+            "no fair comparison."
+        )
     if control.differences:
         words += f" Other are {', '.join(control.differences)}."
     return words
+
+
+def _going_on(story: Story) -> list[str]:
+    """Commands that go on with a run that is not finished, or ended before its target."""
+    path = shlex.quote(str(story.directory.path))
+    metrics = story.metrics
+    if metrics is None:
+        return [f"prunewright resume {path}"]
+    if metrics.status in ("target_reached", BASELINE):
+        return []
+    config, status = story.config, cast(Status, metrics.status)
+    ending = describe_ending(status, story.records, config, config.target, saved=metrics.saved)
+    changes = " ".join(f"--set {shlex.quote(setting)}" for setting in ending.settings)
+    return [f"prunewright resume {path} {changes}"] if changes else []
+
+
+def _bars(runs: list[Compared]) -> list[tuple[str, str, float]]:
+    """Test perplexities to draw side by side: what is measured, its kind, and the value.
+
+    Other runs only where they are comparable with the first.
+    """
+    own = runs[0].story.metrics
+    if own is None:
+        return []
+    test = own.perplexity.test
+    bars = [("dense", "dense", test.dense), (runs[0].label, "own", test.final)]
+    if own.control is not None and own.control.test is not None:
+        bars.append(("uniform control", "other", own.control.test))
+    for other in runs[1:]:
+        if other.ratio:
+            bars.append((other.label, "other", test.final / other.ratio))
+    return bars
+
+
+def _model_name(name: str) -> str:
+    """What people call a model: not the path that it lies at."""
+    return (BASE_OF_EMBEDDED if name == EMBEDDED else name).rstrip("/").rpartition("/")[2]
 
 
 def _flat(config: PruneConfig) -> list[tuple[str, str]]:

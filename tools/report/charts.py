@@ -1,18 +1,25 @@
-"""The report's plots, as Vega-Lite specifications: plain values, nothing drawn here."""
+"""The report's plots, made by Altair; a page draws them by itself, from the Vega-Lite in it.
 
-from collections.abc import Sequence
+Raises:
+    InputError: on import, where Altair is missing.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prunewright.state import Step
-from prunewright.state.profile import short_name
-from prunewright.tools.signals import SIGNALS
+from prunewright.state import InputError, Step
+from prunewright.tools.report.maps import Grid
 from prunewright.tools.store.trace import Story, layer_sparsities
+
+try:
+    import altair as alt
+except ImportError:
+    raise InputError("the report needs altair: pip install 'prunewright[report]'") from None
 
 Spec = dict[str, Any]
 
-VERDICTS = {"accepted": "accepted", "rolled_back": "rolled back", "empty": "empty"}
-"""Each verdict in words, as plots and tables show it."""
-_SHAPES = ["circle", "triangle-down", "square"]
+HEIGHT = 190
+"""Pixels of a small plot."""
 
 
 def step_charts(stories: Sequence[tuple[str, Story]]) -> dict[str, Spec]:
@@ -48,7 +55,7 @@ def _step_rows(label: str, records: list[Step]) -> list[dict[str, Any]]:
         {
             "run": label,
             "step": record.step + 1,
-            "verdict": VERDICTS[record.verdict],
+            "verdict": record.verdict.replace("_", " "),
             "sparsity": 100 * record.sparsity,
             "accepted": record.accepted_perplexity,
             "measured": record.candidate_perplexity,
@@ -58,55 +65,48 @@ def _step_rows(label: str, records: list[Step]) -> list[dict[str, Any]]:
 
 
 def _over_steps(rows: list[dict[str, Any]], line: str, point: str, several: bool) -> Spec:
-    y: Spec = {"type": "quantitative", "title": "Sparsity, per cent"}
+    title = "Sparsity, per cent"
+    y = alt.Y(f"{line}:Q", title=title)
     if line == "accepted":
         values = [row[key] for row in rows for key in (line, point) if row.get(key) is not None]
-        y |= _perplexity_axis(values)
+        title = "Guard perplexity"
+        y = alt.Y(f"{line}:Q", **axis(values, title, 3))
     measured = [row for row in rows if "verdict" in row and row[point] is not None]
-    marked = [row for row in measured if row["verdict"] == VERDICTS["rolled_back"]]
-    return _base(rows, f"{y['title']}, over the steps; rolled-back steps are marked") | {
-        "encoding": {"x": {"field": "step", "type": "quantitative", "axis": _whole("Step")}},
-        "layer": [
-            {
-                "mark": {"type": "line", "interpolate": "step-after"},
-                "encoding": {"y": {**y, "field": line}, **_by_run(several)},
-            },
-            {
-                "data": {"values": measured},
-                "mark": {"type": "point", "filled": True, "size": 70, "opacity": 1},
-                "encoding": {
-                    "y": {**y, "field": point},
-                    "shape": _by_verdict(),
-                    "tooltip": _tooltip("run", "step", "verdict", "sparsity", "measured"),
-                    **_by_run(several),
-                },
-            },
-            {
-                "data": {"values": marked},
-                "mark": {"type": "text", "dy": -11, "fontSize": 10},
-                "encoding": {"y": {**y, "field": point}, "text": {"value": "rolled back"}},
-            },
-        ][: 3 if marked else 2],
-    }
+    back = [row for row in measured if row["verdict"] == "rolled back"]
+    kept = [row for row in measured if row["verdict"] != "rolled back"]
+    tooltip = _tooltip("run", "step", "verdict", "sparsity", "measured")
+    by: dict[str, Any] = {"color": _by_run()} if several else {}
+    dash: dict[str, Any] = {"strokeDash": alt.StrokeDash("run:N", legend=None)} if several else {}
+    parts = [
+        alt.Chart(_data(rows)).mark_line(interpolate="step-after").encode(y=y, **by, **dash),
+        alt.Chart(_data(kept)).mark_point(size=60).encode(y=f"{point}:Q", tooltip=tooltip, **by),
+    ]
+    if back:
+        marked = alt.Chart(_data(back)).encode(y=f"{point}:Q", tooltip=tooltip)
+        parts.append(marked.mark_point(size=70, shape="triangle-down", style="rolled-back"))
+        parts.append(marked.mark_text(dy=-11, style="rolled-back", text="rolled back"))
+    x = alt.X("step:Q", title="Step", axis=alt.Axis(tickMinStep=1, format="d"))
+    words = f"{title}, over the steps; rolled-back steps are marked"
+    return finished(alt.layer(*(part.encode(x=x) for part in parts)), words, HEIGHT)
 
 
 def _tradeoff(rows: list[dict[str, Any]]) -> Spec:
     accepted = [row for row in rows if row.get("verdict", "accepted") == "accepted"]
-    return _base(accepted, "Guard perplexity against sparsity, a line a run") | {
-        "mark": {"type": "line", "point": {"size": 50}},
-        "encoding": {
-            "x": {"field": "sparsity", "type": "quantitative", "title": "Sparsity, per cent"},
-            "y": {
-                "field": "accepted",
-                "type": "quantitative",
-                **_perplexity_axis([row["accepted"] for row in accepted]),
-            },
-            "order": {"field": "step"},
-            "shape": {"field": "run", "type": "nominal", "legend": _legend("Run")},
-            "tooltip": _tooltip("run", "step", "sparsity", "accepted"),
-            **_by_run(True),
-        },
-    }
+    y = axis([row["accepted"] for row in accepted], "Guard perplexity", 3)
+    chart = (
+        alt.Chart(_data(accepted))
+        .mark_line(point=alt.OverlayMarkDef(size=50))
+        .encode(
+            x=alt.X("sparsity:Q", title="Sparsity, per cent"),
+            y=alt.Y("accepted:Q", **y),
+            order="step:Q",
+            color=_by_run(),
+            shape=alt.Shape("run:N", legend=None),
+            strokeDash=alt.StrokeDash("run:N", legend=None),
+            tooltip=_tooltip("run", "step", "sparsity", "accepted"),
+        )
+    )
+    return finished(chart, "Guard perplexity against sparsity, a line a run", HEIGHT)
 
 
 def prediction_chart(records: list[Step]) -> Spec | None:
@@ -114,7 +114,7 @@ def prediction_chart(records: list[Step]) -> Spec | None:
     rows: list[dict[str, Any]] = [
         {
             "step": record.step + 1,
-            "verdict": VERDICTS[record.verdict],
+            "verdict": record.verdict.replace("_", " "),
             "predicted": 100 * record.predicted_change,
             "measured": 100 * record.change,
             "low": 100 * (record.change - (record.change_stderr or 0)),
@@ -126,36 +126,28 @@ def prediction_chart(records: list[Step]) -> Spec | None:
     if not rows:
         return None
     ends = [row[key] for row in rows for key in ("predicted", "measured")]
-    equal = [{"predicted": end, "same": end} for end in (min(ends), max(ends))]
-    x = {"type": "quantitative", "title": "Predicted perplexity change, per cent"}
-    y = {"type": "quantitative", "title": "Measured, per cent"}
-    return _base(rows, "Measured against predicted perplexity change; the line is equality") | {
-        "encoding": {"x": {**x, "field": "predicted"}},
-        "layer": [
-            {
-                "data": {"values": equal},
-                "mark": {"type": "line", "strokeDash": [4, 4], "opacity": 0.7},
-                "encoding": {"y": {**y, "field": "same"}},
-            },
-            {"mark": "rule", "encoding": {"y": {**y, "field": "low"}, "y2": {"field": "high"}}},
-            {
-                "mark": {"type": "point", "filled": True, "size": 70, "opacity": 1},
-                "encoding": {
-                    "y": {**y, "field": "measured"},
-                    "shape": _by_verdict(),
-                    "tooltip": _tooltip("step", "verdict", "predicted", "measured"),
-                },
-            },
-            {
-                "mark": {"type": "text", "dx": 11, "fontSize": 10},
-                "encoding": {"y": {**y, "field": "measured"}, "text": {"field": "step"}},
-            },
-        ],
-    }
+    equal = [{"predicted": end, "measured": end} for end in (min(ends), max(ends))]
+    y = alt.Y("measured:Q", title="Measured, per cent")
+    points = alt.Chart(_data(rows))
+    tooltip = _tooltip("step", "verdict", "predicted", "measured")
+    parts = [
+        alt.Chart(_data(equal)).mark_line(strokeDash=[4, 4], opacity=0.7).encode(y=y),
+        points.mark_rule().encode(y="low:Q", y2="high:Q"),
+        points.mark_text(dx=11).encode(y="measured:Q", text="step:N"),
+    ]
+    for words, style in (("rolled back", "rolled-back"), ("accepted", "point")):
+        some = [row for row in rows if row["verdict"] == words]
+        if some:
+            shape = "circle" if words == "accepted" else "triangle-down"
+            marked = alt.Chart(_data(some)).mark_point(size=60, shape=shape, style=style)
+            parts.append(marked.encode(y="measured:Q", tooltip=tooltip))
+    x = alt.X("predicted:Q", title="Predicted change of perplexity, per cent")
+    words = "Measured against predicted perplexity change; the line is equality"
+    return finished(alt.layer(*(part.encode(x=x) for part in parts)), words, HEIGHT)
 
 
-def heat_maps(story: Story) -> dict[str, Spec]:
-    """Block x projection of the final sparsity and of each signal of the last profile.
+def heat_maps(story: Story, grid: Grid) -> dict[str, Spec]:
+    """Projection x block of the final sparsity and of each signal of the last profile.
 
     Raises:
         StoreError: the last profile is missing or damaged.
@@ -163,121 +155,89 @@ def heat_maps(story: Story) -> dict[str, Spec]:
     found = layer_sparsities(story)
     if not found:
         return {}
-    title = "Sparsity, per cent, after the last step"
-    values = {name: 100 * value for name, value in found.items()}
-    maps = {"sparsity": _heat_map(values, title, _SEQUENTIAL, ".0f")}
+    # White text stands where a colour is dark: at one end of the one scheme, at both of the other.
+    sparsity = alt.Scale(scheme="blues", domain=[0, 100])
+    scores = alt.Scale(scheme="purpleorange", domain=[-3, 3], clamp=True)
+    per_cent = {name: 100 * value for name, value in found.items()}
+    maps = {"sparsity": _heat_map(grid, per_cent, "sparsity", sparsity, ".0f", "datum.value > 55")}
     profile = story.records[-1].profile
     layers = story.directory.read_profile(profile).layers if profile else []
     for signal in layers[0].signals if layers else ():
-        # Of one from outside the name alone: a report runs nobody's code.
-        title = f": {SIGNALS[signal].title}" if signal in SIGNALS else ""
-        words = f"{signal}{title}, z-score before the last step"
-        scores = {p.name: p.signals[signal] for p in layers if signal in p.signals}
-        maps[signal] = _heat_map(scores, words, _DIVERGING, ".1f")
+        values = {p.name: p.signals[signal] for p in layers if signal in p.signals}
+        maps[signal] = _heat_map(grid, values, signal, scores, ".1f", "abs(datum.value) > 1.8")
     return maps
 
 
-# White text stands where a colour is dark: at one end of the one scheme, at both of the other.
-_SEQUENTIAL = {"scheme": "blues", "domain": [0, 100], "dark": "datum.value > 55"}
-_DIVERGING = {
-    "scheme": "purpleorange",
-    "domain": [-3, 3],
-    "clamp": True,
-    "dark": "abs(datum.value) > 1.8",
-}
+def _heat_map(
+    grid: Grid, values: Mapping[str, float], title: str, scale: alt.Scale, form: str, dark: str
+) -> Spec:
+    rows = [
+        {"projection": projection, "block": block, "value": value}
+        for (projection, block), value in grid.means(values).items()
+    ]
+    cells = alt.Chart(_data(rows)).encode(
+        x=alt.X(
+            "block:N",
+            sort=None,
+            title="Block",
+            axis=alt.Axis(labelAngle=0, labelOverlap=True, labelSeparation=5),
+        ),
+        y=alt.Y("projection:N", sort=None, title=None, axis=alt.Axis(labelLimit=110)),
+        tooltip=["projection:N", "block:N", alt.Tooltip("value:Q", title=title, format=".4f")],
+    )
+    # No number where a cell has no room for it, as on a phone.
+    room = alt.condition("bandwidth('x') > 20", alt.value(1), alt.value(0))
+    ink = alt.condition(dark, alt.value("white"), alt.value("black"))
+    both = alt.layer(
+        cells.mark_rect().encode(color=alt.Color("value:Q", scale=scale, legend=None)),
+        cells.mark_text(fontSize=10).encode(
+            text=alt.Text("value:Q", format=form), color=ink, opacity=room
+        ),
+    )
+    words = f"{title} of each layer; a column a block, a row a projection"
+    return finished(both, words, 22 * len(grid.projections))
 
 
-def _heat_map(values: dict[str, float], title: str, colours: Spec, form: str) -> Spec:
-    rows = []
-    for name, value in values.items():
-        block, _, projection = short_name(name).partition(".")
-        rows.append({"layer": name, "block": block, "projection": projection, "value": value})
-    scale = {key: value for key, value in colours.items() if key != "dark"}
-    text = {"condition": {"test": colours["dark"], "value": "white"}, "value": "black"}
-    return _base(rows, f"{title}; a row a block, a column a projection") | {
-        "height": 17 * len({row["block"] for row in rows}),
-        "encoding": {
-            "x": {
-                "field": "projection",
-                "type": "nominal",
-                "sort": None,
-                "title": None,
-                "axis": {"orient": "top", "labelAngle": -45, "labelLimit": 160},
-            },
-            "y": {"field": "block", "type": "nominal", "sort": None, "title": "Block"},
-            "tooltip": [
-                {"field": "layer", "type": "nominal"},
-                {"field": "value", "type": "quantitative", "format": ".4f"},
-            ],
-        },
-        "layer": [
-            {
-                "mark": "rect",
-                "encoding": {
-                    "color": {
-                        "field": "value",
-                        "type": "quantitative",
-                        "scale": scale,
-                        "legend": None,
-                    }
-                },
-            },
-            {
-                "mark": {"type": "text", "fontSize": 10},
-                "encoding": {
-                    "text": {"field": "value", "type": "quantitative", "format": form},
-                    "color": text,
-                },
-            },
-        ],
-    }
+def finished(
+    chart: alt.Chart | alt.LayerChart | alt.FacetChart, description: str, height: int
+) -> Spec:
+    """The Vega-Lite of a chart that is as wide as the page lets it."""
+    fit = alt.AutoSizeParams(type="fit-x", contains="padding")
+    chart = chart.properties(
+        description=description, width="container", height=height, autosize=fit
+    )
+    spec: Spec = chart.to_dict()
+    del spec["config"]  # Altair's theme: the page has colours of its own
+    return spec
 
 
-def _base(rows: list[dict[str, Any]], description: str) -> Spec:
-    return {
-        "description": description,
-        "width": "container",
-        "height": 260,
-        "autosize": {"type": "fit-x", "contains": "padding"},
-        "data": {"values": rows},
-    }
+def axis(values: list[float], title: str, factor: float) -> dict[str, Any]:
+    """Title and scale of an axis, logarithmic where one value would flatten the others.
+
+    Args:
+        values: that it shows.
+        title: what they are.
+        factor: between the largest and the smallest from which it is logarithmic.
+    """
+    if min(values) > 0 and max(values) > factor * min(values):
+        log = alt.Scale(type="log", nice=False, padding=12)
+        return {"title": f"{title}, logarithmic", "scale": log}
+    return {"title": title, "scale": alt.Scale(zero=False, padding=12)}
 
 
-def _by_run(several: bool) -> Spec:
-    by = {"field": "run", "type": "nominal", "legend": _legend("Run")}
-    return {"color": by, "strokeDash": by} if several else {}
+def _data(rows: list[dict[str, Any]]) -> alt.Data:
+    return alt.Data(values=rows)
 
 
-def _by_verdict() -> Spec:
-    return {
-        "field": "verdict",
-        "type": "nominal",
-        "scale": {"domain": list(VERDICTS.values()), "range": _SHAPES},
-        "legend": _legend("Step"),
-    }
+def _by_run() -> alt.Color:
+    legend = alt.Legend(title="Run", orient="bottom", labelLimit=280, columns=1)
+    return alt.Color("run:N", legend=legend)
 
 
-def _legend(title: str) -> Spec:
-    return {"title": title, "orient": "bottom", "labelLimit": 280, "columns": 1}
-
-
-def _tooltip(*fields: str) -> list[Spec]:
-    words = {"run", "verdict"}
+def _tooltip(*fields: str) -> list[alt.Tooltip]:
     return [
-        {"field": field, "type": "nominal"}
-        if field in words
-        else {"field": field, "type": "quantitative", "format": "d" if field == "step" else ".4f"}
+        alt.Tooltip(f"{field}:N")
+        if field in ("run", "verdict")
+        else alt.Tooltip(f"{field}:Q", format="d" if field == "step" else ".4f")
         for field in fields
     ]
-
-
-def _perplexity_axis(values: list[float]) -> Spec:
-    """Logarithmic where a broken step would flatten all others."""
-    title = "Guard perplexity"
-    if max(values) > 3 * min(values):
-        return {"title": f"{title}, logarithmic", "scale": {"type": "log", "nice": False}}
-    return {"title": title, "scale": {"zero": False}}
-
-
-def _whole(title: str) -> Spec:
-    return {"title": title, "tickMinStep": 1, "format": "d"}

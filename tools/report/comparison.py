@@ -1,4 +1,8 @@
-"""comparison.json, its tables in Markdown, its page, and its plots as files."""
+"""The page of a comparison, and its plots as files.
+
+Raises:
+    InputError: on import, where the extra ``report`` is missing.
+"""
 
 import json
 import re
@@ -6,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from prunewright.state.study import DENSE_NAME, Comparison, Summary
-from prunewright.tools.report import plotting_script, render_page
-from prunewright.tools.report.charts import Spec
-from prunewright.tools.report.tables import comparison_tables, to_markdown
-from prunewright.tools.store.storage import write_atomic, write_json
+from prunewright.tools.report import FILE, render_page
+from prunewright.tools.report.charts import Spec, axis, finished
+from prunewright.tools.report.tables import BEST, comparison_tables
+from prunewright.tools.store.storage import write_atomic
 
 PLOTS = "plots"
 _SHAPES = [
@@ -29,17 +33,7 @@ _AXES = {
     "tokens": "Tokens of text scored to choose masks",
     "seconds": "Seconds",
 }
-_WIDTH = 640
-
-
-def write_tables(comparison: Comparison, directory: Path) -> None:
-    """Write comparison.json and comparison.md.
-
-    Raises:
-        StoreError: cannot write.
-    """
-    write_json(directory / "comparison.json", comparison.model_dump(mode="json"))
-    write_atomic(directory / "comparison.md", to_markdown(comparison).encode())
+_WIDTH, _HEIGHT = 640, 300
 
 
 def write_pages(comparison: Comparison, directory: Path) -> None:
@@ -69,6 +63,8 @@ def build_page(comparison: Comparison, charts: dict[str, Spec]) -> str:
         base=config.settle(),
         tables=comparison_tables(comparison),
         charts=charts,
+        best=BEST,
+        reports={c.key: f"cells/{c.key}/{FILE}" for c in comparison.cells if c.state == "done"},
         captions={name: spec["description"] for name, spec in charts.items()},
         settings={m.name: json.dumps(m.settings, ensure_ascii=False) for m in config.methods},
         config=json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False),
@@ -76,12 +72,7 @@ def build_page(comparison: Comparison, charts: dict[str, Spec]) -> str:
 
 
 def draw(spec: Spec) -> str:
-    """A plot as SVG, on white.
-
-    Raises:
-        InputError: the extra ``report`` is missing.
-    """
-    plotting_script()  # says what is missing
+    """A plot as SVG, on white."""
     import vl_convert
 
     words = {"labelColor": "#1b1b1f", "titleColor": "#1b1b1f"}
@@ -103,11 +94,11 @@ def comparison_charts(comparison: Comparison) -> dict[str, Spec]:
     methods = [method.name for method in comparison.config.methods]
     for number, text in enumerate(names, 1):
         plain = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-        for axis in _AXES:
-            rows = _rows(comparison, text, axis)
+        for name in _AXES:
+            rows = _rows(comparison, text, name)
             if rows:
-                charts[f"{number}-{plain}-{axis}".replace("--", "-")] = _chart(
-                    rows, [*methods, DENSE_NAME] if axis == "sparsity" else methods, text, axis
+                charts[f"{number}-{plain}-{name}".replace("--", "-")] = _chart(
+                    rows, [*methods, DENSE_NAME] if name == "sparsity" else methods, text, name
                 )
     return charts
 
@@ -143,72 +134,40 @@ def _x(item: Summary, axis: str) -> float | None:
     return 100 * spread.mean if axis == "sparsity" else spread.mean
 
 
-def _chart(rows: list[dict[str, Any]], methods: list[str], text: str, axis: str) -> Spec:
-    y = {"type": "quantitative", **_scale([row["y"] for row in rows], f"Perplexity, {text}", 3)}
-    x: Spec = {"field": "x", "type": "quantitative", "title": _AXES[axis]}
-    if axis != "sparsity":
-        x |= _scale([row["x"] for row in rows], _AXES[axis], 10)
-    legend = {"title": "Method", "orient": "bottom", "labelLimit": 280, "columns": 1}
-    by = {"field": "method", "type": "nominal", "legend": legend}
-    colour = {**by, "scale": {"domain": methods}}
-    shape = {**by, "scale": {"domain": methods, "range": _SHAPES}}
-    several = len({row["target"] for row in rows if row["method"] != DENSE_NAME}) > 1
-    layers: list[Spec] = [
-        {
-            "mark": {"type": "rule", "strokeWidth": 1.5},
-            "encoding": {
-                "y": {**y, "field": "low"},
-                "y2": {"field": "high"},
-                "color": colour,
-            },
-        },
-        {
-            "mark": {"type": "point", "filled": True, "size": 70, "opacity": 1},
-            "encoding": {
-                "y": {**y, "field": "y"},
-                "color": colour,
-                "shape": shape,
-                "tooltip": [
-                    {"field": "method", "type": "nominal"},
-                    {"field": "target", "type": "nominal"},
-                    {"field": "x", "type": "quantitative", "title": axis, "format": ",.4~f"},
-                    {"field": "y", "type": "quantitative", "title": "perplexity", "format": ".4f"},
-                ],
-            },
-        },
+def _chart(rows: list[dict[str, Any]], methods: list[str], text: str, name: str) -> Spec:
+    import altair as alt
+
+    y = alt.Y("y:Q", **axis([row["y"] for row in rows], f"Perplexity, {text}", 3))
+    x = alt.X("x:Q", title=_AXES[name])
+    if name != "sparsity":
+        x = alt.X("x:Q", **axis([row["x"] for row in rows], _AXES[name], 10))
+    legend = alt.Legend(title="Method", orient="bottom", labelLimit=280, columns=1)
+    colour = alt.Color("method:N", legend=legend, scale=alt.Scale(domain=methods))
+    shape = alt.Shape("method:N", legend=legend, scale=alt.Scale(domain=methods, range=_SHAPES))
+    tooltip = [
+        "method:N",
+        "target:N",
+        alt.Tooltip("x:Q", title=name, format=",.4~f"),
+        alt.Tooltip("y:Q", title="perplexity", format=".4f"),
     ]
-    if several and axis == "sparsity":
-        layers.append(
-            {"mark": {"type": "line"}, "encoding": {"y": {**y, "field": "y"}, "color": colour}}
-        )
+    several = len({row["target"] for row in rows if row["method"] != DENSE_NAME}) > 1
+    base = alt.Chart(alt.Data(values=rows)).encode(x=x, y=y)
+    parts = [
+        base.mark_rule(strokeWidth=1.5).encode(y="low:Q", y2="high:Q", color=colour),
+        base.mark_point(filled=True, size=70, opacity=1).encode(
+            color=colour, shape=shape, tooltip=tooltip
+        ),
+    ]
+    if several and name == "sparsity":
+        parts.append(base.mark_line().encode(color=colour))
     elif several:
-        layers.append(
-            {
-                "mark": {"type": "text", "dx": 9, "align": "left", "fontSize": 10},
-                "encoding": {"y": {**y, "field": "y"}, "text": {"field": "target"}},
-            }
-        )
+        parts.append(base.mark_text(dx=9, align="left", fontSize=10).encode(text="target:N"))
     against = {"sparsity": "sparsity", "tokens": "tokens scored to choose masks", "seconds": "time"}
-    return {
-        "description": f"Perplexity on {text} against {against[axis]}: mean over seeds, with one "
-        "standard deviation; lower is better"
-        + ("" if axis == "sparsity" else ", and so is further left")
-        + (". Numbers are target sparsities" if several and axis != "sparsity" else "")
-        + ".",
-        "width": "container",
-        "height": 300,
-        "autosize": {"type": "fit-x", "contains": "padding"},
-        "data": {"values": rows},
-        "encoding": {"x": x},
-        "layer": layers,
-    }
-
-
-def _scale(values: list[float], title: str, factor: float) -> Spec:
-    """Logarithmic where one value would flatten the others."""
-    if min(values) > 0 and max(values) > factor * min(values):
-        return {
-            "title": f"{title}, logarithmic",
-            "scale": {"type": "log", "nice": False, "padding": 12},
-        }
-    return {"title": title, "scale": {"zero": False, "padding": 12}}
+    words = (
+        f"Perplexity on {text} against {against[name]}: mean over seeds, with one standard "
+        "deviation; lower is better"
+        + ("" if name == "sparsity" else ", and so is further left")
+        + (". Numbers are target sparsities" if several and name != "sparsity" else "")
+        + "."
+    )
+    return finished(alt.layer(*parts), words, _HEIGHT)

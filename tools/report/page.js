@@ -5,16 +5,17 @@
   const select = document.getElementById("heat-measure");
 
   function colours() {
-    const [ink, grid, lines] = dark.matches
-      ? ["#e6e6ea", "#45454e", ["#7cc4ff", "#ffb454", "#6fdcae", "#ff9ecb", "#e8e06a", "#c3a6ff"]]
-      : ["#1b1b1f", "#d9d9df", ["#0068b3", "#b35900", "#00795a", "#b0307a", "#6f6a00", "#6a3fc2"]];
+    const [ink, grid, back, lines] = dark.matches
+      ? ["#e6e6ea", "#3d3d46", "#ff8a80", ["#7cc4ff", "#ffb454", "#6fdcae", "#ff9ecb", "#e8e06a", "#c3a6ff"]]
+      : ["#1b1b1f", "#d9d9df", "#c22f3d", ["#0068b3", "#b35900", "#00795a", "#b0307a", "#6f6a00", "#6a3fc2"]];
     const words = { labelColor: ink, titleColor: ink };
     return {
       background: "transparent",
       axis: { ...words, gridColor: grid, domainColor: ink, tickColor: ink },
       legend: { ...words, symbolBaseFillColor: ink, symbolBaseStrokeColor: ink },
       line: { color: lines[0] },
-      point: { color: lines[0] },
+      point: { color: lines[0], filled: true, opacity: 1 },
+      style: { "rolled-back": { color: back, fill: back } },
       rule: { color: ink },
       text: { color: ink },
       range: { category: lines },
@@ -44,7 +45,7 @@
   if (!words) return;
   const verdict = document.getElementById("filter-verdict");
   const shown = document.getElementById("filter-shown");
-  const rows = [...document.querySelectorAll("#decisions tbody tr")];
+  const rows = [...document.querySelectorAll("#decisions article")];
   const texts = rows.map((row) => row.textContent.toLowerCase());
   function filter() {
     const wanted = words.value.trim().toLowerCase();
