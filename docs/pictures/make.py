@@ -221,14 +221,15 @@ def demo_page(given: Path | None) -> Path:
     """The page of a demo run in ``runs/demo`` of this folder, by this version.
 
     Args:
-        given: a finished run; None takes that of `make demo`, decided by `greedy`.
+        given: a finished run; None takes that of `make demo`, by `greedy`, with a control.
     """
     from prunewright import load_config, run
     from prunewright.tools.report import write_report
 
     directory = Path("runs", "demo")
     if given is None:
-        run(load_config(ROOT / "configs" / "demo.yaml", agent="greedy"), out=directory)
+        demo = ROOT / "configs" / "demo.yaml"
+        run(load_config(demo, agent="greedy", with_control=True), out=directory)
     else:
         shutil.copytree(given, directory, ignore=shutil.ignore_patterns("model"))
     return write_report([directory], directory / "report.html")

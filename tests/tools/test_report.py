@@ -23,7 +23,6 @@ from prunewright.state.shown import clean
 from prunewright.tools import load_trace
 from prunewright.tools.report import build_report, write_report
 from prunewright.tools.report.maps import Grid
-from prunewright.tools.store.rundir import RunDirectory
 
 
 @pytest.fixture(scope="module")
