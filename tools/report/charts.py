@@ -20,6 +20,7 @@ Spec = dict[str, Any]
 
 HEIGHT = 190
 """Pixels of a small plot."""
+_LEGEND = alt.Legend(title="Run", orient="bottom", labelLimit=280, columns=1)
 
 
 def step_charts(stories: Sequence[tuple[str, Story]]) -> dict[str, Spec]:
@@ -101,8 +102,7 @@ def _tradeoff(rows: list[dict[str, Any]]) -> Spec:
             y=alt.Y("accepted:Q", **y),
             order="step:Q",
             color=_by_run(),
-            shape=alt.Shape("run:N", legend=None),
-            strokeDash=alt.StrokeDash("run:N", legend=None),
+            shape=alt.Shape("run:N", legend=_LEGEND),
             tooltip=_tooltip("run", "step", "sparsity", "accepted"),
         )
     )
@@ -230,8 +230,7 @@ def _data(rows: list[dict[str, Any]]) -> alt.Data:
 
 
 def _by_run() -> alt.Color:
-    legend = alt.Legend(title="Run", orient="bottom", labelLimit=280, columns=1)
-    return alt.Color("run:N", legend=legend)
+    return alt.Color("run:N", legend=_LEGEND)
 
 
 def _tooltip(*fields: str) -> list[alt.Tooltip]:
