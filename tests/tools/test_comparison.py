@@ -165,8 +165,10 @@ def test_markdown_holds_hostile_names_as_text() -> None:
 def test_the_page_holds_hostile_names_as_text_and_loads_nothing(tmp_path: Path) -> None:
     found = make_comparison()
     page = Page(build_page(found, comparison_charts(found)))
-    done = [cell.key for cell in found.cells if cell.state == "done"]
-    assert page.links == [f"cells/{key}/report.html" for key in done]  # links, and nothing loaded
+    done = [e.key for e in found.experiments if e.state == "done"]
+    assert page.links == [
+        f"experiments/{key}/report.html" for key in done
+    ]  # links, and nothing loaded
     assert "img" not in page.tags
     assert len(page.scripts) == 3  # the charts' data, Vega and the page's own
     assert "default-src 'none'" in page.policy

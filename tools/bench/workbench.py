@@ -316,9 +316,7 @@ class Workbench:
     def sample(self, revision: str, prompt: str) -> str:
         """How the model continues a prompt at a revision; its few tokens are not counted."""
         self.sync(revision)
-        return continue_text(
-            self.loaded.model, self.head, self.loaded.tokenizer, prompt, rows=self._rows
-        )
+        return continue_text(self.loaded.model, self.loaded.tokenizer, prompt, rows=self._rows)
 
     def prune(
         self,

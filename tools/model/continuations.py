@@ -44,7 +44,6 @@ def fact_tokens(
 @torch.no_grad()
 def continue_text(
     model: PreTrainedModel,
-    head: Head,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     *,
@@ -55,7 +54,6 @@ def continue_text(
 
     Args:
         model: the causal LM.
-        head: its head.
         tokenizer: its tokenizer.
         prompt: what is continued; its tokens that the model does not know are left out.
         rows: `embedding_rows` of the model.
@@ -71,12 +69,14 @@ def continue_text(
     if not context or most < 1:
         return ""
 
-    def ended(found: list[int]) -> bool:
-        return found[-1] == tokenizer.eos_token_id or found[-1] >= rows
-
-    found = Continuations(model, head).greedy(context, most, ended)
-    known = [token for token in found if token < rows]
-    return str(tokenizer.decode(known, skip_special_tokens=True))
+    ids = torch.tensor([context], device=model.device)
+    for _ in range(most):
+        # Whole passes, without a cache: every family that can be scored can do this.
+        token = model(input_ids=ids, use_cache=False).logits[0, -1, :rows].argmax()
+        if token == tokenizer.eos_token_id:
+            break
+        ids = torch.cat([ids, token.view(1, 1)], dim=1)
+    return str(tokenizer.decode(ids[0, len(context) :], skip_special_tokens=True))
 
 
 def answer_scores(

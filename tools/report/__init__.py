@@ -17,13 +17,12 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from prunewright.state import InputError, PruneConfig, StoreError
-from prunewright.state.config import BASELINE
+from prunewright.state.config import BASELINE, EMBEDDED
 from prunewright.state.metrics import NEGLIGIBLE
 from prunewright.state.profile import short_name
 from prunewright.state.run import Status
 from prunewright.state.shown import clean
 from prunewright.tools.ending import control_words, describe_ending, ended_words
-from prunewright.tools.model.loading import EMBEDDED
 from prunewright.tools.report.maps import Grid
 from prunewright.tools.saving.card import BASE_OF_EMBEDDED
 from prunewright.tools.signatures import failure_signatures

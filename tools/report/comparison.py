@@ -64,7 +64,11 @@ def build_page(comparison: Comparison, charts: dict[str, Spec]) -> str:
         tables=comparison_tables(comparison),
         charts=charts,
         best=BEST,
-        reports={c.key: f"cells/{c.key}/{FILE}" for c in comparison.cells if c.state == "done"},
+        reports={
+            e.key: f"experiments/{e.key}/{FILE}"
+            for e in comparison.experiments
+            if e.state == "done"
+        },
         captions={name: spec["description"] for name, spec in charts.items()},
         settings={m.name: json.dumps(m.settings, ensure_ascii=False) for m in config.methods},
         config=json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False),
