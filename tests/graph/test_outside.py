@@ -155,7 +155,10 @@ def test_a_signal_from_outside_is_measured_shown_and_kept(
     (outside / "tails.py").write_text("raise SystemExit('this was run')")
     sys.modules.pop("tails", None)
     write_report([result.directory], tmp_path / "report.html")
-    assert "z_tails, z-score before the last step" in (tmp_path / "report.html").read_text()
+    assert (
+        '<option value="z_tails">z_tails, z-score</option>'
+        in (tmp_path / "report.html").read_text()
+    )
 
 
 def test_a_run_does_not_go_on_with_another_code_of_its_criterion(

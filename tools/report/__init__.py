@@ -25,6 +25,7 @@ from prunewright.state.shown import clean
 from prunewright.tools.ending import control_words, describe_ending, ended_words
 from prunewright.tools.report.maps import Grid
 from prunewright.tools.saving.card import BASE_OF_EMBEDDED
+from prunewright.tools.signals import SIGNALS
 from prunewright.tools.signatures import failure_signatures
 from prunewright.tools.store.cache import cache_directory
 from prunewright.tools.store.rundir import RunDirectory
@@ -141,6 +142,8 @@ def build_report(run_dirs: Sequence[str | Path]) -> str:
             commands=commands,
             going_on=_going_on(first),
             bars=_bars(runs),
+            # Of a signal from outside the name alone: a report runs nobody's code.
+            titles={name: signal.title for name, signal in SIGNALS.items()},
             charts=charts | {f"heat-{k}": spec for k, spec in heat_maps(first, grid).items()},
             grid=grid,
             most=max(deltas, default=0.0) or 1.0,
