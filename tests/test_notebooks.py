@@ -57,6 +57,7 @@ def execute(
         ).execute()
         cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
         outputs = [output for cell in cells for output in cell.outputs]
+        assert [output.text for output in outputs if output.get("name") == "stderr"] == []
         shown = [output.data for output in outputs if "data" in output]
         return shown, "".join(o.text for o in outputs if o.output_type == "stream")
 
@@ -73,10 +74,13 @@ def pictures(shown: list[dict[str, Any]]) -> int:
 def test_quickstart_runs_on_a_pico_model(execute: Execute, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     shown, printed = execute("quickstart", out=str(run.path))
-    assert pictures(shown) == 1
-    assert any("evaluate_ppl" in data.get("text/markdown", "") for data in shown)
+    assert pictures(shown) == 2
     assert any("z_c" in data.get("text/html", "") for data in shown)
+    (bar,) = (data for data in shown if "<progress" in data.get("text/html", ""))
+    assert '<progress value="0.3000" max="0.3"></progress>' in bar["text/html"]
+    assert "sparsity 0.3000 of 0.3, target reached\nstep 1 accepted" in bar["text/plain"]
     metrics = load_metrics(run)
+    assert bar["text/plain"].count("\n") == metrics.steps
     assert metrics.status == "target_reached"
     assert f"sparsity of the loaded model: {metrics.sparsity:.4f}" in printed
     assert (run.model / "model.safetensors").is_file()
@@ -102,6 +106,7 @@ def test_swap_the_agent_compares_runs_of_several_agents(
     assert asked.llm_calls == asked.decisions == asked.steps > 1
     assert [found.llm_calls for found in metrics.values()] == [0, 0, 0]
     assert pictures(shown) == 2
+    assert sum("<progress" in data.get("text/html", "") for data in shown) == len(runs)
     (table,) = [data["text/html"] for data in shown if "of uniform" in data.get("text/html", "")]
     for found in (asked, *metrics.values()):
         assert f"{found.perplexity.test.final:.3f}" in table

@@ -24,6 +24,7 @@ from prunewright.graph.builder import build_graph
 from prunewright.graph.routing import termination
 from prunewright.graph.running.checkpoints import read_checkpoints, write_checkpoints
 from prunewright.graph.running.logs import log_progress
+from prunewright.graph.running.notebook import NotebookBar, in_notebook
 from prunewright.graph.running.stopping import check_stop, iterate_stoppable, stop_on_signals
 from prunewright.graph.running.tracing import labels
 from prunewright.state import (
@@ -63,7 +64,8 @@ OnEvent = Callable[[str, dict[str, Any]], None]
 """Called with ``updates`` (a node's name and update) or ``custom`` (progress, step, metrics).
 
 A step's ``step`` counts from 0, as in trace.jsonl; what people read counts from 1. A baseline,
-which has no nodes, says ``begun`` once its model is loaded.
+which has no nodes, says ``begun`` once its model is loaded. Where nobody is named, a notebook
+shows a bar.
 """
 
 Reviewer = Callable[[ReviewRequest], ReviewAnswer | dict[str, Any]]
@@ -484,6 +486,7 @@ def _prune_once(
 ) -> RunResult:
     from prunewright.tools.baseline import prune_once
 
+    on_event = _shown(directory, config, on_event)
     progress = _progress(on_event)
 
     def begun() -> None:
@@ -492,7 +495,19 @@ def _prune_once(
 
     with stop_on_signals():
         _log_begin(directory, config, "begins")
-        return _finished(directory, prune_once(directory, config, thread, progress, begun))
+        result = _finished(directory, prune_once(directory, config, thread, progress, begun))
+    if on_event is not None:
+        on_event("custom", {"metrics": result.metrics.model_dump(mode="json")})
+    return result
+
+
+def _shown(
+    directory: RunDirectory, config: PruneConfig, on_event: OnEvent | None
+) -> OnEvent | None:
+    """Who is told of events: whom the caller names, else a bar where a notebook can show one."""
+    if on_event is None and in_notebook():
+        return NotebookBar(directory, config.target)
+    return on_event
 
 
 def _settle(config: PruneConfig | dict[str, Any] | str | Path) -> PruneConfig:
@@ -585,6 +600,7 @@ def _drive(
                 _tell_unused(directory)
             return RunResult(directory.path, load_metrics(directory))
         check_agent(context)
+        on_event = _shown(directory, config, on_event)
         with stop_on_signals():
             greet_agent(context, _progress(on_event))
         if status != "running":
