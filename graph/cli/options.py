@@ -66,6 +66,12 @@ TargetOption = Annotated[
 ]
 
 
+HigherOption = Annotated[
+    float | None,
+    typer.Option("--target", "-t", help="Go on to this sparsity, above the run's own target."),
+]
+
+
 PatternOption = Annotated[
     str | None,
     typer.Option(

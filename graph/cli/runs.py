@@ -21,6 +21,7 @@ from prunewright.graph.cli.options import (
     ConfigOption,
     CriterionOption,
     DeviceOption,
+    HigherOption,
     JsonOption,
     ModelOption,
     OutOption,
@@ -118,12 +119,14 @@ def resume_command(
     ctx: typer.Context,
     run_directory: RunArgument,
     overrides: SetOption = None,
+    target: HigherOption = None,
     _json: JsonOption = False,
 ) -> None:
     """Go on with a run that was stopped or failed; a finished one is only reported.
 
     One that ended before its target goes on with what --set changes: who decides and how (agent,
-    guard.max_increase, max_steps ...), not what defines the run (model, target, texts ...).
+    guard.max_increase, max_steps ...), not what defines the run (model, texts ...). With --target a
+    finished run goes on to a higher one; its first result stays only with `fork`.
     """
     session: Session = ctx.obj
     from prunewright.graph.running import runner
@@ -132,7 +135,7 @@ def resume_command(
     quiet_transformers(session.debug)
     directory = RunDirectory(run_directory)
     session.run = run_directory
-    settled, changes = _changes(directory, overrides)
+    settled, changes = _changes(directory, overrides, target)
     screen = session.screen
     records = directory.read_trace()
     if changes or not directory.metrics_file.exists():
@@ -155,15 +158,16 @@ def fork_command(
     ctx: typer.Context,
     run_directory: RunArgument,
     step: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--step",
             min=0,
-            help="Steps to take over, rolled-back ones included; 0 starts from the dense model.",
-            show_default=False,
+            help="Steps to take over, rolled-back ones included; 0 starts from the dense model. "
+            "Default: all.",
         ),
-    ],
+    ] = None,
     overrides: SetOption = None,
+    target: HigherOption = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -182,13 +186,14 @@ def fork_command(
 
     quiet_transformers(session.debug)
     parent = RunDirectory(run_directory)
-    settled, changes = _changes(parent, overrides)
+    settled, changes = _changes(parent, overrides, target)
     _check_person(settled)
     session.run = out or run_directory.parent / _fresh_name()
     resolved = resolve_agent(settled.agent, settled.agent_options)
     screen = session.screen
     _print_head(screen, settled, session.run, resolved.words)
-    screen.pairs([("forked", f"from {run_directory} after step {step}")])
+    after = "its last step" if step is None else f"step {step}"
+    screen.pairs([("forked", f"from {run_directory} after {after}")])
     with _live(screen, settled, session.run, parent.read_trace()[:step]) as live:
         result = runner.fork(
             run_directory, step, session.run, live.on_event, _reviewer(screen, live), **changes
@@ -305,13 +310,19 @@ def _fresh_name() -> str:
 
 
 def _changes(
-    directory: "RunDirectory", overrides: list[str] | None
+    directory: "RunDirectory", overrides: list[str] | None, target: float | None
 ) -> tuple[PruneConfig, dict[str, Any]]:
-    """A run's configuration with --set applied, and what that changes."""
+    """A run's configuration with --set and --target applied, and what they change.
+
+    A target is among it in any case: that it is not higher is for the runner to say.
+    """
     before = directory.config()
-    settled = load_config(directory.config_file, overrides) if overrides else before
-    old = before.model_dump()
-    return settled, {k: v for k, v in settled.model_dump().items() if v != old[k]}
+    settled = before
+    if overrides or target is not None:
+        settled = load_config(directory.config_file, overrides, target=target)
+    old, new = before.model_dump(), settled.model_dump()
+    named = {} if target is None else {"target": settled.target}
+    return settled, {k: v for k, v in new.items() if v != old[k]} | named
 
 
 def _check_person(config: PruneConfig) -> None:

@@ -27,11 +27,13 @@ from prunewright.graph.running.logs import log_progress
 from prunewright.graph.running.notebook import NotebookBar, in_notebook
 from prunewright.graph.running.stopping import check_stop, iterate_stoppable, stop_on_signals
 from prunewright.graph.running.tracing import labels
+from prunewright.graph.whole_layers import check_request
 from prunewright.state import (
     STATUS_WORDS,
     InputError,
     PruneConfig,
     PruneInput,
+    PruneRequest,
     PruneState,
     PruneUpdate,
     ReviewAnswer,
@@ -44,7 +46,6 @@ from prunewright.state import (
 from prunewright.state.config import BASELINE, CRITERIA
 from prunewright.state.metrics import Metrics
 from prunewright.state.review import HOW
-from prunewright.state.run import Status
 from prunewright.state.shown import clean
 from prunewright.tools.store.rundir import RunDirectory
 from prunewright.tools.store.trace import load_metrics
@@ -152,21 +153,25 @@ def resume(
 ) -> RunResult:
     """Go on with a run from its last checkpoint; one that reached its target is only reported.
 
-    So is one that ended before it, unless a change is given.
+    So is one that ended before it, unless a change is given. With a higher ``target`` a finished
+    run goes on from its last revision: its trace goes on, and ``model/`` and metrics.json become
+    those of the new end. To keep the first result as it is, `fork` the run.
 
     Args:
         run_directory: the run's directory.
         on_event: told of progress and updates.
         reviewer: as for `run`; a decision that waits is asked about first.
-        changes: keys of the config's context to change (agent, guard, max_steps ...).
+        changes: a higher ``target``; keys of the config's context (agent, guard, max_steps ...).
 
     Raises:
-        InputError: no run there, or a change to what defines the run.
+        InputError: no run there, a target that is not higher, or a change to what defines the run.
         StoreError: a file of the run is missing or damaged.
         ReviewPendingError: as for `run`.
     """
     directory = RunDirectory(run_directory)
     if directory.config().agent == BASELINE and directory.metrics_file.exists():
+        if "target" in changes:
+            raise InputError(f"{directory.path} holds a baseline, which is one shot: begin another")
         if changes:
             _tell_unused(directory)
         return RunResult(directory.path, load_metrics(directory))
@@ -186,7 +191,7 @@ def resume(
 
 def fork(
     run_directory: str | Path,
-    step: int,
+    step: int | None = None,
     out: str | Path | None = None,
     on_event: OnEvent | None = None,
     reviewer: Reviewer | None = None,
@@ -199,11 +204,11 @@ def fork(
     Args:
         run_directory: of a step-by-step run, finished or not; a fork, too.
         step: steps of it that are taken over, rolled-back and empty ones included; 0 starts
-            from the dense model.
+            from the dense model; None takes all that have ended.
         out: the new run's directory, new or empty; default: beside the run's, ``<time>-<id>``.
         on_event: told of progress and updates.
         reviewer: as for `run`.
-        changes: keys of the config's context to change (agent, guard, max_steps ...).
+        changes: as for `resume`.
 
     Raises:
         InputError: no run there, a baseline, no such step, a change to what defines the run, or
@@ -217,10 +222,10 @@ def fork(
     config = parent.locate(_changed(parent, changes | {"out": None}))
     check_agent(config.context)
     before = parent.thread()
-    if before is None or step < 0:
+    if before is None or (step is not None and step < 0):
         what = "nothing was computed in it yet" if before is None else "steps count from 0"
         raise InputError(f"{parent.path} cannot be forked after step {step}: {what}")
-    chain = _checkpoints(parent, before, step) if step else []
+    chain = [] if step == 0 else _checkpoints(parent, before, step)
     state = cast(PruneState, chain[0].checkpoint["channel_values"]) if chain else None
     if state is not None:
         _check_open(parent, state, config)
@@ -241,7 +246,7 @@ def fork(
             history = state["history"] if state is not None else []
             parent.branch(scratch, config, thread, history, revisions, directory.path)
             if chain:
-                _write_checkpoints(scratch, thread, chain)
+                _write_checkpoints(scratch, thread, chain, config)
             scratch.move(directory.path)  # the lock goes along
             return _drive(scratch, config, thread, on_event, reviewer)
     finally:
@@ -251,10 +256,12 @@ def fork(
 def _tell_unused(directory: RunDirectory) -> None:
     """Say that a finished run takes no changes."""
     _log.warning(
-        "the run in %s is finished: nothing of it is changed. To go on from an earlier step: "
-        "prunewright fork %s --step N --set ...; for another target begin a new run",
+        "the run in %s is finished: nothing of it is changed. To go on to a higher target: "
+        "prunewright resume %s --target ...; from an earlier step: prunewright fork %s --step N "
+        "--set ...",
         directory.path,
-        shlex.quote(str(directory.path)),
+        place := shlex.quote(str(directory.path)),
+        place,
     )
 
 
@@ -267,23 +274,42 @@ def _remove_half_forks(folder: Path) -> None:
 
 
 def _changed(directory: RunDirectory, changes: dict[str, Any]) -> PruneConfig:
-    """A run's configuration with some keys of its context changed."""
+    """A run's configuration with some keys of its context changed, or its target raised."""
     directory.check_format()
     config = directory.config()
-    if changes:
-        changed = validate_config(config.model_dump() | changes)
-        if changed.request != config.request:
-            _check_moved(directory, config, changed)
-        config = changed
     if not directory.begun_with(config.request):
         raise StoreError(
             f"{directory.config_file} is not what the run began with: put back the values that "
             f"{directory.manifest_file} holds under request"
         )
-    return config
+    if not changes:
+        return config
+    changed = validate_config(config.model_dump() | changes)
+    if "target" in changes:
+        _check_higher(directory, config.target, changed)
+    request = changed.request.model_copy(update={"target": config.target})
+    if request != config.request:
+        _check_moved(directory, config.request, request)
+    return changed
 
 
-def _check_moved(directory: RunDirectory, before: PruneConfig, now: PruneConfig) -> None:
+def _check_higher(directory: RunDirectory, before: float, now: PruneConfig) -> None:
+    """Let a run's target rise, since no step gives back what another target would not have taken.
+
+    Raises:
+        InputError: it does not rise, or its other bounds rule it out.
+    """
+    if now.target <= before:
+        words = (
+            f"can only rise: {now.target:g} needs a new run"
+            if now.target < before
+            else "stays so: leave it out, or give a higher one"
+        )
+        raise InputError(f"the target of {directory.path} is {before:g} and {words}")
+    check_request(now.request)
+
+
+def _check_moved(directory: RunDirectory, before: PruneRequest, now: PruneRequest) -> None:
     """Let nothing of a request change but where the model and the texts lie.
 
     Raises:
@@ -291,15 +317,14 @@ def _check_moved(directory: RunDirectory, before: PruneConfig, now: PruneConfig)
     """
     words = (
         "only who decides and how can change on a resumed or forked run (agent, guard, "
-        "max_steps ...), and where the same model and texts lie; what defines it, such as model "
-        "or target, needs a new run"
+        "max_steps ...), where the same model and texts lie, and the target, to a higher one; what "
+        "defines it, such as model or criterion, needs a new run"
     )
-    same = now.request.identity() == before.request.identity()
-    if not same or not directory.manifest_file.exists():
+    if now.identity() != before.identity() or not directory.manifest_file.exists():
         raise InputError(words)
     from prunewright.tools.bench.workbench import workbench
 
-    request = directory.locate(now.request)
+    request = directory.locate(now)
     with workbench(request, directory.path) as bench:
         try:
             directory.check(request, bench.facts())
@@ -307,8 +332,8 @@ def _check_moved(directory: RunDirectory, before: PruneConfig, now: PruneConfig)
             raise InputError(f"{words}: {error}") from error
 
 
-def _checkpoints(directory: RunDirectory, thread: str, step: int) -> list[CheckpointTuple]:
-    """A run's checkpoints from the one just after a step back to its first.
+def _checkpoints(directory: RunDirectory, thread: str, step: int | None) -> list[CheckpointTuple]:
+    """A run's checkpoints from the one just after a step, or its last one, back to its first.
 
     Only those that the newest one descends from: what was forked off inside the thread, as Studio
     does, is another story.
@@ -331,10 +356,10 @@ def _checkpoints(directory: RunDirectory, thread: str, step: int) -> list[Checkp
             # A step ends with `reflect`, which leaves no profile.
             ended = values["step"] if values.get("profile") is None and "step" in values else 0
             most = max(most, ended)
-            if chain or ended == step:
+            if chain or (ended == step if step is not None else ended):
                 chain.append(found)
             found = saver.get_tuple(found.parent_config) if found.parent_config else None
-    if not chain:
+    if not chain and step is not None:
         raise InputError(f"{directory.path} has {most} steps so far, so no step {step}")
     return chain
 
@@ -345,43 +370,56 @@ def _check_open(directory: RunDirectory, state: PruneState, config: PruneConfig)
     Raises:
         InputError: saying why.
     """
+    raised = _is_raised(state, config)
     status = termination(
         sparsity=state["sparsity"],
         target=config.target,
         steps=state["step"],
         max_steps=config.max_steps,
         # Whoever goes on with a run that stalled begins anew.
-        stalls=0 if state["status"] == "stalled" else state["stalls"],
+        stalls=0 if raised or state["status"] == "stalled" else state["stalls"],
         max_stalls=config.max_stalls,
         # A run that has reached its target has, whatever else is changed.
-        nothing_fits=state["status"] == "target_reached",
+        nothing_fits=state["status"] == "target_reached" and not raised,
         done=state["status"] != "running",
     )
     if status != "running":
         raise InputError(
             f"nothing is left to do after step {state['step']} of {directory.path}: "
             f"{STATUS_WORDS[status]}. Fork from an earlier step, or change what ends it "
-            "(max_steps, max_stalls)"
+            "(max_steps, max_stalls, a higher target)"
         )
 
 
-def _write_checkpoints(directory: RunDirectory, thread: str, chain: list[CheckpointTuple]) -> None:
+def _is_raised(state: PruneState, config: PruneConfig) -> bool:
+    """Whether a configuration's target is above that of a checkpoint."""
+    before = state["request"].get("target")
+    return isinstance(before, int | float) and config.target > before
+
+
+def _write_checkpoints(
+    directory: RunDirectory, thread: str, chain: list[CheckpointTuple], config: PruneConfig
+) -> None:
     """Give a fork its history: the newest checkpoint first, from which it goes on."""
     with write_checkpoints(directory.database) as saver:
         at: RunnableConfig = {"configurable": {"thread_id": thread, "checkpoint_ns": ""}}
         for found in reversed(chain):
             # No writes of the nodes after it: they are the other run's.
             at = saver.put(at, found.checkpoint, found.metadata, {})
-        status = chain[0].checkpoint["channel_values"]["status"]
-        if status != "running":
+        state = cast(PruneState, chain[0].checkpoint["channel_values"])
+        if state["status"] != "running":
             # It was the last step: what follows is decided anew.
-            build_graph(saver).update_state(at, _reopened(status), as_node="reflect")
+            build_graph(saver).update_state(at, _reopened(state, config), as_node="reflect")
 
 
-def _reopened(status: Status) -> PruneUpdate:
-    """What makes a state that has ended go on: one that stalled begins to count anew."""
-    stalled: PruneUpdate = {"stalls": 0} if status == "stalled" else {}
-    return {"status": "running", **stalled}
+def _reopened(state: PruneState, config: PruneConfig) -> PruneUpdate:
+    """What makes a state that has ended go on.
+
+    One that stalled, or whose target is raised, begins to count its stalls anew.
+    """
+    if _is_raised(state, config):
+        return {"status": "running", "stalls": 0, "request": config.request.model_dump(mode="json")}
+    return {"status": "running", "stalls": 0 if state["status"] == "stalled" else state["stalls"]}
 
 
 def baseline(
@@ -595,7 +633,9 @@ def _drive(
         # Not `state.next`: it is empty, too, when a kill fell between the last node's writes
         # and the checkpoint after it.
         status = state.values.get("status", "running")
-        if status == "target_reached" or (status != "running" and not reopen):
+        found = cast(PruneState, state.values)
+        raised = started and _is_raised(found, config)
+        if not raised and (status == "target_reached" or (status != "running" and not reopen)):
             if config != directory.config():
                 _tell_unused(directory)
             return RunResult(directory.path, load_metrics(directory))
@@ -604,9 +644,12 @@ def _drive(
         with stop_on_signals():
             greet_agent(context, _progress(on_event))
         if status != "running":
-            _check_open(directory, cast(PruneState, state.values), config)
-            graph.update_state(options, _reopened(status), as_node="reflect")
-            directory.metrics_file.unlink(missing_ok=True)
+            _check_open(directory, found, config)
+        if raised:
+            directory.raise_target(config, found.get("step", 0))
+        if status != "running":
+            graph.update_state(options, _reopened(found, config), as_node="reflect")
+        directory.metrics_file.unlink(missing_ok=True)
         directory.keep(config)
         # JSON, as Studio sends it: the state holds plain values only.
         request: Any = config.request.model_dump(mode="json")

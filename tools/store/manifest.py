@@ -47,6 +47,8 @@ def standing(facts: dict[str, Any]) -> dict[str, Any]:
     request = facts.get("request")
     with suppress(ValidationError):
         request = PruneRequest.model_validate(request).identity()
+        if targets := targets_of(facts):
+            request["target"] = targets[-1]
     model, texts = facts.get("model"), facts.get("texts")
     return {
         "request": request,
@@ -59,6 +61,21 @@ def standing(facts: dict[str, Any]) -> dict[str, Any]:
         "seed": facts.get("seed"),
         "dtype": facts.get("dtype"),
     }
+
+
+def targets_of(facts: dict[str, Any]) -> list[float]:
+    """The targets that a run had one after the other; empty if it was never raised."""
+    found = facts.get("targets")
+    values = [i.get("target") for i in found if isinstance(i, dict)] if found else []
+    return [value for value in values if isinstance(value, int | float)]
+
+
+def raised(facts: dict[str, Any], target: float, step: int) -> dict[str, Any]:
+    """What a manifest says of targets once a run goes on to another: each, and from which step."""
+    targets = facts.get("targets") or [{"target": facts["request"]["target"], "step": 0}]
+    if targets[-1]["target"] == target:
+        return {}
+    return {"targets": [*targets, {"target": target, "step": step}]}
 
 
 def surroundings(directory: Path) -> dict[str, Any]:

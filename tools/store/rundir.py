@@ -28,7 +28,14 @@ from prunewright.state import (
 )
 from prunewright.state.config import EMBEDDED
 from prunewright.state.loading import parse_yaml
-from prunewright.tools.store.manifest import decides, standing, surroundings, version
+from prunewright.tools.store.manifest import (
+    decides,
+    raised,
+    standing,
+    surroundings,
+    targets_of,
+    version,
+)
 from prunewright.tools.store.standing import difference
 from prunewright.tools.store.steps import StepLog, chained
 from prunewright.tools.store.storage import (
@@ -191,6 +198,7 @@ class RunDirectory:
             other.manifest_file,
             facts
             | {"thread": thread, "parent": parent, "context": decides(config)}
+            | raised(facts, config.target, len(records))
             | surroundings(final),
         )
         write_atomic(other.config_file, config.to_yaml().encode())
@@ -385,7 +393,7 @@ class RunDirectory:
         if not self.config_file.exists():
             return request
         own = self.config().request
-        if changed := difference(own.identity(), request.identity()):
+        if changed := difference(self._identity(own), self._identity(request)):
             raise StoreError(
                 f"the request in the checkpoints of {self.path} is not that of {self.config_file} "
                 f"({changed})"
@@ -416,6 +424,7 @@ class RunDirectory:
             StoreError: saying what changed; or the manifest is missing or damaged.
         """
         now = standing({"request": request.model_dump(mode="json")} | facts)
+        now["request"] = self._identity(request)
         before = standing(self.manifest())
         for key in now:
             if changed := difference(before[key], now[key]):
@@ -482,7 +491,30 @@ class RunDirectory:
         """Whether the run, as far as it is recorded, was begun with this request."""
         if not self.manifest_file.exists():
             return True
-        return bool(standing(self.manifest())["request"] == request.identity())
+        return bool(standing(self.manifest())["request"] == self._identity(request))
+
+    def raise_target(self, config: PruneConfig, step: int) -> None:
+        """Let the run go on to the higher target of a configuration.
+
+        The manifest is written first: what it names is then allowed in config.yaml and in the
+        checkpoints, whichever of them a crash leaves at the target of before.
+
+        Args:
+            config: what the run goes on with.
+            step: steps taken so far.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        facts = self.manifest()
+        write_json(self.manifest_file, facts | raised(facts, config.target, step))
+        write_atomic(self.config_file, config.to_yaml().encode())
+
+    def _identity(self, request: PruneRequest) -> dict[str, Any]:
+        """A request to compare with the manifest's: any target of the run stands for the last."""
+        values = request.identity()
+        targets = targets_of(self.manifest()) if self.manifest_file.exists() else []
+        return values | {"target": targets[-1]} if values["target"] in targets else values
 
     def locate(self, settings: _Settings) -> _Settings:
         """The settings with their paths as they are found now, from wherever it is looked at.
