@@ -51,6 +51,8 @@ from prunewright.tools.store.rundir import RunDirectory
 from prunewright.tools.store.trace import load_metrics
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from prunewright.tools.model.head import Progress
 
 _log = logging.getLogger("prunewright")
@@ -121,14 +123,27 @@ def run(
     out: str | Path | None = None,
     on_event: OnEvent | None = None,
     reviewer: Reviewer | None = None,
+    *,
+    model: "PreTrainedModel | None" = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> RunResult:
     """Prune a model step by step, as the configuration says, and save the result.
+
+    A model that is loaded already stands in for the configuration's ``model``. It is written once
+    to ``dense/`` in the run directory, checked to load as it is in memory, and pruned from there as
+    any local model: the run loads a copy of its own, in the configuration's dtype and on its
+    device. The object itself is not changed; the result is in `RunResult.model_directory`. That
+    takes room for the dense model on disk, and for both copies in memory. Hooks and what else is
+    no weight are left behind.
 
     Args:
         config: a `PruneConfig`, its keys as a dict, or the path of a YAML file.
         out: run directory, new or empty; default ``runs/<time>-<id>``.
         on_event: told of progress and updates.
         reviewer: asked before each decision is applied, where the configuration says ``review``.
+        model: a transformers model, whole in memory: not quantised, without adapters, nothing
+            offloaded.
+        tokenizer: the model's; both or neither.
 
     Raises:
         InputError: the configuration, the model, a text or the directory cannot be used.
@@ -141,7 +156,8 @@ def run(
     check_agent(settled.context)
     thread = _new_thread()
     directory = RunDirectory(out or settled.out or Path("runs") / thread)
-    with directory.begun(settled):
+    settled, write = _given(directory, settled, model, tokenizer)
+    with directory.begun(settled, write):
         return _drive(directory, settled, thread, on_event, reviewer)
 
 
@@ -231,6 +247,8 @@ def fork(
         _check_open(parent, state, config)
     thread = _new_thread()
     directory = RunDirectory(out or parent.path.parent / thread)
+    if Path(config.model) == parent.dense.absolute():
+        config = config.model_copy(update={"model": str(directory.dense.absolute())})
     directory.check_free()
     revisions = {
         values[name]
@@ -426,6 +444,9 @@ def baseline(
     config: PruneConfig | dict[str, Any] | str | Path,
     out: str | Path | None = None,
     on_event: OnEvent | None = None,
+    *,
+    model: "PreTrainedModel | None" = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> RunResult:
     """Prune in one shot, as the allocation says; leaves the same files as `run`.
 
@@ -433,6 +454,8 @@ def baseline(
         config: as for `run`; target or pattern, criterion and allocation say what is done.
         out: run directory, new or empty; default ``runs/<time>-<id>``.
         on_event: told of progress.
+        model: as for `run`.
+        tokenizer: as for `run`.
 
     Raises:
         InputError: the configuration, the model, a text or the directory cannot be used.
@@ -444,7 +467,8 @@ def baseline(
     resolve_allocation(settled.allocation, settled.allocation_options, settled.pattern)
     thread = _new_thread()
     directory = RunDirectory(out or settled.out or Path("runs") / thread)
-    with directory.begun(settled):
+    settled, write = _given(directory, settled, model, tokenizer)
+    with directory.begun(settled, write):
         return _prune_once(directory, settled, thread, on_event)
 
 
@@ -557,6 +581,28 @@ def _settle(config: PruneConfig | dict[str, Any] | str | Path) -> PruneConfig:
 
         find_criterion(settled.criterion)
     return settled
+
+
+def _given(
+    directory: RunDirectory,
+    config: PruneConfig,
+    model: "PreTrainedModel | None",
+    tokenizer: "PreTrainedTokenizerBase | None",
+) -> tuple[PruneConfig, Callable[[Path], None] | None]:
+    """The configuration with a model in memory for its own, and what writes that to a directory.
+
+    Raises:
+        InputError: it cannot be used.
+    """
+    if model is None and tokenizer is None:
+        return config, None
+    from prunewright.tools.model.given import check_given, write_given  # torch takes seconds
+
+    check_given(model, tokenizer)
+    assert model is not None
+    assert tokenizer is not None
+    write = partial(write_given, model, tokenizer, trust_remote_code=config.trust_remote_code)
+    return config.model_copy(update={"model": str(directory.dense.absolute())}), write
 
 
 def _new_thread() -> str:

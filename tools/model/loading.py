@@ -339,6 +339,20 @@ def _no_text_words(name: str, dtype: torch.dtype, why: str) -> str:
     return f"the model {name} cannot be run on text alone{where}: {why}"
 
 
+def load_files(directory: Path, *, trust_remote_code: bool, dtype: str) -> PreTrainedModel:
+    """The model of a directory on the CPU, its weights as they are stored.
+
+    Args:
+        directory: where.
+        trust_remote_code: run Python code that the model brings.
+        dtype: of all weights; ``auto``: the one that config.json names.
+
+    Raises:
+        InputError: as `load_model`.
+    """
+    return _from_files(directory, trust_remote_code=trust_remote_code, dtype=dtype)[0]
+
+
 def model_skeleton(name: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Path]:
     """The model's structure without weights (on the meta device), and its directory.
 

@@ -11,6 +11,7 @@ from prunewright.state import PruneConfig
 from prunewright.state.config import BASELINE, EMBEDDED
 from prunewright.state.metrics import NEGLIGIBLE, Metrics
 from prunewright.tools.ending import control_words
+from prunewright.tools.store.rundir import DENSE_MODEL
 
 BASE_OF_EMBEDDED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _LICENSE_KEYS = ("license", "license_name", "license_link")
@@ -38,6 +39,8 @@ def model_card(config: PruneConfig, metrics: Metrics, directory: Path, values: s
     front |= license_of(directory)
     front["tags"] = ["pruning", "sparse", "prunewright", config.criterion]
     title = (base or Path(config.model).name).rpartition("/")[2]
+    if title == DENSE_MODEL:  # given in memory, and not from the hub
+        title = str(_config(directory).get("model_type"))
     # Where it was written says nothing of how.
     recipe = config.model_dump(mode="json", exclude={"out"})
     if base and config.model != EMBEDDED:

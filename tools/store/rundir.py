@@ -4,7 +4,8 @@ import errno
 import functools
 import os
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,6 +40,7 @@ from prunewright.tools.store.manifest import (
 from prunewright.tools.store.standing import difference
 from prunewright.tools.store.steps import StepLog, chained
 from prunewright.tools.store.storage import (
+    appearing,
     canonical_json,
     is_unfinished,
     put_into_words,
@@ -57,6 +59,8 @@ _Stored = TypeVar("_Stored", ModelProfile, Step, Spent)
 _Settings = TypeVar("_Settings", PruneRequest, PruneContext, PruneConfig)
 
 _STEP_FILE = re.compile(r"steps/\d{4,}-[a-z]+-([0-9a-f]{12})\.json")
+DENSE_MODEL = "dense"
+"""Where a run keeps the model that it began with, if that was given in memory."""
 
 
 class RunDirectory:
@@ -75,6 +79,7 @@ class RunDirectory:
         self.metrics_file = self.path / "metrics.json"
         self.model = self.path / "model"
         self.steps = StepLog(self.trace_file, self.path / "steps")
+        self.dense = self.path / DENSE_MODEL
         self.lock_file = self.path / ".lock"
         self.holder_file = self.path / ".lock-holder"
         try:
@@ -85,12 +90,19 @@ class RunDirectory:
             raise InputError(f"{self.path} cannot hold a run: {words}") from error
 
     @contextmanager
-    def begun(self, config: PruneConfig) -> Iterator[None]:
+    def begun(
+        self, config: PruneConfig, write_model: Callable[[Path], None] | None = None
+    ) -> Iterator[None]:
         """Begin a run in an empty or absent directory, locked until the block ends.
 
         Of several processes that begin one there, exactly one goes on; the others are refused and
         touch nothing. A run that fails in the block, before anything was computed, leaves no
         directory behind; one that is interrupted does, since it can go on.
+
+        Args:
+            config: the run's.
+            write_model: writes a model that was given in memory into an empty directory, which
+                becomes `dense`.
 
         Raises:
             InputError: the directory holds something else, or another process works there.
@@ -100,22 +112,16 @@ class RunDirectory:
         with put_into_words(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         with self.locked():
-            self.create(config)  # which looks again: another may have had the lock meanwhile
+            self.check_free()  # again: another may have had the lock meanwhile
             try:
+                if write_model is not None:
+                    with appearing(self.dense, directory=True) as scratch:
+                        write_model(scratch)
+                write_atomic(self.config_file, config.to_yaml().encode())
                 yield
             except Exception:
                 self.abandon()
                 raise
-
-    def create(self, config: PruneConfig) -> None:
-        """Store the configuration in an empty directory.
-
-        Raises:
-            InputError: the directory holds something else.
-            StoreError: it cannot be written.
-        """
-        self.check_free()
-        write_atomic(self.config_file, config.to_yaml().encode())
 
     def check_free(self) -> None:
         """Refuse a directory that is neither empty nor absent.
@@ -179,6 +185,9 @@ class RunDirectory:
         """
         facts = self.manifest()
         lines = self.steps.chain(history)
+        if Path(config.model) == final.absolute() / DENSE_MODEL:
+            for path in self.dense.iterdir():
+                share(path, other.dense / path.name)
         for path in sorted((self.path / "steps").glob("*.json")):
             number = path.name.partition("-")[0]
             if number.isdigit() and int(number) < len(lines):
@@ -198,7 +207,7 @@ class RunDirectory:
             other.manifest_file,
             facts
             | {"thread": thread, "parent": parent, "context": decides(config)}
-            | raised(facts, config.target, len(records))
+            | raised(facts, config.target, len(lines))
             | surroundings(final),
         )
         write_atomic(other.config_file, config.to_yaml().encode())
@@ -250,6 +259,7 @@ class RunDirectory:
             self.lock_file,
         ):
             path.unlink(missing_ok=True)
+        shutil.rmtree(self.dense, ignore_errors=True)
         with suppress(OSError):  # not ours alone, or another process begins just now
             self.path.rmdir()
 
