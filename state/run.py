@@ -40,6 +40,17 @@ class Knowledge(TypedDict):
     """sha256 of the facts."""
 
 
+class RunEnd(TypedDict):
+    """What a finished run came to, for whoever sees its state only."""
+
+    directory: str
+    """The run's directory."""
+    model_directory: str | None
+    """The pruned model; None if none was saved, as it would be the dense one."""
+    test_perplexity: dict[str, float]
+    """On the text that nothing was chosen on: ``dense`` and ``final``."""
+
+
 class PruneInput(TypedDict):
     """What starts a run."""
 
@@ -86,6 +97,8 @@ class PruneState(TypedDict):
     """Rollbacks and empty decisions in a row."""
     history: list[StepSummary]
     """The latest steps, by whose seals trace.jsonl is checked."""
+    result: RunEnd | None
+    """None, or absent, while the run goes on."""
     seconds: Annotated[dict[str, float], add_up]
     """Wall time by node."""
     tokens: Annotated[dict[str, float], add_up]
@@ -119,5 +132,6 @@ class PruneUpdate(TypedDict, total=False):
     rollbacks: int
     stalls: int
     history: list[StepSummary]
+    result: RunEnd | None
     seconds: dict[str, float]
     tokens: dict[str, float]

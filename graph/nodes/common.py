@@ -83,7 +83,9 @@ def request_of(state: PruneState, runtime: Runtime[PruneContext]) -> PruneReques
             holds another thread's run.
         StoreError: it is not that of the run's configuration.
     """
-    value: Any = state["request"]
+    value: Any = state.get("request")
+    if value is None:
+        raise InputError('the input has no "request": what the run shall do, at least {}')
     if isinstance(value, PruneRequest):
         request = value
     else:

@@ -129,6 +129,11 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
         with live_model(request, run) as bench:
             metrics = finish(run, bench, outcome, progress_of(runtime))
         runtime.stream_writer({"metrics": metrics.model_dump(mode="json")})
+        update["result"] = {
+            "directory": str(run.path),
+            "model_directory": str(run.model) if metrics.saved else None,
+            "test_perplexity": metrics.perplexity.test.model_dump(),
+        }
     return update
 
 

@@ -436,8 +436,10 @@ def _reopened(state: PruneState, config: PruneConfig) -> PruneUpdate:
     One that stalled, or whose target is raised, begins to count its stalls anew.
     """
     if _is_raised(state, config):
-        return {"status": "running", "stalls": 0, "request": config.request.model_dump(mode="json")}
-    return {"status": "running", "stalls": 0 if state["status"] == "stalled" else state["stalls"]}
+        request = config.request.model_dump(mode="json")
+        return {"status": "running", "result": None, "stalls": 0, "request": request}
+    stalls = 0 if state["status"] == "stalled" else state["stalls"]
+    return {"status": "running", "result": None, "stalls": stalls}
 
 
 def baseline(

@@ -1,6 +1,7 @@
 """What `langgraph.json` names: the graph for LangGraph's server, and where its threads are kept."""
 
 import os
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -63,6 +64,12 @@ class StudioContext(PruneContext):
 
     model_config = ConfigDict(json_schema_extra=_offer_at_nodes)
 
+    agent: str = Field(
+        "auto",
+        description="auto (Gemini where its key is set, else greedy, which asks no LLM), "
+        "provider:model, greedy, zscore, random, uniform, replay:FILE, exchange:DIR or "
+        "import:package.module:Class",
+    )
     criterion: Name | None = Field(
         None, description="the criterion of runs that this assistant starts; null: the request's"
     )
@@ -87,26 +94,38 @@ def served(node: Node) -> Callable[[PruneState, Runtime[StudioContext]], Awaitab
                             f"the run of this thread has ended ({state['status']}): start a new "
                             "thread, or fork from an earlier checkpoint"
                         )
-                    if "revision" not in state:
-                        check_agent(context)
+                    fresh, who = "revision" not in state, ""
+                    if fresh:
+                        who = check_agent(context).words
                         greet_agent(context, lambda *_: check_stop())
-                        if given.criterion is not None:
-                            request = {**dict(state["request"]), "criterion": given.criterion}
+                        request = state.get("request")
+                        if given.criterion is not None and isinstance(request, dict):
+                            request = {**request, "criterion": given.criterion}
                             state = {**state, "request": request}
                     # A request that the node will refuse has no labels.
                     with suppress(ValidationError):
-                        label(PruneRequest.model_validate(state["request"]), context)
-                    return node(state, plain)
+                        label(PruneRequest.model_validate(state.get("request")), context)
+                    update = node(state, plain)
+                    if fresh:  # the assistant's name need not say it
+                        update["summary"] += f"; who decides: {who}"
+                    return update
                 except Exception:
                     directory.abandon()
                     raise
         except PrunewrightError as error:
-            raise RunError(str(error)) from error
+            raise RunError(_for_a_form(str(error))) from error
 
     async def wrapper(state: PruneState, runtime: Runtime[StudioContext]) -> PruneUpdate:
         return await call_cancellable(partial(work, state, runtime))
 
     return wrapper
+
+
+def _for_a_form(words: str) -> str:
+    """Advice that names options of the command line, for who has a form with keys of that name."""
+    again = r"the thread again, without input, with \1 in its assistant's context"
+    words = re.sub(r"prunewright resume \S+ --set (\S+)", again, words)
+    return re.sub(r"--(?:set )?(?=[a-z])", "", words)
 
 
 @asynccontextmanager

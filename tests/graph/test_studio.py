@@ -16,7 +16,7 @@ import pytest
 from fake_langsmith import FakeLangSmith, serve_langsmith
 from langgraph_sdk import get_sync_client
 
-from prunewright.graph.running.runner import collect_garbage, resume
+from prunewright.graph.running.runner import collect_garbage, load_metrics, resume
 from prunewright.graph.running.runner import run as run_here
 from prunewright.state import PruneContext, PruneRequest, StoreError
 from prunewright.tools.store.rundir import RunDirectory
@@ -83,19 +83,29 @@ class Server:
         assistant: str = "prunewright",
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """Events of a run on a thread."""
+        given = None if request is None else {"request": request}
+        yield from self.stream(thread, given, context, assistant)
+
+    def stream(
+        self,
+        thread: str,
+        given: dict[str, Any] | None,
+        context: dict[str, Any],
+        assistant: str = "prunewright",
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Events of a run on a thread, with any input."""
         for part in self.client.runs.stream(
-            thread,
-            assistant,
-            input=None if request is None else {"request": request},
-            context=context,
-            stream_mode=["updates", "custom"],
+            thread, assistant, input=given, context=context, stream_mode=["updates", "custom"]
         ):
             yield part.event, part.data
 
     def error(self, request: dict[str, Any], context: dict[str, Any], thread: str = "") -> str:
         """What the server says of a run that fails."""
-        events = dict(self.run(thread or self.thread(), request, context))
-        return str(events["error"]["message"])
+        return self.failure({"request": request}, context, thread or self.thread())
+
+    def failure(self, given: dict[str, Any], context: dict[str, Any], thread: str) -> str:
+        """What the server says of a run that fails, with any input."""
+        return str(dict(self.stream(thread, given, context))["error"]["message"])
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +190,12 @@ def test_a_whole_run_is_streamed_and_kept(
     assert [state["next"] for state in history[:2]] == [[], ["reflect"]]
     assert history[0]["values"]["status"] == "target_reached"  # type: ignore[call-overload]
     assert history[0]["values"]["revision"] == revision(server, thread)  # type: ignore[call-overload]
+    metrics = load_metrics(server.directory(thread))
+    assert history[0]["values"]["result"] == {  # type: ignore[call-overload]
+        "directory": f"runs/{thread}",
+        "model_directory": f"runs/{thread}/model",
+        "test_perplexity": metrics.perplexity.test.model_dump(),
+    }
     assert (server.folder / "runs" / "studio" / "state.sqlite").is_file()
 
 
@@ -223,6 +239,16 @@ def test_what_cannot_be_run_is_refused_in_our_words(
     assert "unknown key modell; did you mean model?" in message
     assert "target: a fraction is asked for: 3 % is 0.03" in message
     assert not server.directory(thread).path.exists()
+    for nothing in ({}, {"request": None}):
+        thread = server.thread()
+        message = server.failure(nothing, GREEDY, thread)
+        assert 'the input has no "request"' in message
+        assert not server.directory(thread).path.exists()
+    message = server.error(request_, {"agent": "google_genai:gemini-3-flash-preview"}, thread)
+    assert "GOOGLE_API_KEY or GEMINI_API_KEY" in message
+    assert "choose an agent without an LLM (agent greedy)" in message
+    assert "--" not in message
+    assert not server.directory(thread).path.exists()
     assert "did you mean greedy?" in server.error(request_, {"agent": "gready"})
     assert "has ended (target_reached)" in server.error(request_, GREEDY, finished[0])
     with server.directory(thread).locked():
@@ -235,6 +261,21 @@ def test_what_cannot_be_run_is_refused_in_our_words(
         with pytest.raises(StoreError, match="such a run goes on there"):
             act(ended.path)
     assert sorted((ended.path / "revisions").rglob("*")) == masks
+
+
+def test_the_assistant_that_is_there_works_without_a_key(
+    server: Server, request_: dict[str, Any]
+) -> None:
+    thread = server.thread()
+    events = list(server.run(thread, request_, {"max_steps": 1}))
+    updates = {
+        node: data for mode, event in events if mode == "updates" for node, data in event.items()
+    }
+    words = "who decides: greedy (agent auto: no GOOGLE_API_KEY or GEMINI_API_KEY is set"
+    assert words in updates["profile"]["summary"]
+    assert updates["reflect"]["status"] == "max_steps"
+    (record,) = server.directory(thread).read_trace()
+    assert record.agent == "greedy"
 
 
 def test_a_cancelled_run_has_stopped_and_goes_on(server: Server, request_: dict[str, Any]) -> None:

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunewright.state import InputError, StoreError
 from prunewright.tools.model.checkpoint import error_words
-from prunewright.tools.model.loading import load_files, same_bits
+from prunewright.tools.fast import same_bits
+from prunewright.tools.model.loading import load_files
 
 
 def check_given(model: object, tokenizer: object) -> None:
