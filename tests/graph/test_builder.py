@@ -93,7 +93,7 @@ def test_a_partial_request_gets_the_defaults(pico_config: dict[str, Any], tmp_pa
         ({"texts": {"windows": {"guard": 0}}}, "texts.windows.guard:"),
         ({"agent": "greedy"}, "unknown key agent"),
         ({"pattern": "2:4", "target": 0.6}, "target 0.6 is above 0.5"),
-        (None, "dictionary"),
+        (None, 'no "request"'),
     ],
 )
 def test_a_bad_request_names_the_key(request_: Any, words: str, tmp_path: Path) -> None:
