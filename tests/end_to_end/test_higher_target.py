@@ -91,7 +91,7 @@ def test_a_run_that_was_stopped_may_go_on_to_a_higher_target(
 ) -> None:
     out = tmp_path / "stopped"
     config = reference_config | {"agent": "greedy", "target": 0.2}
-    kill = {"at": "prunewright.graph.nodes:ask", "when": "before", "nth": 2}
+    kill = {"at": "prunewright.graph.nodes.decide:ask", "when": "before", "nth": 2}
     submit({"do": "run", "config": config, "out": str(out), "kill": kill})
     assert not (out / "metrics.json").exists()
     metrics = resume(out, target=0.3).metrics
@@ -107,7 +107,7 @@ def test_a_run_that_was_stopped_may_go_on_to_a_higher_target(
         {"at": "prunewright.tools.store.rundir:RunDirectory.raise_target", "when": "after"},
         {"at": "prunewright.graph.running.runner:_reopened", "when": "before"},
         {"at": "prunewright.tools.store.rundir:RunDirectory.keep", "when": "before"},
-        {"at": "prunewright.graph.nodes:ask", "when": "before"},
+        {"at": "prunewright.graph.nodes.decide:ask", "when": "before"},
         {"at": "prunewright.tools.results:save_model", "when": "before"},
     ],
     ids=["manifest", "config", "state", "reopened", "step", "end"],
