@@ -1,11 +1,13 @@
 """The live model of a process, brought to whichever revision a node needs."""
 
 import ctypes
+import itertools
 import random
 import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,7 +133,7 @@ class Workbench:
         }
         largest = max((self.loaded.weight(layer).nbytes for layer in layers), default=0)
         scratch = torch.empty(largest, dtype=torch.uint8)
-        for layer, dense in zip(layers, self.loaded.dense_layers(layers), strict=True):
+        for layer, dense in zip(layers, self._dense_layers(layers), strict=True):
             digest, weight = target.get(layer.name), self.loaded.weight(layer)
             self._at[layer.name] = ""  # should this be interrupted, the next sync mends it
             if digest is None:
@@ -146,6 +148,15 @@ class Workbench:
                 self._at.pop(layer.name)
             else:
                 self._at[layer.name] = digest
+
+    def _dense_layers(self, layers: Iterable[Layer]) -> Iterator[Tensor]:
+        """Dense weights of some layers in turn, each good until its live weights change.
+
+        Where no mask is on a layer the live ones are dense, and no file is read.
+        """
+        for masked, group in itertools.groupby(layers, lambda layer: layer.name in self._at):
+            source = self.loaded.dense_layers if masked else partial(map, self.loaded.weight)
+            yield from source(group)
 
     def _stored(self, digest: str, layer: Layer) -> StoredLayer:
         found, dtype = self.store.read(digest, layer.shape), self.loaded.weight(layer).dtype
@@ -494,7 +505,7 @@ class Workbench:
         names = self.loaded.layers if counts is None else counts
         layers = [self.loaded.layers[name] for name in names]
         masks = {}
-        pairs = zip(layers, self.loaded.dense_layers(layers), strict=True)
+        pairs = zip(layers, self._dense_layers(layers), strict=True)
         for layer, dense in told("masks", pairs, len(names), progress):
             name = layer.name
             pruned, pattern = self._amount(name, counts)
