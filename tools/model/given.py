@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunewright.state import InputError, StoreError
-from prunewright.tools.model.checkpoint import error_words
 from prunewright.tools.fast import same_bits
+from prunewright.tools.model.checkpoint import error_words
 from prunewright.tools.model.loading import load_files
 
 
