@@ -1,6 +1,6 @@
 """A chat model that always takes the lowest predicted cost, through the whole LLM path.
 
-It stands behind a server on the loopback that speaks Gemini's protocol to the real client, reads
+It is behind a server on the loopback that speaks Gemini's protocol to the real client, reads
 nothing but its prompt, and answers in JSON. Beside it `greedy` with the same configuration.
 
     python benchmarks/scripted_llm.py --config configs/demo.yaml --out runs/scripted

@@ -54,7 +54,7 @@ def ratios(records: Sequence[Step]) -> dict[str, tuple[float, float]]:
             for kind in cell.rsplit("@", 1):
                 shares[kind] = shares.get(kind, 0.0) + cost
         for kind, share in shares.items():
-            if share > 0:  # a kind that gave weights back says nothing of what taking costs
+            if share > 0:  # a kind that was restored says nothing of what taking costs
                 weights.setdefault(kind, []).append((share, ratio, noise))
     return {kind: _mean(steps) for kind, steps in weights.items()}
 

@@ -15,7 +15,7 @@ from prunewright.state.review import HOW, ReviewedLayer
 def review(step: Step, observation: Observation) -> Step:
     """Have a person approve, edit or reject a decision; a refused answer is asked for again.
 
-    The node that calls it starts anew at each answer, so it must not have done anything yet.
+    The node that calls it starts again at each answer, so it must not have done anything yet.
 
     Args:
         step: the agent's decision, with full layer names.

@@ -38,14 +38,13 @@ def guard_reason(
         return f"perplexity rose by {rise} over the dense model, more than {bound}"
     if guard.max_knowledge_drop is not None and knowledge is not None:
         if not math.isfinite(knowledge[1]):
-            return "the log-probability of the right answers to the facts is not finite"
+            return "factual recall is not finite"
         drop = knowledge[0] - knowledge[1]
         if drop > guard.max_knowledge_drop:
             fall, _ = told_apart(drop, guard.max_knowledge_drop, "f", 3)
             return (
-                f"the right answers to the facts became less likely by {fall} nats a token "
-                f"than the dense model finds them, more than guard.max_knowledge_drop "
-                f"{guard.max_knowledge_drop:g}"
+                f"factual recall fell by {fall} nats a token below the dense model's, more than "
+                f"guard.max_knowledge_drop {guard.max_knowledge_drop:g}"
             )
     return ""
 

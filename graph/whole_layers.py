@@ -130,11 +130,11 @@ def land_whole(
 ) -> tuple[dict[str, int], list[str]]:
     """Weights that each layer shall give: the pattern's or none; never over the target.
 
-    Layers are given back first, then pruned in the order of ``deltas`` as long as they fit under
+    Layers are restored first, then pruned in the order of ``deltas`` as long as they fit under
     the target and the step's bound, which always admits the smallest layer that fits the target.
 
     Args:
-        deltas: sparsity to add by layer; of a negative one the layer is given back.
+        deltas: sparsity to add by layer; of a negative one the layer is restored.
         pruned: the layers that have the pattern now.
         counts: weights that the pattern takes of each layer that can be given it.
         zeros: zeros of the model now.

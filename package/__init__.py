@@ -1,6 +1,6 @@
 """Prunewright: one LLM prunes another, step by step, with rollback, resume and a trace.
 
-What a notebook or script needs stands here and is imported when it is asked for: torch takes
+What a notebook or script needs is here and is imported when it is asked for: torch takes
 seconds. The parts are `prunewright.graph`, `prunewright.tools` and `prunewright.state`.
 """
 

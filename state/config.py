@@ -270,7 +270,7 @@ class PruneContext(Options):
     )
     agent_options: dict[str, Any] = Field(
         default_factory=dict,
-        description="passed to the agent; Gemini's temperature is 0.5 unless it stands here",
+        description="passed to the agent; Gemini's temperature is 0.5 unless it is set here",
     )
     allocation: str = Field(
         "uniform",

@@ -1,4 +1,4 @@
-"""What an agent answers: which layers to prune further, or give back, and by how much."""
+"""What an agent answers: which layers to prune further, or restore, and by how much."""
 
 import math
 from collections.abc import Mapping
@@ -14,13 +14,13 @@ MAX_CHANGE = 1_000.0
 MAX_LESSONS = 8
 MAX_LESSON = 300
 SHOWN = 5e-4
-"""How far a layer's sparsity lies from the three digits shown: all that is shown may go back."""
+"""How far a layer's sparsity is from the three digits shown, all of which may be restored."""
 
 Lesson = Annotated[str, Field(max_length=MAX_LESSON)]
 
 
 class LayerDelta(BaseModel):
-    """The sparsity that a step adds to one layer, or gives back if it is negative."""
+    """The sparsity that a step adds to one layer; a negative one restores weights."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -29,7 +29,7 @@ class LayerDelta(BaseModel):
         ge=-1,
         le=1,
         allow_inf_nan=False,
-        description="sparsity to add to this layer in this step; negative gives weights back",
+        description="sparsity to add to this layer in this step; negative restores weights",
     )
 
 
@@ -110,12 +110,12 @@ def check_decision(
     Args:
         decision: schema-valid decision with full layer names, its groups expanded.
         room: sparsity that each layer can still take, in [0, 1].
-        pruned: sparsity that steps have added to each layer, and so can be given back.
+        pruned: sparsity that steps have added to each layer, and so can be restored.
         parameters: weights of each layer.
         max_delta: bound of one layer's delta, either way.
         max_step: sparsity that the step may add to the whole model.
         fixed: with an N:M pattern the one delta of each layer, 0 for those that have none; it
-            stands in place of ``max_delta``, ``room`` and ``pruned``.
+            takes the place of ``max_delta``, ``room`` and ``pruned``.
     """
     tolerance = 1e-6
     problems = []
@@ -143,7 +143,7 @@ def check_decision(
             left = f"{room[name]:.{digits}f}"
             problems.append(f"{name}: delta {delta:g} exceeds the room left, {left}")
         elif -delta > pruned[name] + SHOWN:
-            problems.append(f"{name}: delta {delta:g} gives back more than {pruned[name]:.3f}")
+            problems.append(f"{name}: delta {delta:g} restores more than {pruned[name]:.3f}")
     if gain > max_step + SHOWN:
         problems.append(
             f"the step adds {gain:.5f} to the model's sparsity, above the limit of {max_step:.5f}: "
@@ -156,7 +156,7 @@ def check_decision(
         )
     if seen and gain <= 0 and not decision.rebalance:
         problems.append(
-            f"the step as a whole gains no sparsity ({gain:+.4f}): prune more than you give back, "
+            f"the step as a whole gains no sparsity ({gain:+.4f}): prune more than you restore, "
             "or say rebalance: true"
         )
     return first_problems(problems)
@@ -178,5 +178,5 @@ def _fixed_problems(name: str, delta: float, fixed: float) -> list[str]:
         ]
     if abs(delta - fixed) <= SHOWN:
         return []
-    words = "gives it back" if fixed < 0 else "prunes it"
+    words = "restores it" if fixed < 0 else "prunes it"
     return [f"{name}: delta {delta:g} must be {fixed:.4g}, which {words} as a whole"]

@@ -84,8 +84,8 @@ class Metrics(BaseModel):
         probes: trials measured before decisions.
         llm_calls: requests to the LLM, failed ones too.
         perplexity: see `Perplexities`.
-        knowledge: mean log-probability of the right answers to the facts, nats a token, where the
-            guard bounded it.
+        knowledge: factual recall, the mean log-probability of the right answers, nats a token,
+            where the guard bounded it.
         control: the uniform control, where ``with_control`` asked for it.
         sample: text of the dense and the pruned model; None where none was saved.
         seconds: wall time, ``total`` and by node.

@@ -38,11 +38,11 @@ class LayerProfile(BaseModel):
     ``loss_cost``: predicted rise of the mean token loss, in nats, for taking the next
     `COST_DELTAS` from this layer with the criterion in use, less where the layer has less left,
     and dearer where it is sparser than the model. ``dense_sparsity``: the part of ``sparsity`` that
-    the dense model has, and that no step can give back.
-    ``regrow_gain``: predicted fall of it for giving the last `COST_DELTAS` back.
+    the dense model has, and that no step can restore.
+    ``regrow_gain``: predicted fall of it for restoring the last `COST_DELTAS`.
 
     ``patterned``: whether the layer has the run's N:M pattern. ``pattern_cost``: predicted rise of
-    the loss for taking the dense layer to it, and so the fall for giving it back, nats; None in an
+    the loss for taking the dense layer to it, and so the fall for restoring it, nats; None in an
     unstructured run, and where the layer's inputs do not divide into the pattern's groups.
     ``pattern_own``: how much of the pattern's sparsity the dense layer's own zeros make up.
     """
@@ -77,13 +77,13 @@ class LayerProfile(BaseModel):
 
     @property
     def pruned(self) -> float:
-        """Sparsity that steps have added, all of which can be given back."""
+        """Sparsity that steps have added, all of which can be restored."""
         return max(0.0, self.sparsity - self.dense_sparsity)
 
     def cost_of(self, delta: float) -> float:
         """Predicted change of the mean token loss, nats, for pruning ``delta`` further.
 
-        A negative delta gives weights back and lowers it. Linear between the `COST_DELTAS`, and
+        A negative delta restores weights and lowers it. Linear between the `COST_DELTAS`, and
         beyond the last with its slope. With an N:M pattern layers change as a whole, so that only
         the sign counts.
         """

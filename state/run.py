@@ -30,14 +30,14 @@ def add_up(left: dict[str, float], right: dict[str, float]) -> dict[str, float]:
 
 
 class Knowledge(TypedDict):
-    """Mean log-probability of the right answers to the facts, nats a token."""
+    """Factual recall: mean log-probability of the right answers, nats a token."""
 
     dense: float
     accepted: float
     revision: str
     """The accepted revision that it was measured at."""
     facts: str
-    """sha256 of the facts."""
+    """sha256 of the questions."""
 
 
 class RunEnd(TypedDict):

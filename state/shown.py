@@ -5,7 +5,7 @@ import re
 import unicodedata
 
 # Letters and marks that show nothing, beside the control and format characters. The variation
-# selectors 15 and 16 are not among them: they stand behind every other emoji.
+# selectors 15 and 16 are not among them: they follow every other emoji.
 _BLANK = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0d\uffa0"
     "\U000e0100-\U000e01ef]"
@@ -21,7 +21,7 @@ def one_line(text: str, most: int, end: str = "") -> str:
 def clean(text: str) -> str:
     """Text whose control and invisible characters are written out, line ends and tabs apart.
 
-    So are those that turn the direction of what follows: ``\\x1b`` and ``\\u202e`` stand there.
+    So are those that turn the direction of what follows: ``\\x1b`` and ``\\u202e`` are shown.
     """
     return "".join(
         c if c in "\n\t" or _is_seen(c)

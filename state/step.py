@@ -35,7 +35,7 @@ class ProbeReport(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     layers: dict[str, float] = {}
-    """Sparsity added to each layer, or given back if negative, for the time of the trial."""
+    """Sparsity added to each layer, or restored if negative, for the time of the trial."""
     change: float | None = None
     """Relative perplexity change over the accepted revision; None: refused, or not finite."""
     change_stderr: float | None = None
@@ -101,7 +101,7 @@ class Step(BaseModel):
     change_stderr: float | None = None
     """Standard error of the paired change over the guard windows."""
     knowledge_dense: float | None = None
-    """Mean log-probability of the right answers to the facts by the dense model, nats a token;
+    """Factual recall of the dense model: log-probability of the right answers, nats a token;
     None: the guard did not bound it."""
     candidate_knowledge: float | None = None
     """The candidate's; None: not measured, or not finite (the reason says so)."""

@@ -39,7 +39,7 @@ FEW = ["--limit", "3"]
 
 @dataclass(frozen=True)
 class Block:
-    """A block of code of a page, with its language and the comment that stands before it."""
+    """A block of code of a page, with its language and the comment before it."""
 
     page: Path
     line: int

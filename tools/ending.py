@@ -99,7 +99,7 @@ def describe_ending(
     words += f": {'; '.join(advice)}"
     if not saved:
         accepted = any(r.verdict == "accepted" for r in records)
-        why = "As all was given back" if accepted else "As no step was accepted"
+        why = "As everything was restored" if accepted else "As no step was accepted"
         words += f". {why}, no model is saved: it would be the dense one"
     return Ending(words, tuple(f"{key}={value}" for key, value in settings.items()))
 
@@ -136,7 +136,7 @@ def _loosened(reason: str, context: PruneContext) -> tuple[str, dict[str, str]]:
     guard = context.guard
     smaller = "or take smaller steps (another agent, or a new run with less step or max_delta)"
     if "not finite" in reason:
-        return "take smaller steps, or begin anew in another dtype", {}
+        return "take smaller steps, or begin again in another dtype", {}
     if "max_knowledge_drop" in reason:
         key, value = "guard.max_knowledge_drop", guard.max_knowledge_drop
     elif "over the dense model" in reason:

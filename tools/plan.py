@@ -326,7 +326,7 @@ def _disk(
     request: PruneRequest, shape: _Shape, dtype: torch.dtype, steps: int, model: int, copy: int
 ) -> dict[str, int]:
     masks = revision_bytes(request, shape.prunable, dtype.itemsize)
-    # While the model is saved anew after a crash, the earlier copy may still be there.
+    # While the model is saved again after a crash, the earlier copy may still be there.
     total = model + masks * steps + copy
     return {"model": model, "masks": masks, "copy": copy, "total": total}
 

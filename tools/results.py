@@ -208,7 +208,7 @@ def _write_report(run: RunDirectory) -> None:
 
 def peak_memory() -> int:
     """Largest resident size of this process so far, in bytes."""
-    # Linux counts the process that started this one in ru_maxrss; VmHWM begins anew with exec.
+    # Linux counts the process that started this one in ru_maxrss; VmHWM begins again with exec.
     with suppress(OSError), Path("/proc/self/status").open(encoding="ascii") as status:
         for line in status:
             if line.startswith("VmHWM:"):

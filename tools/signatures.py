@@ -18,7 +18,7 @@ def failure_signatures(records: list[Step]) -> list[str]:
 def find_signatures(records: list[Step]) -> dict[str, str]:
     """What went wrong in a run, a sentence by kind.
 
-    Looked for: more than a quarter of the steps rolled back, sparsity that stands still over
+    Looked for: more than a quarter of the steps rolled back, no progress over
     `STAGNANT_STEPS` steps before the last, and answers that had to be refused.
     """
     found = {}
@@ -33,7 +33,7 @@ def find_signatures(records: list[Step]) -> dict[str, str]:
     if stagnant is not None:
         first, last = stagnant
         found["stagnation"] = (
-            f"sparsity stood still over steps {first + 1} to {last + 1}: it gained "
+            f"no progress over steps {first + 1} to {last + 1}: sparsity gained "
             f"{records[last].sparsity - records[first].sparsity_before:.4f}"
         )
     invalid = sum(len(record.invalid_answers) for record in records)

@@ -79,7 +79,7 @@ class Observation:
         max_layer_sparsity: ceiling of any layer.
         max_increase: relative perplexity rise that is rolled back.
         max_knowledge_drop: fall below the dense model, of the log-probability of the right answers
-            to the facts, that is rolled back, nats a token; None: any.
+            to questions of fact, that is rolled back, nats a token; None: any.
         criterion: which weights go inside a layer.
         pattern: ``unstructured``, or ``2:4`` in a run that takes whole layers to that pattern.
         dense_perplexity: guard perplexity of the dense model.
@@ -207,7 +207,7 @@ class Agent(Protocol):
 
 
 def quote_name(name: str) -> str:
-    """A layer's name as it may stand in a prompt: plain, or a JSON string if it has more.
+    """A layer's name as a prompt may hold it: plain, or a JSON string if it has more.
 
     Cut where it is longer than an answer may name.
     """

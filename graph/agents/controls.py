@@ -11,7 +11,7 @@ from prunewright.state import COST_DELTAS, Decision, LayerDelta, LayerProfile
 from prunewright.state.decision import MAX_CHANGE
 
 HESITATION = 1.2
-"""By how much giving weights back must pay: a change of heart within the noise helps nobody."""
+"""By how much restoring weights must pay: a change of heart within the noise helps nobody."""
 
 
 WHOLE = 1e-3
@@ -22,10 +22,10 @@ class GreedyAgent:
     """Brings the layers to where the next weight costs the same everywhere.
 
     Each layer offers slices of sparsity, at the marginal costs between the profile's
-    `COST_DELTAS`, up and down: all that may be given back is thought of as given back, and the
-    cheapest slices are then taken until the budget is full. So a layer that has become dear gives
-    weights back where others are cheaper, if they are so by more than `HESITATION`. With a pattern
-    layers are taken and given back as a whole, by their price.
+    `COST_DELTAS`, up and down: all that may be restored is thought of as restored, and the
+    cheapest slices are then taken until the budget is full. So a layer that has become dear has
+    weights restored where others are cheaper, if they are so by more than `HESITATION`. With a
+    pattern layers are taken and restored as a whole, by their price.
     """
 
     def decide(self, observation: Observation) -> Decision:
@@ -58,13 +58,13 @@ def _settled(observation: Observation, deltas: dict[str, float]) -> Decision:
     loss = sum(p.cost_of(deltas.get(p.name, 0.0)) for p in observation.profile.layers)
     back = sum(delta < 0 for delta in deltas.values())
     words = f"Lowest predicted cost a weight: {len(deltas) - back} layers pruned further"
-    return _decision(deltas, f"{words}, {back} given weights back.", math.expm1(min(loss, 50.0)))
+    return _decision(deltas, f"{words}, {back} with weights restored.", math.expm1(min(loss, 50.0)))
 
 
 def _cheapest_whole(observation: Observation) -> dict[str, float]:
-    """With a pattern: the cheapest layers that fill the budget, pruned ones thought given back.
+    """With a pattern: the cheapest layers that fill the budget, pruned ones thought restored.
 
-    Where that would gain no sparsity, because what is given back is not filled again, layers are
+    Where that would gain no sparsity, because what is restored is not filled again, layers are
     pruned only.
     """
     fixed = observation.fixed_deltas() or {}
@@ -81,7 +81,7 @@ def _cheapest_whole(observation: Observation) -> dict[str, float]:
         if size[name] <= budget + WHOLE:
             taken.add(name)
             budget -= size[name]
-    # Those that have the pattern and are taken stay; those not taken are given back.
+    # Those that have the pattern and are taken stay; those not taken are restored.
     deltas = {n: fixed[n] for n in order if (fixed[n] > 0) == (n in taken)}
     gain = sum(math.copysign(size[name], delta) for name, delta in deltas.items())
     return deltas if gain > 0 else _fill(observation, order)

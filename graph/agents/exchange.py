@@ -37,7 +37,7 @@ class ExchangeAgent:
     another run, is never taken, and a resumed run finds the answer to what it asked before.
 
     Attributes:
-        notes: what stood around the last answer's JSON object.
+        notes: what was around the last answer's JSON object.
     """
 
     def __init__(self, directory: str | Path, options: dict[str, Any]) -> None:
@@ -97,7 +97,7 @@ class ExchangeAgent:
         return answer
 
     def _await(self, path: Path) -> bytes:
-        """The content of a file, once it is there and stands still."""
+        """The content of a file, once it is there and no longer grows."""
         end = time.monotonic() + self._options.timeout
         before: tuple[int, int] | None = None
         while True:

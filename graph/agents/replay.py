@@ -101,14 +101,14 @@ class ReplayAgent:
 
 
 def other_standing(path: str | Path, run: str | Path) -> str:
-    """What a run stands on otherwise than the one whose trace it repeats, in words.
+    """How a run differs from the one whose trace it repeats, in words.
 
     Args:
         path: as for `ReplayAgent`.
         run: the directory of the run that repeats it.
 
     Returns:
-        "" where both stand on the same, or where no manifest lies beside the trace.
+        "" where it does not, or where no manifest lies beside the trace.
 
     Raises:
         StoreError: a manifest is damaged.
@@ -117,7 +117,7 @@ def other_standing(path: str | Path, run: str | Path) -> str:
     if not found:
         return ""
     found = found if len(found) <= _MOST else f"{found[:_MOST]}..."
-    return f"replay: this run does not stand on what the trace's did: {found}"
+    return f"replay: this run differs from the trace's: {found}"
 
 
 def _trace(path: str | Path) -> Path:

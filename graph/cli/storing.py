@@ -45,7 +45,7 @@ def pack_command(
 ) -> None:
     """Pack a pruned model into one file without loss: masks and values, compressed apart.
 
-    Only for storage: `unpack` gives the model's directory back, every file byte for byte.
+    Only for storage: `unpack` makes the model's directory again, every file byte for byte.
     """
     session: Session = ctx.obj
     from prunewright.tools.store.packing import pack_model
@@ -84,7 +84,7 @@ def gc_command(
         typer.Option(
             "--cache",
             help="Instead, the copies of dense weights in the cache that no process uses. They are "
-            "made of models whose weights transformers renames or fuses, and anew when needed.",
+            "made of models whose weights transformers renames or fuses, and again when needed.",
         ),
     ] = False,
     _json: JsonOption = False,

@@ -65,7 +65,7 @@ def land(
     the layers that are pruned have room.
 
     Args:
-        deltas: sparsity to add by layer; negative gives back.
+        deltas: sparsity to add by layer; negative restores.
         zeros: zeros of every layer now.
         numel: weights of every layer.
         target: sparsity that is never exceeded.
@@ -74,7 +74,7 @@ def land(
         step: sparsity that is added to the model at most.
         max_delta: sparsity that scaling up adds to a layer at most.
         fill: sparsity below the target within which the step is scaled up to it.
-        own: zeros of the dense model, which are never given back; 0 where it is not said.
+        own: zeros of the dense model, which are never restored; 0 where it is not said.
 
     Returns:
         Counts of the layers named in ``deltas``, and a note where they were scaled.

@@ -96,7 +96,7 @@ def profile(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
 
 
 def _gave_back(state: PruneState, run: RunDirectory) -> bool:
-    """Whether the step before gave weights back: gradients know nothing of those."""
+    """Whether the step before restored weights: gradients know nothing of those."""
     last = run.read_steps(state["history"])[-1:]
     return any(s.verdict == "accepted" and min(s.applied.values(), default=0) < 0 for s in last)
 

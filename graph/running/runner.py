@@ -297,7 +297,7 @@ def _changed(directory: RunDirectory, changes: dict[str, Any]) -> PruneConfig:
     config = directory.config()
     if not directory.begun_with(config.request):
         raise StoreError(
-            f"{directory.config_file} is not what the run began with: put back the values that "
+            f"{directory.config_file} is not what the run began with: restore the values that "
             f"{directory.manifest_file} holds under request"
         )
     if not changes:
@@ -394,7 +394,7 @@ def _check_open(directory: RunDirectory, state: PruneState, config: PruneConfig)
         target=config.target,
         steps=state["step"],
         max_steps=config.max_steps,
-        # Whoever goes on with a run that stalled begins anew.
+        # Whoever goes on with a run without progress begins to count again.
         stalls=0 if raised or state["status"] == "stalled" else state["stalls"],
         max_stalls=config.max_stalls,
         # A run that has reached its target has, whatever else is changed.
@@ -426,7 +426,7 @@ def _write_checkpoints(
             at = saver.put(at, found.checkpoint, found.metadata, {})
         state = cast(PruneState, chain[0].checkpoint["channel_values"])
         if state["status"] != "running":
-            # It was the last step: what follows is decided anew.
+            # It was the last step: what follows is decided again.
             build_graph(saver).update_state(at, _reopened(state, config), as_node="reflect")
 
 

@@ -110,7 +110,7 @@ def compare(
 
 
 def plan_experiments(config: ComparisonConfig, digests: Digests) -> list[Planned]:
-    """The experiments of a comparison; all methods of one seed and target stand together.
+    """The experiments of a comparison; all methods of one seed and target are together.
 
     Raises:
         InputError: the model or a text cannot be used, or an evaluation text chooses something.

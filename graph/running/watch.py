@@ -37,7 +37,7 @@ def follow(directory: RunDirectory, poll: float = POLL) -> Iterator[tuple[str, d
     told: tuple[int | None] | None = None
     phase = ""
     while True:
-        # In this order: the last step stands in the trace before the metrics are there.
+        # In this order: the last step is in the trace before the metrics are there.
         metrics = load_metrics(directory) if directory.metrics_file.exists() else None
         if stamp != (stamp := _stamp(directory.trace_file)):
             now = directory.read_trace()

@@ -58,7 +58,7 @@ def change_words(record: Step) -> str:
 
 
 def knowledge_words(record: Step) -> str:
-    """Log-probability of the right answers to the facts, and how far it is from the dense one."""
+    """Factual recall, and how far it is from the dense model's."""
     value, dense = record.candidate_knowledge, record.knowledge_dense
     if value is None or dense is None:
         return ""

@@ -75,7 +75,7 @@ def harmful(observation: Observation) -> Decision:
 
 
 class Eventful:
-    """Greedy, but for a harmful step, a refused one, an empty one, and one that gives back."""
+    """Greedy, but for a harmful step, a refused one, an empty one, and one that restores."""
 
     def __init__(self, **_: Any) -> None:
         pass
@@ -93,7 +93,7 @@ class Eventful:
                 LayerDelta(name=p.name, delta=-0.05 if p.name == fullest else 0.05)
                 for p in observation.profile.layers
             ]
-            return Decision(reasoning="Gives back.", layers=layers, lessons=["gave back"])
+            return Decision(reasoning="Restores.", layers=layers, lessons=["restored"])
         return GreedyAgent().decide(observation)
 
 

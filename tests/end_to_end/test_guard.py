@@ -120,7 +120,7 @@ def test_rollbacks_in_a_row_end_the_run_and_leave_no_copy_of_the_dense_model(
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_an_accepted_step_starts_the_count_of_stalls_anew(
+def test_an_accepted_step_starts_the_count_of_stalls_again(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
     config |= {"agent": "import:scripted_agents:HarmfulOnce", "max_stalls": 2}

@@ -165,7 +165,7 @@ def test_a_replay_of_a_run_on_something_else_is_told_once(project: Path, tmp_pat
     result = CliRunner().invoke(app, ["run", "-c", str(file), "-o", str(tmp_path / "again")])
     assert result.exit_code == 0, result.output
     shown = " ".join(result.output.split())
-    words = "this run does not stand on what the trace's did: model.settings.config.json.rms_norm"
+    words = "this run differs from the trace's: model.settings.config.json.rms_norm"
     assert shown.index(words) < shown.index("dense perplexity")
     first, *rest = RunDirectory(tmp_path / "again").read_trace()
     assert words in first.notes[0]

@@ -77,7 +77,7 @@ def test_a_fall_is_rolled_back_though_the_perplexity_holds(
     assert first.candidate_knowledge is not None
     drop = first.knowledge_dense - first.candidate_knowledge
     assert drop > 0.001
-    assert f"less likely by {drop:.4f} nats a token than the dense model" in first.reason
+    assert f"recall fell by {drop:.4f} nats a token below the dense model" in first.reason
     assert first.reason.endswith("more than guard.max_knowledge_drop 0.001")
     for record in records:
         assert record.candidate_knowledge is not None
@@ -147,7 +147,7 @@ def test_facts_that_changed_or_are_too_few(
 ) -> None:
     bounded["guard"]["max_knowledge_drop"] = 100.0
     bounded["texts"]["facts"] = 7
-    with pytest.raises(InputError, match="6 facts, 7 are asked for"):
+    with pytest.raises(InputError, match="6 questions, 7 are asked for"):
         run(bounded, out=tmp_path / "few")
     bounded["texts"]["facts"] = 6
     run(bounded | {"max_steps": 1}, out=tmp_path / "run")

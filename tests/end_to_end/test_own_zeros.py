@@ -146,7 +146,7 @@ def test_a_run_meets_the_target_and_keeps_to_its_bounds(
         for name, delta in record.applied.items():
             assert abs(delta) <= 0.15 + 1 / profile[name].parameters
             added[name] = added.get(name, 0.0) + delta
-            assert added[name] >= -1e-9  # nothing that the dense model has is given back
+            assert added[name] >= -1e-9  # nothing that the dense model has is restored
         # What is told of the layers is finite, and all-zero ones cost nothing.
         assert all(
             math.isfinite(sum([*p.measured.values(), *p.signals.values(), *p.loss_cost]))

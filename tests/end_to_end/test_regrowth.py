@@ -1,4 +1,4 @@
-"""Sparsity that is given back: exact weights, rebalancing, and resuming after it."""
+"""Sparsity that is restored: exact weights, rebalancing, and resuming after it."""
 
 import signal
 from collections.abc import Callable
@@ -110,7 +110,7 @@ def test_a_model_that_gives_back_everything_is_the_dense_one(
     assert metrics.sparsity == 0
     assert metrics.perplexity.guard.final == metrics.perplexity.guard.dense
     assert not metrics.saved
-    assert "As all was given back, no model is saved" in metrics.reason
+    assert "As everything was restored, no model is saved" in metrics.reason
     assert not (tmp_path / "run" / "model").exists()
 
 

@@ -23,7 +23,7 @@ def trace_of(path: Path) -> list[dict[str, Any]]:
 def eventful(
     reference_config: dict[str, Any], submit: Submit, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A run with a step rolled back, one refused, one empty and one that gives back."""
+    """A run with a step rolled back, one refused, one empty and one that restores."""
     out = tmp_path_factory.mktemp("eventful") / "run"
     config = reference_config | {"agent": "import:scripted_agents:Eventful", "max_stalls": 5}
     answer = submit({"do": "run", "config": config, "out": str(out)})

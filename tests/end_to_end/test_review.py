@@ -105,7 +105,7 @@ def test_approved_edited_and_rejected_decisions(reviewed: dict[str, Any], tmp_pa
     ]
     assert asked[0].problems == []
     assert asked[2].refused == edit(UP, 0.9)
-    expected = ["unknown layer '9.nowhere'", "0.9 is not within 0.5", "gives back more than"]
+    expected = ["unknown layer '9.nowhere'", "0.9 is not within 0.5", "restores more than"]
     expected += ["layers: Input should be a valid list", "the edit leaves no layer"]
     expected += ["approve: ", 'answer {"approve": true}']
     assert len(expected) == len(two["review"]["refused"]) == len(asked) - 1

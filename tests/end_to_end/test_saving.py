@@ -21,7 +21,7 @@ from prunewright.tools.saving.shards import merge
 
 @pytest.fixture
 def store(pico_models: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    """A function that stores a pico model anew, in a dtype and in shards."""
+    """A function that stores a pico model again, in a dtype and in shards."""
 
     def make(family: str = "LlamaConfig", dtype: str = "float32", shard: str = "5GB") -> Path:
         source, directory = pico_models(family), tmp_path / "input"

@@ -192,7 +192,7 @@ def test_past_the_target_a_run_ends_with_its_steps_or_when_nothing_more_comes(
     assert (metrics.status, metrics.steps) == (REACHED, steps)
 
 
-def test_gradients_are_taken_anew_after_a_step_that_gives_weights_back(
+def test_gradients_are_taken_again_after_a_step_that_restores_weights(
     scripted: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     more = {"layers": {"*": 0.02}}

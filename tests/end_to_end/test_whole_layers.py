@@ -121,7 +121,7 @@ def test_layers_go_and_come_back_and_a_harmful_step_is_rolled_back(
         "1.self_attn.k_proj",
         "1.mlp.up_proj",
     }
-    # What a layer was predicted to cost is what giving it back is predicted to gain.
+    # What a layer was predicted to cost is what restoring it is predicted to gain.
     directory = RunDirectory(result.directory)
     before = {p.name: p for p in directory.read_profile(third.profile).layers}
     back = before["model.layers.1.self_attn.q_proj"]

@@ -476,7 +476,7 @@ def test_greedy_weighs_cost_by_the_weights_that_it_buys(
 def test_greedy_gives_back_where_weights_have_become_dear(
     make_layer: MakeLayer, make_observation: MakeObservation
 ) -> None:
-    """What is given back buys more elsewhere; a gain of less than a fifth is left alone."""
+    """What is restored buys more elsewhere; a gain of less than a fifth is left alone."""
     dear = {"sparsity": 0.12, "loss_cost": (0.5, 1.0, 1.5)}
     layers = [
         make_layer(0, **dear, regrow_gain=(0.40, 0.70, 0.70)),

@@ -480,11 +480,11 @@ def test_failure_signatures_are_reported(config_file: Path, tmp_path: Path, agen
     assert idle.exit_code == 3
     found = json.loads(idle.stdout)
     assert found["status"] == "stalled"
-    assert found["signatures"] == ["sparsity stood still over steps 1 to 4: it gained 0.0000"]
+    assert found["signatures"] == ["no progress over steps 1 to 4: sparsity gained 0.0000"]
     assert "the agent chose no layer" in idle.stderr
     # Said as soon as it shows, not only at the end.
     lines = idle.stderr.splitlines()
-    warned = next(i for i, line in enumerate(lines) if "sparsity stood still" in line)
+    warned = next(i for i, line in enumerate(lines) if "no progress over" in line)
     assert lines[warned - 1].startswith("step   4  empty")
     assert lines[warned + 1].startswith("step   5  empty")
     wild = invoke("run", *options, "-o", tmp_path / "wild", "-a", f"{agents}Overdoing")

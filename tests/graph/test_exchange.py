@@ -264,7 +264,7 @@ def traced(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (path / "trace.jsonl").read_text().splitlines()]
 
 
-def test_a_run_by_files_and_a_second_one_that_is_asked_anew(
+def test_a_run_by_files_and_a_second_one_that_is_asked_again(
     exchange_config: dict[str, Any], tmp_path: Path
 ) -> None:
     for number in (1, 2):

@@ -91,7 +91,7 @@ def judge(text: str, observation: Observation) -> str:
         _, _, parameters, sparsity = LAYERS[name]
         assert delta != 0
         assert abs(delta) <= MAX_DELTA + 1e-6
-        # All that the table shows, three decimals, may be given back.
+        # All that the table shows, three decimals, may be restored.
         assert -SHOWN - 1e-6 <= sparsity + delta <= CEILING + 1e-6
         gain += delta * parameters / TOTAL
     assert gain <= BUDGET + SHOWN + 1e-6

@@ -458,7 +458,7 @@ def test_notes_are_those_of_one_question(
     assert agent.tokens == 115
 
 
-def test_nothing_is_written_where_the_process_stands(
+def test_nothing_is_written_where_the_process_is(
     gemini: FakeGemini, asked: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

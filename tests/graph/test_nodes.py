@@ -73,7 +73,7 @@ def test_a_decision_a_little_beyond_the_step_is_scaled_to_it() -> None:
     """Whoever adds up the shares that a prompt shows is off by their rounding."""
     sizes = {"a": 10_000, "b": 10_000}
     counts, notes = land({"a": 0.1003, "b": -0.01}, {"a": 0, "b": 200}, sizes, 0.9, step=0.045)
-    assert counts == {"a": 1000, "b": 100}  # 900, and what b gives back
+    assert counts == {"a": 1000, "b": 100}  # 900, and what b restores
     assert notes == ["deltas scaled by 0.9970 to keep to the step"]
 
 

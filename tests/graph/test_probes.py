@@ -176,7 +176,7 @@ def test_calls_beyond_the_bound_are_not_measured_and_noted(
 REFUSED: list[tuple[Any, str]] = [
     (trial(("9.nowhere", 0.1)), "unknown layer '9.nowhere': use a name from the table"),
     (trial(("0.mlp.up_proj", 0.6)), "delta 0.6 is not within 0.15 of 0"),
-    (trial(("0.mlp.up_proj", -0.1)), "gives back more than 0.000"),
+    (trial(("0.mlp.up_proj", -0.1)), "restores more than 0.000"),
     (trial(("0.mlp.up_proj", 0.1), ("0.mlp.up_proj", 0.1)), "is named twice"),
     (trial(groups=[{"projection": "mlp", "from": 0, "to": 1, "delta": 0.1}]), "no such projection"),
     (trial(("0.mlp.up_proj", 1e-7)), "the deltas come to no weight"),
@@ -276,7 +276,7 @@ def test_probes_leave_the_live_model_and_the_store_as_they_were(
     gemini.script = [
         gemini.text("READY"),
         gemini.decision(("0.mlp.up_proj", 0.1)),
-        # From a revision that is not dense, and with weights given back.
+        # From a revision that is not dense, and with weights restored.
         gemini.calls(trial(("0.mlp.up_proj", -0.1), groups=[group])),
         gemini.calls(trial(("0.mlp.up_proj", 0.05))),
         gemini.decision(("1.mlp.up_proj", 0.1)),

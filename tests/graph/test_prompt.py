@@ -128,7 +128,7 @@ def test_a_prompt_of_252_layers_is_compact(make_observation: MakeObservation) ->
     assert tokens(0, ALL) <= 4_200
     assert tokens(40, ALL) <= 6_100
     assert tokens(40, ("z_s", "z_g")) <= 6_100
-    # Near the target the gain of giving back stands there, too.
+    # Near the target the gain of restoring is there, too.
     assert tokens(40, ALL, target=0.46) <= 6_700
 
 
@@ -264,10 +264,10 @@ def test_near_the_target_the_next_weights_and_the_gain_of_giving_back_are_shown(
     gains = {"regrow_gain": (0.002, 0.003, 0.004), "loss_cost": (0.001, 0.003, 0.006)}
     layers = [make_layer(i, sparsity=s, **gains) for i, s in enumerate((0.4, 0.02, 0.0, 0.4))]
     far, near = (make_observation(layers, target=0.3, sparsity=s) for s in (0.2, 0.28))
-    assert "given back |" not in texts(replace(near, signals=("z_s",)))[1]
-    assert "gain of 0.05 given back" not in texts(far)[1]
+    assert "restored |" not in texts(replace(near, signals=("z_s",)))[1]
+    assert "gain of 0.05 restored" not in texts(far)[1]
     # 0.2 % for 0.05 of a quarter of the model; of the second layer all there is.
-    shown = [row["gain of 0.05 given back"] for row in read_lines(texts(near)[1])]
+    shown = [row["gain of 0.05 restored"] for row in read_lines(texts(near)[1])]
     assert shown == ["0.16", "0.4", "-", "0.16"]
     many = [
         p.model_copy(update={"regrow_gain": tuple(2 * cost for cost in p.loss_cost)})
@@ -275,10 +275,10 @@ def test_near_the_target_the_next_weights_and_the_gain_of_giving_back_are_shown(
     ]
     titles, cells = read_cells(texts(make_observation(many, target=0.5, sparsity=0.48))[1])
     assert titles[1].startswith("cost at 0.05, in units of ")
-    assert titles[2] == "gain of 0.05 given back, in the same units"
+    assert titles[2] == "gain of 0.05 restored, in the same units"
     assert all(abs(int(cell[2]) - 2 * int(cell[1])) <= 2 for cell in cells.values())
     pattern = make_observation(layers, target=0.3, sparsity=0.28, pattern="2:4")
-    assert "given back" not in texts(pattern)[1]
+    assert "restored" not in texts(pattern)[1]
 
 
 def test_labels_that_would_be_the_same_are_whole_names(make_observation: MakeObservation) -> None:
@@ -442,7 +442,7 @@ def test_plain_names_are_shown_plain() -> None:
 # The state and the rules
 
 
-def test_the_prompt_says_where_the_run_stands(make_observation: MakeObservation) -> None:
+def test_the_prompt_says_where_the_run_is(make_observation: MakeObservation) -> None:
     observation = make_observation(
         step=4,
         steps_left=6,
@@ -601,7 +601,7 @@ def test_without_signals_the_shortlist_is_spread_over_the_model(
 
 @pytest.mark.parametrize("count", MODELS)
 @pytest.mark.parametrize("signals", SUBSETS)
-def test_without_feedback_nothing_of_earlier_steps_stands_there(
+def test_without_feedback_nothing_of_earlier_steps_is_there(
     count: int, signals: tuple[str, ...], make_observation: MakeObservation
 ) -> None:
     profile = MODELS[count]
@@ -628,7 +628,7 @@ def test_a_step_shows_what_it_forgot(make_observation: MakeObservation) -> None:
     bad = last.model_copy(update=measured | {"verdict": "rolled_back", "reason": "forgot it"})
     shown = texts(make_observation(profile.layers, step=2, history=(first, bad)))[1]
     (line,) = [line for line in shown.splitlines() if line.startswith("2 ")]
-    assert line.endswith("facts -0.600 nats rolled back")
+    assert line.endswith("recall -0.600 nats rolled back")
     assert "Step 2 was rolled back: forgot it." in shown
 
 

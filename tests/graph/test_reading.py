@@ -135,7 +135,7 @@ AROUND: dict[str, str] = {
 
 
 @pytest.mark.parametrize("case", AROUND)
-def test_one_object_is_read_whatever_stands_around_it(case: str) -> None:
+def test_one_object_is_read_whatever_is_around_it(case: str) -> None:
     notes: list[str] = []
     said = answer(reasoning="{braces} in it")
     decision = read_answer(AROUND[case].format(said, said), notes)
@@ -172,12 +172,12 @@ def test_what_nobody_sees_around_an_object_is_not_worth_a_note(blank: str) -> No
         ("x" * 70, f"which is '{'x' * 60}...' (70 characters)"),
         (f"<think>{answer()}</think>", "no JSON object after the thoughts"),
         ('{"reasoning": "a", "layers": [', "not complete, it was cut off or left open"),
-        ("{'reasoning': 'a'}", "keys and strings stand in double quotes"),
+        ("{'reasoning': 'a'}", "keys and strings need double quotes"),
         ('{"reasoning": "a", // why\n"layers": []}', "JSON has no comments"),
         ('{"reasoning": "a", "layers": [],}', "no comma before a closing bracket"),
         (raw_delta("NaN"), "NaN is no number in JSON"),
         (answer().replace('"r"', '"a\nb"'), "written as an escape, such as \\n"),
-        (answer().replace("{", '{"layers": [], ', 1), "the key 'layers' stands twice"),
+        (answer().replace("{", '{"layers": [], ', 1), "the key 'layers' is in one object twice"),
         (answer() + answer(layers=[]), "2 different JSON objects, at characters 0, "),
         ("[" * 30_000 + '{"a":' * 30_000, "nested too deeply"),
         ('Sure! {"layers": []} Done.', "answer; there was 'Sure!' before it and 'Done.' after"),

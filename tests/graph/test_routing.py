@@ -102,8 +102,8 @@ def test_the_bound_on_what_is_forgotten() -> None:
     assert guard_reason(20, 20, 20, bound, knowledge=(-2.0, -2.5)) == ""
     assert guard_reason(20, 20, 20, bound, knowledge=(-2.0, -1.0)) == ""
     assert guard_reason(20, 20, 20, bound, knowledge=(-2.0, -2.6)) == (
-        "the right answers to the facts became less likely by 0.600 nats a token than the dense "
-        "model finds them, more than guard.max_knowledge_drop 0.5"
+        "factual recall fell by 0.600 nats a token below the dense model's, more than "
+        "guard.max_knowledge_drop 0.5"
     )
     assert "not finite" in guard_reason(20, 20, 20, bound, knowledge=(-2.0, math.nan))
     assert "perplexity rose" in guard_reason(20, 30, 20, bound, knowledge=(-2.0, -9.0))

@@ -310,7 +310,7 @@ THOUGHTS: dict[str, Callable[[Any], Reply]] = {
 def test_an_answer_among_the_thoughts_is_told_where_it_went(llm: FakeLLM, asked: Ask) -> None:
     llm.script = [THOUGHTS[llm.provider](llm), llm.decision(*GOOD)]
     report = asked()
-    words = "the answer stands in the reasoning, not in the content, which is empty"
+    words = "the answer is in the reasoning, not in the content, which is empty"
     assert words in report.invalid_answers[0]
     assert words in llm.received[1].turns[-1][1]
     assert deltas(report) == FULL

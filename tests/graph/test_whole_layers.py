@@ -102,7 +102,7 @@ def whole(make_layer: MakeLayer, make_observation: MakeObservation, **values: An
         (1, 0.5, ""),
         (1, 0.15, "delta 0.15 must be 0.5, which prunes it as a whole"),
         (1, -0.5, "delta -0.5 must be 0.5"),
-        (0, 0.5, "delta 0.5 must be -0.5, which gives it back as a whole"),
+        (0, 0.5, "delta 0.5 must be -0.5, which restores it as a whole"),
         (2, 0.5, "too large for what is missing to the target"),
         (3, 0.5, "its inputs do not divide into the pattern's groups"),
     ],
@@ -143,7 +143,7 @@ def test_the_prompt_says_that_layers_are_taken_whole(
     # Layer 1: 1 % of 1000 of 7000 weights is 0.07 of the model's sparsity: 0.01 / (0.5 / 7) = 0.14.
     assert lines[head + 1 : head + 4] == [
         "1.mlp.down_proj | 14.29 | 0.000 | 0.00 | 0.00 | 0.00 | 0.14",
-        "Have the pattern 2:4 already, with the cost that giving the layer back takes away: "
+        "Have the pattern 2:4 already, with the cost that restoring the layer takes away: "
         "mlp.down_proj 0 0.28",
         "No room left in: mlp.down_proj 2-3",
     ]
@@ -297,7 +297,7 @@ def test_a_layer_with_zeros_of_its_own_gives_what_the_pattern_takes_beyond_them(
     assert "it has the pattern in the dense model" in check(wrong, observation)[1][0]
     words = str(prompt(observation)[1].content)
     assert (
-        "cannot be given back, and the pattern adds as much less: mlp.down_proj 0-1 200, 2 500"
+        "cannot be restored, and the pattern adds as much less: mlp.down_proj 0-1 200, 2 500"
         in (words)
     )
 
@@ -307,7 +307,7 @@ def test_zeros_of_the_dense_model_cannot_be_given_back(
 ) -> None:
     layers = [make_layer(i, sparsity=0.4, dense_sparsity=0.3) for i in range(4)]
     observation = make_observation(layers, sparsity=0.4, target=0.6)
-    for delta, problems in ((-0.1, []), (-0.12, ["gives back more than 0.100"])):
+    for delta, problems in ((-0.1, []), (-0.12, ["restores more than 0.100"])):
         answer = Decision(
             reasoning="", layers=[LayerDelta(name=layers[0].name, delta=delta)], rebalance=True
         )
@@ -316,4 +316,4 @@ def test_zeros_of_the_dense_model_cannot_be_given_back(
         assert all(word in text for word, text in zip(problems, found, strict=True))
     greedy = make_agent(PruneContext(agent="greedy"))[1].decide(observation)
     assert all(item.delta >= -0.1 - 1e-9 for item in greedy.layers)
-    assert "cannot be given back: mlp.down_proj 0-3 300" in str(prompt(observation)[1].content)
+    assert "cannot be restored: mlp.down_proj 0-3 300" in str(prompt(observation)[1].content)

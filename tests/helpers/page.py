@@ -28,7 +28,7 @@ class Hostile:
 
 
 def make_runs(model: Path, directory: Path) -> tuple[Path, Path]:
-    """A run of `Hostile`, whose second step stands as rolled back, and a uniform baseline."""
+    """A run of `Hostile`, whose second step is recorded as rolled back, and a uniform baseline."""
     windows = {"calibration": 4, "gradient": 2, "guard": 3, "test": 3, "length": 48}
     config = {
         "model": str(model),

@@ -43,7 +43,7 @@ def test_within_the_rules(layers: list[tuple[str, float]]) -> None:
     [
         ([("d", 0.1)], "unknown layer 'd': use a name from the table"),
         ([("a", 0.0), ("b", 0.01)], "a: delta is 0: leave the layer out"),
-        ([("a", -0.01), ("b", 0.05)], "a: delta -0.01 gives back more than 0.000"),
+        ([("a", -0.01), ("b", 0.05)], "a: delta -0.01 restores more than 0.000"),
         ([("a", 0.2)], "a: delta 0.2 is not within 0.15 of 0"),
         ([("b", 0.06)], "b: delta 0.06 exceeds the room left, 0.050"),
         ([("c", 0.01)], "c: delta 0.01 exceeds the room left, 0.000"),
@@ -87,7 +87,7 @@ def test_all_that_is_shown_of_a_layer_may_be_given_back() -> None:
         return check_decision(decision, room, kept, PARAMETERS, max_delta=0.5, max_step=0.5)
 
     assert problems(-0.3) == []
-    assert problems(-0.301) == ["a: delta -0.301 gives back more than 0.300"]
+    assert problems(-0.301) == ["a: delta -0.301 restores more than 0.300"]
 
 
 def test_the_factor_that_it_names_is_enough() -> None:

@@ -1,4 +1,4 @@
-"""Copies of dense weights: kept while a process uses them, deleted on request, made anew."""
+"""Copies of dense weights: kept while a process uses them, deleted on request, made again."""
 
 import gc
 import shutil

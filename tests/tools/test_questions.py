@@ -85,7 +85,7 @@ def test_the_embedded_ones() -> None:
         ([CHOICE | {"answer": -1}], "answer"),
         ([CHOICE | {"answer": 0, "choices": ["a", " "]}], "a choice is empty"),
         ([CHOICE | {"answer": 0, "choices": "ab"}], "choices"),
-        ([CHOICE | {"answer": 0, "id": "x"}] * 2, "question 2: the id 'x' stands there twice"),
+        ([CHOICE | {"answer": 0, "id": "x"}] * 2, "question 2: the id 'x' is there twice"),
         ([CHOICE | {"answer": 0, "choices": ["a", "\ud800"]}], "half of a surrogate pair"),
         (["no object"], "not an object"),
         ([], "holds no questions"),

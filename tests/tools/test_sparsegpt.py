@@ -1,4 +1,4 @@
-"""SparseGPT against Optimal Brain Surgeon with inverses taken anew for every weight."""
+"""SparseGPT against Optimal Brain Surgeon with inverses taken again for every weight."""
 
 import math
 

@@ -279,7 +279,7 @@ def test_what_is_remembered_changes_no_result(bench_of: Bench, family: str, crit
 
     fresh = bench_of(family, criterion=criterion)  # another process, at the same revision
     assert fresh.prune(first, DENSE, counts_at(bench, 0.4)) == second
-    other = bench_of(family, store="other", criterion=criterion)  # one that begins anew
+    other = bench_of(family, store="other", criterion=criterion)  # one that begins again
     assert other.prune(DENSE, DENSE, counts_at(bench, 0.2)) == first
     assert other.prune(first, DENSE, counts_at(bench, 0.4)) == second
     assert other.profile(second, first) == profile
@@ -509,7 +509,7 @@ def test_another_request_replaces_the_model(request_of: Request, tmp_path: Path)
 
 
 @pytest.mark.usefixtures("_no_workbench")
-def test_files_that_were_replaced_are_read_anew(
+def test_files_that_were_replaced_are_read_again(
     request_of: Request, pico_models: Callable[..., Path], tmp_path: Path
 ) -> None:
     directory = tmp_path / "model"

@@ -15,7 +15,7 @@ from prunewright.tools.criteria import CRITERIA, split_experts
 from prunewright.tools.model.head import Progress
 
 Scores = Callable[[], list[Tensor]]
-"""A layer's scores, not negative, float32, in parts; computed anew at each call."""
+"""A layer's scores, not negative, float32, in parts; computed again at each call."""
 
 
 class GlobalOptions(Options):

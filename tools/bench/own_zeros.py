@@ -16,7 +16,7 @@ def own_zeros_words(zeros: int, prunable: int) -> str:
         return ""
     return (
         f"{zeros / prunable:.2%} of the prunable weights ({zeros:,}) are zero in the model itself: "
-        "they count towards the target and are never given back"
+        "they count towards the target and are never restored"
     )
 
 

@@ -42,7 +42,7 @@ class Workbench:
     """A loaded model with its texts; knows which revision its weights are at.
 
     All that it computes is a function of the request and a revision: what is remembered here
-    only saves time, and a process that starts anew computes the same again.
+    only saves time, and a new process computes the same again.
     """
 
     def __init__(self, request: PruneRequest) -> None:
@@ -227,7 +227,7 @@ class Workbench:
         return self._gradients[1]
 
     def forget_statistics(self) -> None:
-        """Let statistics be taken, and their tokens be counted, anew."""
+        """Let statistics be taken, and their tokens be counted, again."""
         self._activations = self._gradients = None
 
     def profile(
@@ -282,7 +282,7 @@ class Workbench:
         return window_losses(self.loaded.model, self.head, self.windows.guard, progress)
 
     def facts_hash(self) -> str:
-        """sha256 of the facts that `knowledge` scores.
+        """sha256 of the questions that `knowledge` scores.
 
         Raises:
             InputError: they cannot be read, or are too few.
@@ -290,13 +290,13 @@ class Workbench:
         return self._drawn_facts()[0]
 
     def knowledge(self, revision: str, progress: Progress | None = None) -> float:
-        """Mean log-probability of the right answers to the facts at a revision, nats a token.
+        """Factual recall at a revision: mean log-probability of the right answers, nats a token.
 
-        Each fact's preferred answer after its bare question: the mean over its tokens, then over
-        the facts. Not finite where the model is broken.
+        Each preferred answer comes after its bare question: the mean over its tokens, then over
+        the questions. Not finite where the model is broken.
 
         Raises:
-            InputError: the facts cannot be read, or are too few.
+            InputError: the questions cannot be read, or are too few.
         """
         pairs = self._drawn_facts()[1]
         self.sync(revision)
@@ -305,13 +305,14 @@ class Workbench:
         return sum(scores) / len(scores)
 
     def _drawn_facts(self) -> tuple[str, list[tuple[list[int], list[int]]]]:
-        """Hash and tokens of the facts, drawn by the seed when they are first needed."""
+        """Hash and tokens of the questions, drawn by the seed when they are first needed."""
         if self._facts is None:
             source, count = self.request.texts.knowledge, self.request.texts.facts
             facts = load_facts(source)
             if len(facts) < count:
                 raise InputError(
-                    f"{source} holds {len(facts)} facts, {count} are asked for: lower texts.facts"
+                    f"{source} holds {len(facts)} questions, {count} are asked for: "
+                    "lower texts.facts"
                 )
             drawn = random.Random(f"{self.request.seed}/knowledge").sample(facts, count)
             pairs = fact_tokens(drawn, self.loaded.tokenizer, rows=self._rows)
@@ -398,7 +399,7 @@ class Workbench:
     def _beyond(self, name: str, mask: Tensor) -> Tensor:
         """A mask, or one of nothing if it holds no more than the layer's own zeros.
 
-        So a layer that gives back all that it can is the dense one, bit for bit and by name.
+        So a layer that is restored as far as it can be is the dense one, bit for bit and by name.
         """
         mine = int(mask.count_nonzero())
         return mask if mine > self.dense_zeros[name] else torch.zeros_like(mask)

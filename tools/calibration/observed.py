@@ -34,9 +34,9 @@ def accumulators(
 def fill_unseen(
     loaded: LoadedModel, means: dict[str, Tensor], seen: dict[str, Tensor]
 ) -> list[str]:
-    """Give what was not seen the mean of what stands beside it; name what has nothing beside.
+    """Give what was not seen the mean of what is beside it; name what has nothing beside.
 
-    Beside an expert of a fused tensor stand the others; beside an expert that is a module of its
+    Beside an expert of a fused tensor are the others; beside an expert that is a module of its
     own, those of its block.
 
     Args:

@@ -292,7 +292,7 @@ def _check_examples(
         available = counts.get(subject, 0) - own
         if available < shots:
             raise InputError(
-                f"{task}: {shots} examples are to stand before each question, and there are "
+                f"{task}: {shots} examples are to come before each question, and there are "
                 f"{max(available, 0)}{f' of the subject {subject!r}' if subject else ''}: ask "
                 "with fewer --shots, or name more examples (--examples)"
             )

@@ -82,7 +82,7 @@ _BUFFERS = re.compile(
     r"crossattention\.bias|(cos|sin)_cached|token_type_ids|num_batches_tracked|"
     r"relative_position_index|(en|de)coder\.version)$"
 )
-"""What older checkpoints hold although every model computes it anew."""
+"""What older checkpoints hold although every model computes it again."""
 
 
 @dataclass(frozen=True)
@@ -393,7 +393,7 @@ def check_fit(
     """Compare what is stored with what the live model took of it.
 
     Tensors that the model has no place for, such as a head that predicts several tokens, are
-    returned, to be copied as they are into what is saved. Buffers that every model computes anew
+    returned, to be copied as they are into what is saved. Buffers that every model computes again
     are not among them. Refused are a second tower, a head for another task and half or more of all
     values: then the model is not the one that is loaded.
 

@@ -10,7 +10,7 @@ from prunewright.tools.model.tokens import check_ids, start_tokens
 from prunewright.tools.texts.questions import FactQuestion, shown_form
 
 AT_ONCE = 16
-"""Facts that are scored in one batch."""
+"""Questions of fact that are scored in one batch."""
 SAMPLED = 40
 """Tokens of a text that a model writes by itself."""
 
@@ -100,7 +100,7 @@ def answer_scores(
         rows = [torch.tensor(pairs[i][0] + pairs[i][1][:-1]) for i in batch]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
         lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)
-        # Padding stands behind, where no token sees it; the mask keeps it from the experts.
+        # Padding comes behind, where no token sees it; the mask keeps it from the experts.
         mask = (torch.arange(ids.shape[1]) < lengths).long().to(model.device)
         if head.exact:
             states = hidden_states(model, ids, attention_mask=mask)
@@ -114,5 +114,5 @@ def answer_scores(
             chosen = torch.tensor(answer, device=logits.device).unsqueeze(1)
             scores[index] = float(logits.log_softmax(-1).gather(1, chosen).cpu().double().mean())
         if progress is not None:
-            progress("facts", begin + len(batch), len(order))
+            progress("factual recall", begin + len(batch), len(order))
     return scores

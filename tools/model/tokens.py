@@ -35,7 +35,7 @@ def token_ids(text: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterat
 
     Neighbours share some characters, and meet where both have the same tokens around. Only a text
     without such a place, a word of thousands of characters, has other tokens there. A tokenizer
-    written in Python does not say where its tokens stand, and is given the whole text.
+    written in Python does not say where its tokens are, and is given the whole text.
 
     Args:
         text: in parts.

@@ -224,7 +224,7 @@ def plotting_script() -> str:
         return kept.read_text(encoding="utf-8")
     import vl_convert
 
-    # Inside a page neither may stand in a script, not even in a string.
+    # Inside a page neither may be in a script, not even in a string.
     script = re.sub(r"<(?=/script|!--)", r"\\x3c", vl_convert.javascript_bundle(_GLOBALS))
     with suppress(StoreError):  # it is made again next time
         write_atomic(kept, script.encode())

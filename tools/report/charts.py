@@ -155,7 +155,7 @@ def heat_maps(story: Story, grid: Grid) -> dict[str, Spec]:
     found = layer_sparsities(story)
     if not found:
         return {}
-    # White text stands where a colour is dark: at one end of the one scheme, at both of the other.
+    # White text is used where a colour is dark: at one end of the one scheme, at both of the other.
     sparsity = alt.Scale(scheme="blues", domain=[0, 100])
     scores = alt.Scale(scheme="purpleorange", domain=[-3, 3], clamp=True)
     per_cent = {name: 100 * value for name, value in found.items()}

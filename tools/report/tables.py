@@ -214,7 +214,7 @@ def experiment_table(comparison: Comparison) -> Table:
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """comparison.md; names and errors stand in it as text, whatever they hold."""
+    """comparison.md; names and errors are text in it, whatever they hold."""
     config = comparison.config
     texts = ", ".join(
         f"{text.name} ({text.windows} windows of {config.evaluation.length} tokens)"

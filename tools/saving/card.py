@@ -156,7 +156,7 @@ def _dense_words(metrics: Metrics) -> str:
 
 
 def _pattern_words(pattern: str, *, whole: bool) -> str:
-    """What is known of runtimes for an N:M pattern; the sources stand in the project's README.
+    """What is known of runtimes for an N:M pattern; the sources are in the project's documentation.
 
     Args:
         pattern: of the request.

@@ -317,7 +317,7 @@ def _check_room(run: RunDirectory, request: PruneRequest, saving: _Saving, revis
 
 
 def _check_same(path: Path, live: Live) -> None:
-    """Refuse a model that transformers does not give back as it was stored.
+    """Refuse a model that transformers does not write as it was stored.
 
     Raises:
         InputError: naming a tensor.
@@ -327,7 +327,7 @@ def _check_same(path: Path, live: Live) -> None:
             now = live(name)
             if now is not None and not has_values(now, file.get_tensor(name)):
                 raise InputError(
-                    f"the model could not be saved: transformers gives {name} back with other "
+                    f"the model could not be saved: transformers writes {name} with other "
                     f"values than {path.name} holds"
                 )
 

@@ -1,4 +1,4 @@
-"""Safetensors files that are written anew with other values in their places. No model is known."""
+"""Safetensors files that are written again with other values in their places. No model is known."""
 
 import json
 import shutil

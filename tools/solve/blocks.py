@@ -67,7 +67,7 @@ class BlockRunner:
     """Runs single blocks of a model on the hidden states of some windows.
 
     The blocks' other arguments (masks, positions, whatever a family passes) are taken from a pass
-    of the whole model and given back to each block as they were. Where those of two windows are
+    of the whole model and given to each block again as they were. Where those of two windows are
     equal they do not depend on the text, and of the other windows only the first block's inputs
     are made.
 
@@ -125,7 +125,7 @@ class BlockRunner:
         def before(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             rest = dict(keywords)
             hidden = arguments[0] if arguments else rest.pop("hidden_states")
-            # Only the first block's are kept: the others' are checked, and made anew.
+            # Only the first block's are kept: the others' are checked, and made again.
             calls.append(_Call(tuple(arguments[1:]), rest, not arguments))
             states.append(hidden)
             if only_first:

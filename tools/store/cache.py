@@ -41,7 +41,7 @@ class CopyInUse:
 
 
 def collect_copies() -> tuple[int, int]:
-    """Delete the copies of dense weights that no process uses; they are made anew when needed.
+    """Delete the copies of dense weights that no process uses; they are made again when needed.
 
     Returns:
         Files and bytes deleted.

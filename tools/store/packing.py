@@ -108,7 +108,7 @@ def unpack_model(archive: str | Path, model: str | Path) -> Sizes:
                     while out.bytes < header[1]:
                         out.move(_unpacked(data))
                 if out.bytes != header[1] or data.move(32) != out.hash.digest():
-                    raise ValueError(f"it does not give back {path.name}")
+                    raise ValueError(f"it does not restore {path.name}")
                 total += out.bytes
             digest = data.hash.digest()
             if file.read() != digest:

@@ -135,7 +135,7 @@ def _load(source: str, embedded: str, read: Callable[[dict[str, Any], str], _Q])
         except UnicodeEncodeError as error:
             raise InputError(f"{where}: half of a surrogate pair, which is no character") from error
         if question.id in found:
-            raise InputError(f"{where}: the id {question.id!r} stands there twice")
+            raise InputError(f"{where}: the id {question.id!r} is there twice")
         found[question.id] = question
     if not found:
         raise InputError(f"{source} holds no questions")

@@ -133,7 +133,7 @@ def load_test_windows(
         source: as in ``texts.test``.
         tokenizer: the model's.
         count: how many; None takes all, cut as the literature cuts them: the text is tokenized
-            once with what the tokenizer begins a text with, which so stands in the first window
+            once with what the tokenizer begins a text with, which so is in the first window
             alone. The whole text is read then, however long it is.
         length: tokens in one.
         rows: `embedding_rows` of the model.

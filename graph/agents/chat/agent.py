@@ -210,7 +210,7 @@ class LLMAgent:
         said = json.dumps([message.content, message.additional_kwargs], default=str)
         if _THOUGHTS.search(said) or _THOUGHTS.search(self._body):
             return (
-                "the answer stands in the reasoning, not in the content, which is empty: answer "
+                "the answer is in the reasoning, not in the content, which is empty: answer "
                 "with the JSON object as content"
             )
         kinds = {str(b.get("type"))[:40] for b in message.content if isinstance(b, dict)}

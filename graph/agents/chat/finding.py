@@ -25,8 +25,8 @@ class Found:
     """An answer's JSON object.
 
     Attributes:
-        text: the object as it stands there.
-        around: what else stands there, in words; "" if nothing does.
+        text: the object as it is there.
+        around: what else is there, in words; "" if nothing is.
     """
 
     text: str
@@ -70,7 +70,7 @@ def find_object(text: str) -> Found:
 
 
 def _scan(text: str) -> tuple[list[tuple[int, int, Any]], bool, int | None]:
-    """The objects of a text, whether thoughts were left out, and where another brace stands.
+    """The objects of a text, whether thoughts were left out, and where another brace is.
 
     Raises:
         ValueError: an object that is not valid JSON.
@@ -128,7 +128,7 @@ def _problem(error: Exception, text: str) -> str:
         return f"not valid JSON: it is not complete, it was cut off or left open ({error.msg})"
     hint = ""
     if place[0] in "'\u2018\u2019\u201c\u201d":
-        hint = ': keys and strings stand in double quotes, "'
+        hint = ': keys and strings need double quotes, "'
     elif place.startswith(("/", "#")):
         hint = ": JSON has no comments"
     elif place[0] in "]}" and before.endswith(","):
@@ -157,11 +157,11 @@ def _inside(text: str) -> str | None:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; a key that stands in it twice could be read either way."""
+    """An object; a key that is in it twice could be read either way."""
     found = dict(pairs)
     if len(found) < len(pairs):
         [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise _AmbiguousError(f"the key {_quote(twice)} stands twice in one object")
+        raise _AmbiguousError(f"the key {_quote(twice)} is in one object twice")
     return found
 
 

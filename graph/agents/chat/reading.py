@@ -57,7 +57,7 @@ def read_answer(text: str, notes: list[str] | None = None) -> Decision:
 
     Args:
         text: the answer.
-        notes: takes what the trace must tell: what stood around the object.
+        notes: takes what the trace must tell: what was around the object.
 
     Raises:
         InvalidAnswerError: with what is wrong.
@@ -78,7 +78,7 @@ def read_strictly(model: type[_Model], text: str, notes: list[str] | None = None
     Args:
         model: what the object must be.
         text: an answer, or a tool call's arguments.
-        notes: takes what the trace must tell: what stood around the object.
+        notes: takes what the trace must tell: what was around the object.
 
     Raises:
         InvalidAnswerError: with what is wrong.

@@ -72,7 +72,7 @@ _FORMS: dict[str, tuple[Any, ...]] = {
 def prompt(observation: Observation, rows: int = MAX_ROWS) -> list[BaseMessage]:
     """The messages of one step: rules, state and table, then refused answers and why.
 
-    Nothing of a signal that is hidden stands in them, and without feedback nothing of what
+    Nothing of a signal that is hidden is in them, and without feedback nothing of what
     earlier steps came to.
 
     Args:

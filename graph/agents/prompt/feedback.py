@@ -75,17 +75,17 @@ def _table(records: Sequence[Step], costs: bool) -> list[str]:
             continue
         cells = [str(r.step + 1), percent(_gained(r)), percent(r.change)]
         cells += [percent(r.predicted_change)] if costs else []
-        cells += [_facts(r)] if r.candidate_knowledge is not None else []
+        cells += [_recall(r)] if r.candidate_knowledge is not None else []
         cells += ["rolled back"] if r.verdict == "rolled_back" else []
         lines.append(" ".join(cells))
     return [title, *with_heads(head, lines, 10)]
 
 
-def _facts(record: Step) -> str:
-    """How the log-probability of the right answers to the facts stood to the dense model's."""
+def _recall(record: Step) -> str:
+    """Factual recall less the dense model's."""
     assert record.candidate_knowledge is not None
     assert record.knowledge_dense is not None
-    return f"facts {record.candidate_knowledge - record.knowledge_dense:+.3f} nats"
+    return f"recall {record.candidate_knowledge - record.knowledge_dense:+.3f} nats"
 
 
 def _gained(record: Step) -> float | None:

@@ -17,7 +17,7 @@ from prunewright.tools.signals import Signal, find_signals
 MAX_ROWS = 256
 """Layers shown in one prompt; with more, a shortlist and summaries."""
 LINES = 96
-"""Layers shown with a line each; up to `MAX_ROWS` stand in maps, which take half the tokens."""
+"""Layers shown with a line each; up to `MAX_ROWS` are in maps, which take half the tokens."""
 RECENT = 6
 """Steps that maps tell the layers of."""
 GROUPS = 64
@@ -25,8 +25,8 @@ GROUPS = 64
 REPEAT = 24
 """Rows after which the head of a table comes again."""
 NEAR = 0.1
-"""Part of the target that may be missing where giving back is shown, and the next weights' cost."""
-GAIN = f"gain of {COST_DELTAS[0]:g} given back"
+"""Part of the target that may be missing where restoring is shown, and the next weights' cost."""
+GAIN = f"gain of {COST_DELTAS[0]:g} restored"
 
 
 def shown_layers(observation: Observation, rows: int = MAX_ROWS) -> list[LayerProfile]:
@@ -92,7 +92,7 @@ def table(observation: Observation, last: Mapping[str, str], rows: int = MAX_ROW
         words = f"Have the pattern {observation.pattern} already"
         if observation.costs_shown:
             prunable, costs = observation.prunable, observation.cost_deltas
-            words += ", with the cost that giving the layer back takes away"
+            words += ", with the cost that restoring the layer takes away"
             rates = {n: cost_rates(p, prunable, costs)[0] for p in layers if (n := p.name) in taken}
             taken = {name: f"{rate:.2g}" for name, rate in rates.items()}
         parts.append(f"{words}: {by_blocks(layers, taken, LINES)}")
@@ -100,7 +100,7 @@ def table(observation: Observation, last: Mapping[str, str], rows: int = MAX_ROW
         parts.append(f"No room left in: {by_blocks(layers, full, LINES)}")
     own = {p.name: f"{1000 * p.dense_sparsity:.0f}" for p in layers if p.dense_sparsity >= SHOWN}
     if own:
-        words = "in thousandths of a layer, part of its sparsity; they cannot be given back"
+        words = "in thousandths of a layer, part of its sparsity; they cannot be restored"
         if observation.pattern_sparsity is not None:
             words += ", and the pattern adds as much less"
         parts.append(f"Zeros of the dense model, {words}: {by_blocks(layers, own, LINES)}")
@@ -268,7 +268,7 @@ def _near(observation: Observation) -> bool:
 
 
 def _back(layer: LayerProfile, prunable: int, unit: float, form: str) -> str:
-    """Gain of giving the last 0.05 back, as a rate like the cost; - for a dense layer."""
+    """Gain of restoring the last 0.05, as a rate like the cost; - for a dense layer."""
     given = min(COST_DELTAS[0], layer.pruned)
     if given <= 0:
         return "-"
@@ -317,7 +317,7 @@ def _summary(observation: Observation) -> str:
     names = list(dict.fromkeys(p.projection for p in layers))
     many = len(names) * len(DEPTHS) > GROUPS
     for p in layers:
-        # Experts that stand each for itself differ in a number only.
+        # Experts that are modules of their own differ in a number only.
         name = re.sub(r"\d+", "*", p.projection) if many else p.projection
         groups.setdefault((name, depth_of(p.block, blocks)), []).append(p)
     visible = _scores_shown(observation)

@@ -37,7 +37,7 @@ def as_json(story: Story, *, step: int | None = None, layers: bool = False) -> d
 
 
 def print_story(screen: Screen, story: Story) -> None:
-    """The run, a line a step, and how it stands."""
+    """The run, a line a step, and where it is."""
     agents = list(dict.fromkeys(record.agent for record in story.records))
     screen.pairs(
         [

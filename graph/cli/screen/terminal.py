@@ -19,7 +19,7 @@ SHOWN = 30
 
 _HEAD = (
     "# The decision of step {step}. What is saved is applied, once it keeps every bound;\n"
-    "# close the editor without saving to go back. A negative delta gives weights back.\n"
+    "# close the editor without saving to go back. A negative delta restores weights.\n"
 )
 
 
