@@ -151,7 +151,8 @@ def greet_agent(context: PruneContext, progress: Callable[[str, int, int], None]
         AgentError: no answer; the message names the address, or the variable of the key.
     """
     name = resolve_agent(context.agent, context.agent_options).name
-    if name in CONTROLS or name.partition(":")[0] in {*FILE_AGENTS, "import"}:
+    kind, colon, _ = name.partition(":")
+    if not colon or kind in {*FILE_AGENTS, "import"}:
         return
     from prunewright.graph.agents.chat.agent import LLMAgent
 

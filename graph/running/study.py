@@ -207,7 +207,8 @@ class _Work:
     def run(self) -> Comparison:
         """Run all experiments that are not done."""
         write_atomic(self._evaluation_file, self.config.evaluation.to_yaml().encode())
-        experiments = [self.dense, *self.plan]
+        # The dense model last: what keeps a model from being saved is found by those before it.
+        experiments = [*self.plan, self.dense]
         for experiment in experiments:
             if self._scores_file(experiment).exists():
                 with self._recording_errors(experiment):
@@ -219,6 +220,8 @@ class _Work:
                 self.on_event("experiment", about | {"state": "running"})
                 state = "done"
                 with self._recording_errors(experiment):
+                    if experiment is self.dense and not self.results:
+                        raise InputError("not scored: no experiment came to a model")
                     self._run(experiment)
                 write_tables(self.comparison(), self.directory)
             error = self.errors.get(experiment.key, "")

@@ -61,7 +61,7 @@ def intercept(point: dict[str, Any], act: Callable[[Callable[[], Any]], Any]) ->
 def on_stack(caller: str | None) -> bool:
     frame = sys._getframe(2)
     while caller is not None and frame is not None:
-        if frame.f_code.co_name == caller and frame.f_code.co_filename.endswith("nodes.py"):
+        if frame.f_code.co_name == caller and Path(frame.f_code.co_filename).parent.name == "nodes":
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return caller is None

@@ -79,7 +79,7 @@ def test_a_run_without_an_accepted_step_says_why_and_saves_no_model(
     shown = json.loads(command("show", str(tmp_path / "run"), "--json").stdout)
     assert shown["metrics"]["reason"] == metrics.reason
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert "none saved: it would be the dense one" in page
+    assert "the model would be the dense one" in page
     scored = command("evaluate", str(tmp_path / "run"))
     assert scored.exit_code == 2
     assert "holds a run that saved no model" in scored.stderr

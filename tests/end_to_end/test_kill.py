@@ -30,7 +30,10 @@ def at(where: str, when: str = "after", nth: int = 1, **more: str | float) -> di
 
 # What dies where, and the node that the run's last checkpoint then names as the next one.
 CASES = {
-    "config written": (at(f"{RUN}.create"), None),
+    "config written": (
+        at("prunewright.tools.store.rundir:write_atomic", match="config.yaml"),
+        None,
+    ),
     "before the first checkpoint": (at(f"{SAVER}.put", "before"), None),
     "model loading": (at("prunewright.tools.bench.workbench:load_windows"), "profile"),
     "before the manifest": (at("prunewright.tools.store.rundir:write_json", "before"), "profile"),

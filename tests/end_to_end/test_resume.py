@@ -218,17 +218,13 @@ def accepted_manifest(run_directory: Path) -> Path:
     return run_directory / "revisions" / "manifests" / f"{revision}.json"
 
 
-def first_record(run_directory: Path) -> Path:
-    return next((run_directory / "steps").glob("0000-record-*.json"))
-
-
 FILES: dict[str, Callable[[Path], Path]] = {
     "config": lambda run: run / "config.yaml",
     "manifest": lambda run: run / "manifest.json",
     "database": lambda run: run / "state.sqlite",
     "mask": accepted_mask,
     "revision": accepted_manifest,
-    "record": first_record,
+    "trace": lambda run: run / "trace.jsonl",
 }
 
 

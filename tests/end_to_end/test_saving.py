@@ -271,9 +271,10 @@ def test_a_comparison_that_cannot_be_saved_scores_nothing(
         "evaluation": {"texts": [{"name": "test", "source": "embedded", "windows": 2}]},
     }
     found = compare(config, tmp_path / "out")
-    assert "too little room" in str(found.dense.error)
-    assert found.errors
-    assert all("too little room" in words for words in found.errors.values())
+    (experiment,) = found.experiments
+    assert "too little room" in experiment.error
+    assert "not scored" in found.dense.error
+    assert not list((tmp_path / "out").rglob("evaluation.json"))
 
 
 def test_any_error_of_saving_leaves_a_run_that_can_go_on(

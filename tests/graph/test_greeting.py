@@ -84,9 +84,11 @@ def test_the_small_question_counts_towards_no_budget(
     assert len(gemini.greeted) == 1
 
 
-@pytest.mark.parametrize("name", [*CONTROLS, "exchange:answers", "import:no.such:Class"])
-def test_nobody_else_is_asked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prunewright.graph.agents._imported", lambda _: object)
+@pytest.mark.parametrize(
+    "name",
+    [*CONTROLS, "exchange:answers", "import:prunewright.graph.agents.controls:GreedyAgent"],
+)
+def test_nobody_else_is_asked(name: str) -> None:
     told: list[Any] = []
     greet_agent(PruneContext(agent=name), lambda *words: told.append(words))
     assert told == []

@@ -234,7 +234,7 @@ def test_tokens_that_cannot_be_are_not_counted(
 ) -> None:
     usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": told}
     llm.otherwise = changed(llm.decision(*GOOD), lambda body: body.update(usage=usage))
-    assert asked().tokens == counted
+    assert asked().llm_tokens == counted
 
 
 def test_a_refused_key_and_an_unknown_model_are_named(llm: FakeLLM, asked: Ask) -> None:

@@ -59,7 +59,7 @@ def test_a_copy_in_use_stays_and_goes_afterwards(renamed: Path, tmp_path: Path) 
 def test_what_a_killed_process_left_goes(renamed: Path, tmp_path: Path) -> None:
     program = (
         "import os, sys\n"
-        "from prunewright.tools import models\n"
+        "from prunewright.tools.model import loading as models\n"
         "save = models.save_file\n"
         "def killed(tensors, path):\n"
         "    save(tensors, path)\n"

@@ -32,4 +32,4 @@ def test_batched_answers_are_those_of_single_passes(load: Load, family: str) -> 
     for (context, answer), score in zip(pairs, found, strict=True):
         expected = reference(loaded, context, answer)
         assert score == pytest.approx(sum(expected) / len(expected), abs=2e-4)
-    assert told == [("facts", 16, 20), ("facts", 20, 20)]
+    assert told == [("factual recall", 16, 20), ("factual recall", 20, 20)]
