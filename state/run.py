@@ -57,8 +57,11 @@ class PruneInput(TypedDict):
     request: PruneRequest
 
 
-class PruneState(TypedDict):
-    """All that is checkpointed. Revisions and files are named, never contained."""
+class PruneState(TypedDict, total=False):
+    """All that is checkpointed. Revisions and files are named, never contained.
+
+    Keys are absent only before the first node has ended, but for those that say so.
+    """
 
     summary: str
     """What the last node did, in words for whoever watches."""
@@ -105,33 +108,5 @@ class PruneState(TypedDict):
     """Tokens scored (calibration, guard) and exchanged with the LLM."""
 
 
-class PruneUpdate(TypedDict, total=False):
-    """What a node returns: a part of `PruneState`."""
-
-    summary: str
-    request: dict[str, Any]
-    step: int
-    status: Status
-    revision: str
-    sparsity: float
-    perplexity: float
-    guard_losses: list[float]
-    dense_perplexity: float
-    gradient_revision: str
-    gradient_step: int
-    profile: dict[str, Any] | None
-    proposal: dict[str, Any] | None
-    candidate: str | None
-    candidate_sparsity: float | None
-    candidate_perplexity: float | None
-    candidate_losses: list[float]
-    knowledge: Knowledge | None
-    candidate_knowledge: float | None
-    step_file: str
-    rollback_reason: str
-    rollbacks: int
-    stalls: int
-    history: list[StepSummary]
-    result: RunEnd | None
-    seconds: dict[str, float]
-    tokens: dict[str, float]
+PruneUpdate = PruneState
+"""What a node returns: the keys that it changes."""

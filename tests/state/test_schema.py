@@ -1,23 +1,14 @@
 """The state's types hold together."""
 
-from typing import get_args, get_type_hints
+from typing import get_args
 
 from hypothesis import given
 from hypothesis import strategies as st
-from typing_extensions import is_typeddict
 
-from prunewright.state import STATUS_WORDS, PruneInput, PruneState, PruneUpdate
+from prunewright.state import STATUS_WORDS
 from prunewright.state.run import Status, add_up
 
 COUNTS = st.dictionaries(st.sampled_from("abcd"), st.integers(0, 1000))
-
-
-def test_an_update_is_a_part_of_the_state() -> None:
-    state, update = get_type_hints(PruneState), get_type_hints(PruneUpdate)
-    assert update == state
-    assert PruneUpdate.__required_keys__ == frozenset()
-    assert PruneState.__optional_keys__ == frozenset()
-    assert all(map(is_typeddict, (PruneState, PruneUpdate, PruneInput)))
 
 
 def test_every_status_has_words() -> None:
