@@ -9,15 +9,17 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunewright.graph.running.runner import RunResult, baseline, fork, resume, run, save
+    from prunewright.graph.running.drive import RunResult
+    from prunewright.graph.running.forking import fork
+    from prunewright.graph.running.runner import baseline, resume, run, save
     from prunewright.graph.running.study import compare
     from prunewright.state import PruneConfig, PrunewrightError, load_config
     from prunewright.tools.store.trace import Trace, load_trace
 
 _HOMES = {
-    "RunResult": "graph.running.runner",
+    "RunResult": "graph.running.drive",
     "baseline": "graph.running.runner",
-    "fork": "graph.running.runner",
+    "fork": "graph.running.forking",
     "resume": "graph.running.runner",
     "run": "graph.running.runner",
     "save": "graph.running.runner",

@@ -10,8 +10,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from prunewright.graph.running.runner import load_metrics
 from prunewright.tools.store.rundir import RunDirectory
+from prunewright.tools.store.trace import load_metrics
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 

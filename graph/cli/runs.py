@@ -45,7 +45,7 @@ from prunewright.state.run import Status
 
 if TYPE_CHECKING:
     from prunewright.graph.cli.screen.terminal import TerminalReviewer
-    from prunewright.graph.running.runner import RunResult
+    from prunewright.graph.running.drive import RunResult
     from prunewright.tools.store.rundir import RunDirectory
 
 
@@ -181,7 +181,7 @@ def fork_command(
     It may be finished, or going on elsewhere. --set changes what `resume` may change.
     """
     session: Session = ctx.obj
-    from prunewright.graph.running import runner
+    from prunewright.graph.running.forking import fork as go_on
     from prunewright.tools.store.rundir import RunDirectory
 
     quiet_transformers(session.debug)
@@ -195,7 +195,7 @@ def fork_command(
     after = "its last step" if step is None else f"step {step}"
     screen.pairs([("forked", f"from {run_directory} after {after}")])
     with _live(screen, settled, session.run, parent.read_trace()[:step]) as live:
-        result = runner.fork(
+        result = go_on(
             run_directory, step, session.run, live.on_event, _reviewer(screen, live), **changes
         )
     _report(session, screen, result)
@@ -219,7 +219,7 @@ def watch_command(
     Only its files are read. Ends with the exit code of the run.
     """
     session: Session = ctx.obj
-    from prunewright.graph.running.runner import RunResult
+    from prunewright.graph.running.drive import RunResult
     from prunewright.graph.running.watch import follow
     from prunewright.tools.store.rundir import RunDirectory
     from prunewright.tools.store.trace import load_metrics

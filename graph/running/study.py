@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 from prunewright.graph import agents
 from prunewright.graph.agents import resolve_agent
-from prunewright.graph.running.runner import OnEvent
+from prunewright.graph.running.drive import OnEvent
 from prunewright.state import InputError, PruneConfig, PrunewrightError, StoreError
 from prunewright.state.study import (
     DENSE_NAME,

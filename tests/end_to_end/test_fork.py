@@ -207,7 +207,7 @@ def test_a_kill_while_a_fork_is_made_leaves_nothing_for_long(
     tmp_path: Path,
     when: str,
 ) -> None:
-    out, kill = tmp_path / "fork", {"at": "prunewright.graph.running.runner:_write_checkpoints"}
+    out, kill = tmp_path / "fork", {"at": "prunewright.graph.running.forking:_write_checkpoints"}
     job = {"do": "fork", "of": str(reference), "step": 1, "out": str(out)}
     assert submit(job | {"kill": kill | {"when": when}}) == {"signal": signal.SIGKILL}
     (left,) = tmp_path.iterdir()

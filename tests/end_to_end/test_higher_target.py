@@ -105,7 +105,7 @@ def test_a_run_that_was_stopped_may_go_on_to_a_higher_target(
     [
         {"at": "prunewright.tools.store.rundir:write_json", "when": "after"},
         {"at": "prunewright.tools.store.rundir:RunDirectory.raise_target", "when": "after"},
-        {"at": "prunewright.graph.running.runner:_reopened", "when": "before"},
+        {"at": "prunewright.graph.running.drive:reopened", "when": "before"},
         {"at": "prunewright.tools.store.rundir:RunDirectory.keep", "when": "before"},
         {"at": "prunewright.graph.nodes.decide:ask", "when": "before"},
         {"at": "prunewright.tools.results:save_model", "when": "before"},

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from prunewright.graph import fork, resume, run
 from prunewright.graph.cli import app
-from prunewright.graph.running.runner import RunResult
+from prunewright.graph.running.drive import RunResult
 from prunewright.state import AgentError, InputError, Step
 from prunewright.tools.store.rundir import RunDirectory
 

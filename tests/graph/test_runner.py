@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from prunewright.graph import baseline, resume, run
-from prunewright.graph.running.runner import load_metrics
 from prunewright.state import InputError, StoreError, load_config
 from prunewright.state.config import validate_config
 from prunewright.tools.bench.workbench import Workbench
 from prunewright.tools.store.rundir import RunDirectory
+from prunewright.tools.store.trace import load_metrics
 
 
 def test_a_dict_a_file_and_an_object_are_the_same_run(

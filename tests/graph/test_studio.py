@@ -16,10 +16,11 @@ import pytest
 from fake_langsmith import FakeLangSmith, serve_langsmith
 from langgraph_sdk import get_sync_client
 
-from prunewright.graph.running.runner import collect_garbage, load_metrics, resume
+from prunewright.graph.running.runner import collect_garbage, resume
 from prunewright.graph.running.runner import run as run_here
 from prunewright.state import PruneContext, PruneRequest, StoreError
 from prunewright.tools.store.rundir import RunDirectory
+from prunewright.tools.store.trace import load_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES = {"profile", "agent_decide", "apply_prune", "evaluate_ppl", "rollback", "reflect"}
