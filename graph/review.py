@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from prunewright.graph.agents import Observation
 from prunewright.graph.agents.asking import check
 from prunewright.state import Decision, Review, ReviewAnswer, ReviewRequest, Step
-from prunewright.state.config import describe_validation_error
+from prunewright.state.loading import describe_validation_error
 from prunewright.state.review import HOW, ReviewedLayer
 
 

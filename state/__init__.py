@@ -2,14 +2,7 @@
 
 import logging
 
-from prunewright.state.config import (
-    PruneConfig,
-    PruneContext,
-    PruneRequest,
-    load_config,
-    parse_pattern,
-    validate_config,
-)
+from prunewright.state.config import PruneConfig, PruneContext, PruneRequest, parse_pattern
 from prunewright.state.decision import Decision, GroupDelta, LayerDelta, check_decision
 from prunewright.state.errors import (
     AgentError,
@@ -18,6 +11,7 @@ from prunewright.state.errors import (
     ReviewPendingError,
     StoreError,
 )
+from prunewright.state.loading import load_config, validate_config
 from prunewright.state.profile import COST_DELTAS, LayerProfile, ModelProfile
 from prunewright.state.review import Review, ReviewAnswer, ReviewRequest
 from prunewright.state.run import STATUS_WORDS, PruneInput, PruneState, PruneUpdate

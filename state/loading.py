@@ -1,9 +1,15 @@
-"""YAML from outside, as plain values within bounds."""
+"""Configurations from outside: YAML within bounds, `--set`, and the wording of what is wrong."""
 
-from typing import Any
+import difflib
+import math
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, get_args
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
+from prunewright.state.config import PruneConfig
 from prunewright.state.errors import InputError
 
 MAX_VALUES = 100_000
@@ -59,3 +65,132 @@ def _words(error: yaml.YAMLError) -> str:
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
     return f"{where}: {problem}" if problem else where
+
+
+def load_config(
+    path: str | Path | None = None,
+    overrides: Annotated[list[str] | None, "key=value"] = None,
+    **values: Any,
+) -> PruneConfig:
+    """Read a YAML file, apply ``key=value`` overrides (dots reach nested keys), validate.
+
+    Args:
+        path: the YAML file; None starts from the defaults.
+        overrides: as given to ``--set``; lists, mappings and null in YAML's flow form.
+        values: top-level keys that win over both; None values are ignored.
+
+    Raises:
+        InputError: unreadable file, unknown key (with a suggestion) or invalid value.
+    """
+    data = read_settings(path, overrides)
+    data.update({k: v for k, v in values.items() if v is not None})
+    return validate_config(data)
+
+
+def read_settings(
+    path: str | Path | None = None, overrides: list[str] | None = None
+) -> dict[str, Any]:
+    """The keys and values of a YAML file with ``key=value`` overrides applied, not validated yet.
+
+    Raises:
+        InputError: unreadable file, or an override of another form.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = parse_yaml(Path(path).read_text(encoding="utf-8"), f"{path} is")
+        except OSError as error:
+            raise InputError(f"cannot read the config file {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(loaded, dict | None):
+            raise InputError(f"{path} must hold a mapping of keys to values")
+        data = loaded or {}
+    for override in overrides or []:
+        _apply_override(data, override)
+    return data
+
+
+def validate_config(data: dict[str, Any]) -> PruneConfig:
+    """Validate a mapping as a `PruneConfig`, turning errors into words for the user.
+
+    Raises:
+        InputError: unknown key (with a suggestion) or invalid value.
+    """
+    try:
+        return PruneConfig.model_validate(data)
+    except ValidationError as error:
+        raise InputError(describe_validation_error(error, PruneConfig)) from None
+
+
+_FREE = frozenset({"agent_options", "allocation_options"})
+"""Keys that hold what others define: nobody but YAML says what a text there stands for."""
+
+
+def _scalar(text: str) -> Any:
+    """A number or boolean where YAML reads one, or Python a number as 1e-3; else the text."""
+    value: Any = text
+    with suppress(InputError):
+        value = parse_yaml(text, "it is")
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = float(text)
+    plain = isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))
+    return value if plain else text
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, raw = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set wants key=value, got {override!r}")
+    # Only lists, mappings and null are YAML: pydantic reads numbers and booleans from text,
+    # and YAML would read the pattern 2:4 as the number 124.
+    value: Any = raw
+    if raw[:1] in "[{" or raw in ("null", "~"):
+        value = parse_yaml(raw, f"--set {key}:")
+    *parents, last = key.split(".")
+    if value is raw and _FREE.intersection(parents):
+        value = _scalar(raw)
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise InputError(f"--set {key}: {parent} holds a value, not further keys")
+    data[last] = value
+
+
+def problem_words(error: ValidationError, whole: str, most: int | None = None) -> str:
+    """What is wrong with a value, on one line: where, and why; never the value itself.
+
+    Args:
+        error: pydantic's.
+        whole: what the value as a whole is called.
+        most: problems that are told; None tells all.
+    """
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    return "; ".join(f"{'.'.join(map(str, e['loc'])) or whole}: {e['msg']}" for e in found[:most])
+
+
+def describe_validation_error(error: ValidationError, model: type[BaseModel]) -> str:
+    """One line an error, each with the key's dotted path and, for typos, a suggestion."""
+    lines = []
+    for item in error.errors(include_url=False, include_input=False):
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = _fields_at(model, item["loc"][:-1])
+            close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+            lines.append(f"unknown key {path}{hint}")
+        else:
+            lines.append(f"{path or 'config'}: {item['msg'].removeprefix('Value error, ')}")
+    return "\n".join(lines)
+
+
+def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    found: Any = model
+    for part in loc:
+        if isinstance(part, int):
+            found = next(iter(get_args(found)), None)
+        elif isinstance(found, type) and issubclass(found, BaseModel):
+            found = found.model_fields[part].annotation
+    is_model = isinstance(found, type) and issubclass(found, BaseModel)
+    return list(found.model_fields) if is_model else []

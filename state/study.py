@@ -6,15 +6,9 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from prunewright.state.config import (
-    Options,
-    PruneConfig,
-    describe_validation_error,
-    pattern_sparsity,
-    read_settings,
-    validate_config,
-)
+from prunewright.state.config import Options, PruneConfig, pattern_sparsity
 from prunewright.state.errors import InputError
+from prunewright.state.loading import describe_validation_error, read_settings, validate_config
 
 SCHEMA_VERSION: Final = 2
 """Of comparison.json; raised with every change of their form."""

@@ -14,7 +14,8 @@ from prunewright.graph.agents.chat.reading import MAX_ANSWER, read_answer
 from prunewright.graph.agents.prompt.build import prompt
 from prunewright.graph.running.stopping import check_stop
 from prunewright.state import AgentError, Decision, InputError
-from prunewright.state.config import Options, describe_validation_error
+from prunewright.state.config import Options
+from prunewright.state.loading import describe_validation_error
 from prunewright.tools.store.storage import sha256_bytes, write_atomic, write_json
 
 POLL = 0.5

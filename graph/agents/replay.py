@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from prunewright.graph.agents.base import Observation
 from prunewright.state import AgentError, Decision, InputError, Step
-from prunewright.state.config import problem_words
+from prunewright.state.loading import problem_words
 from prunewright.tools.store.rundir import RunDirectory
 from prunewright.tools.store.steps import read_line
 

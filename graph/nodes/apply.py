@@ -19,7 +19,7 @@ from prunewright.graph.nodes.landing import changed_counts
 from prunewright.graph.review import review
 from prunewright.graph.words.summary import applied_words
 from prunewright.state import InputError, PruneContext, PruneState, PruneUpdate, Step
-from prunewright.state.config import describe_validation_error
+from prunewright.state.loading import describe_validation_error
 from prunewright.state.run import TOLERANCE
 
 

@@ -15,7 +15,7 @@ from prunewright.graph.running.logs import log_fields, log_progress
 from prunewright.graph.running.stopping import call_alone, check_stop
 from prunewright.graph.whole_layers import check_request
 from prunewright.state import InputError, PruneContext, PruneRequest, PruneState, PruneUpdate
-from prunewright.state.config import describe_validation_error
+from prunewright.state.loading import describe_validation_error
 from prunewright.tools.store.rundir import RunDirectory
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from langgraph.types import Interrupt
 from pydantic import TypeAdapter, ValidationError
 
 from prunewright.state import PruneUpdate, StoreError
-from prunewright.state.config import problem_words
+from prunewright.state.loading import problem_words
 
 _INTERRUPTS = "interrupts"
 """The stored type of what waits for a person: the value and the id of each interrupt."""

@@ -18,7 +18,7 @@ from prunewright.graph.agents import Observation
 from prunewright.graph.agents.controls import GreedyAgent
 from prunewright.graph.agents.prompt.build import prompt
 from prunewright.state import Decision, InputError, Step
-from prunewright.state.config import validate_config
+from prunewright.state.loading import validate_config
 from prunewright.state.run import DENSE
 from prunewright.tools.bench.workbench import Workbench, workbench
 from prunewright.tools.store.rundir import RunDirectory

@@ -19,7 +19,7 @@ from prunewright.graph import resume, run
 from prunewright.graph.cli import app
 from prunewright.graph.running.runner import save
 from prunewright.state import InputError, PrunewrightError, load_config
-from prunewright.state.config import validate_config
+from prunewright.state.loading import validate_config
 from prunewright.tools.saving.shards import Live, rewrite
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -9,7 +9,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 
 from prunewright.graph import build_graph, run
 from prunewright.state import InputError, PruneContext, PruneInput, PruneRequest
-from prunewright.state.config import validate_config
+from prunewright.state.loading import validate_config
 
 NODES = {"profile", "agent_decide", "apply_prune", "evaluate_ppl", "rollback", "reflect"}
 

@@ -15,7 +15,7 @@ from prunewright.graph import run
 from prunewright.graph.cli import app
 from prunewright.graph.nodes.decide import PROBE_WINDOWS
 from prunewright.state import Step
-from prunewright.state.config import validate_config
+from prunewright.state.loading import validate_config
 from prunewright.state.run import DENSE
 from prunewright.tools.bench.workbench import Workbench, workbench
 from prunewright.tools.losses import change_with_error

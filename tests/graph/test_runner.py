@@ -11,7 +11,7 @@ import yaml
 
 from prunewright.graph import baseline, resume, run
 from prunewright.state import InputError, StoreError, load_config
-from prunewright.state.config import validate_config
+from prunewright.state.loading import validate_config
 from prunewright.tools.bench.workbench import Workbench
 from prunewright.tools.store.rundir import RunDirectory
 from prunewright.tools.store.trace import load_metrics

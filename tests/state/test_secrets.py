@@ -7,7 +7,7 @@ from urllib.parse import quote
 import pytest
 
 from prunewright.state import InputError
-from prunewright.state.config import load_config, validate_config
+from prunewright.state.loading import load_config, validate_config
 from prunewright.state.secrets import redact, redact_all, resolve_references
 
 SECRET = "q7Zk-w3xV9-hidden"

@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from prunewright.state import InputError
-from prunewright.state.config import Options, describe_validation_error
+from prunewright.state.config import Options
+from prunewright.state.loading import describe_validation_error
 from prunewright.state.plugins import Registry
 from prunewright.tools.allocation import (
     alphapruning,

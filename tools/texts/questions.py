@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from prunewright.state import InputError
-from prunewright.state.config import EMBEDDED, problem_words
+from prunewright.state.config import EMBEDDED
+from prunewright.state.loading import problem_words
 from prunewright.tools.sources import choose_split, find_local, loading_data_set
 from prunewright.tools.store.storage import canonical_json, sha256_bytes
 from prunewright.tools.texts.rows import Row, read_file

@@ -36,7 +36,8 @@ from prunewright.graph.agents.chat.transport import ReplyError, address, guard, 
 from prunewright.graph.agents.prompt.build import prompt
 from prunewright.graph.running.stopping import call_stoppable
 from prunewright.state import AgentError, Decision, InputError, Spent
-from prunewright.state.config import AskingOptions, problem_words
+from prunewright.state.config import AskingOptions
+from prunewright.state.loading import problem_words
 from prunewright.state.secrets import redact, resolve_references
 from prunewright.state.shown import one_line
 

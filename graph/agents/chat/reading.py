@@ -7,7 +7,7 @@ from pydantic import BaseModel, ValidationError
 from prunewright.graph.agents.base import InvalidAnswerError
 from prunewright.graph.agents.chat.finding import find_object
 from prunewright.state import Decision
-from prunewright.state.config import problem_words
+from prunewright.state.loading import problem_words
 
 MAX_ANSWER = 200_000
 """Characters of an answer beyond which it is refused unread."""
