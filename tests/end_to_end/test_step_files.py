@@ -164,12 +164,13 @@ def test_the_trace_holds_each_step_once_whatever_was_cut_off(
     out = Path(shutil.copytree(stopped, tmp_path / "run"))
     assert len(RunDirectory(out).read_trace()) == 9
     with (out / "trace.jsonl").open("ab") as file:
-        file.write(b'{"step": 9, "age')  # a kill while it was appended
+        # A kill while it was appended, within a character.
+        file.write('{"step": 9, "reasoning": "größ'.encode()[:-1])
     assert len(RunDirectory(out).read_trace()) == 9
     resume(out)
     assert (out / "trace.jsonl").read_bytes() == (finished / "trace.jsonl").read_bytes()
     with (out / "trace.jsonl").open("ab") as file:
-        file.write(b'{"step": 12, "age')
+        file.write('{"step": 12, "reasoning": "größ'.encode()[:-1])
     with pytest.raises(StoreError, match="cut off"):
         RunDirectory(out).read_trace()
 

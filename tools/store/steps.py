@@ -185,18 +185,17 @@ class StepLog:
             now = stamp(self._trace)
             if (known := _known.get(self._trace)) is not None and known[0] == now:
                 return known[1], known[2]
-            # Not splitlines: a reasoning may hold other line ends, such as U+2028.
-            *whole, rest = self._trace.read_text(encoding="utf-8").split("\n")
+            # As bytes: a kill may cut the last line within a character, and a reasoning may hold
+            # other line ends, such as U+2028.
+            *whole, rest = self._trace.read_bytes().split(b"\n")
         except FileNotFoundError:
             return [], False
         except OSError as error:
             raise StoreError(f"cannot read {self._trace}: {error.strerror}") from error
-        except ValueError as error:
-            raise StoreError(f"{self._trace} is damaged: {error}") from error
         lines: list[Line] = []
         for number, data in enumerate(whole):
             try:
-                line = read_line(data)
+                line = read_line(data.decode())
                 if line.step.step != number:
                     raise ValueError(f"it holds step {line.step.step}, not {number}")
                 if line.seal and line.step.previous != (lines[-1].seal if lines else ""):
