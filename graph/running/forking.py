@@ -82,7 +82,7 @@ def fork(
         check_open(parent, state, config)
     thread = new_thread()
     directory = RunDirectory(out or parent.path.parent / thread)
-    if Path(config.model) == parent.dense.absolute():
+    if parent.dense.is_dir():  # however the run was named, and wherever it was moved to
         config = config.model_copy(update={"model": str(directory.dense.absolute())})
     directory.check_free()
     revisions = {

@@ -95,10 +95,28 @@ def test_a_stopped_run_goes_on_in_a_process_without_the_object(
 
 
 def test_a_fork_needs_no_parent(given: Given, short: dict[str, Any], tmp_path: Path) -> None:
+    """Whatever the run is called when it is forked."""
+    (tmp_path / "there").mkdir()
+    run(short, out=tmp_path / "there" / ".." / "run", **given)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    names = ("run", "there/../run", "link", "copy")
+    for number, name in enumerate(names):
+        fork(tmp_path / name, 1, out=tmp_path / f"fork-{number}", agent="uniform")
+    for name in ("run", "copy"):
+        shutil.rmtree(tmp_path / name)
+    for number, _ in enumerate(names):
+        metrics = resume(tmp_path / f"fork-{number}", target=0.3).metrics
+        assert metrics.status == "target_reached"
+
+
+def test_a_model_that_has_gone_is_named_also_in_the_process_that_had_it(
+    given: Given, short: dict[str, Any], tmp_path: Path
+) -> None:
     run(short, out=tmp_path / "run", **given)
-    fork(tmp_path / "run", 1, out=tmp_path / "fork", agent="uniform")
-    shutil.rmtree(tmp_path / "run")
-    assert resume(tmp_path / "fork", target=0.3).metrics.status == "target_reached"
+    shutil.rmtree(tmp_path / "run" / "dense")
+    with pytest.raises(InputError, match="dense"):
+        resume(tmp_path / "run", target=0.3)
 
 
 @pytest.mark.parametrize(

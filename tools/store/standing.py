@@ -36,7 +36,7 @@ def setting_files(directory: Path) -> list[Path]:
     """The files that `settings_of` reads."""
     return [
         path
-        for path in sorted(directory.iterdir())
+        for path in sorted(directory.glob("*"))  # none where it has gone
         if (path.suffix in _SUFFIXES or path.name in _NAMES)
         and path.name not in _WITHOUT_EFFECT
         and not path.name.endswith(".index.json")
