@@ -156,7 +156,8 @@ def greet_agent(context: PruneContext, progress: Callable[[str, int, int], None]
         return
     from prunewright.graph.agents.chat.agent import LLMAgent
 
-    agent = LLMAgent(name, context.agent_options, context.asking)
+    unbounded = context.asking.model_copy(update={"max_calls": None, "max_tokens": None})
+    agent = LLMAgent(name, context.agent_options, unbounded)
     progress("agent", 0, 1)
     agent.greet()
     progress("agent", 1, 1)

@@ -84,6 +84,16 @@ def test_the_small_question_counts_towards_no_budget(
     assert len(gemini.greeted) == 1
 
 
+def test_its_tries_count_towards_no_budget(llm: FakeLLM, tmp_path: Path) -> None:
+    llm.greeting = llm.error(503, "still loading")
+    config = asking(llm)
+    config["asking"] |= {"max_calls": 1, "max_tokens": 1}
+    words = " ".join(invoke(config, tmp_path).stderr.split())
+    assert "in 2 tries" in words
+    assert "budget" not in words
+    assert len(llm.greeted) == 2
+
+
 @pytest.mark.parametrize(
     "name",
     [*CONTROLS, "exchange:answers", "import:prunewright.graph.agents.controls:GreedyAgent"],
