@@ -67,6 +67,10 @@ def test_it_goes_on_where_it_is_and_keeps_what_it_had(finished: Path, copy: Path
         {"target": 0.2, "step": 0},
         {"target": 0.3, "step": len(steps)},
     ]
+    # A fork from before has the higher target from its first own step on.
+    fork(copy, 1, out=copy.parent / "fork")
+    manifest = json.loads((copy.parent / "fork" / "manifest.json").read_text())
+    assert manifest["targets"] == [{"target": 0.2, "step": 0}, {"target": 0.3, "step": 1}]
     # And once more, and then it is finished again.
     assert resume(copy, target=0.4).metrics.sparsity == pytest.approx(0.4, abs=1e-3)
     assert resume(copy).metrics.sparsity == pytest.approx(0.4, abs=1e-3)

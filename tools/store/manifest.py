@@ -78,6 +78,13 @@ def raised(facts: dict[str, Any], target: float, step: int) -> dict[str, Any]:
     return {"targets": [*targets, {"target": target, "step": step}]}
 
 
+def until(facts: dict[str, Any], step: int) -> dict[str, Any]:
+    """What a manifest says, but for the targets that a run had only after a step."""
+    if not facts.get("targets"):
+        return facts
+    return facts | {"targets": [t for t in facts["targets"] if t["step"] <= step]}
+
+
 def surroundings(directory: Path) -> dict[str, Any]:
     """When and where a run is begun."""
     return {

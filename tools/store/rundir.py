@@ -35,6 +35,7 @@ from prunewright.tools.store.manifest import (
     standing,
     surroundings,
     targets_of,
+    until,
     version,
 )
 from prunewright.tools.store.standing import difference
@@ -183,8 +184,8 @@ class RunDirectory:
         Raises:
             StoreError: a file is missing or damaged, or cannot be written.
         """
-        facts = self.manifest()
         lines = self.steps.chain(history)
+        facts = until(self.manifest(), len(lines))
         if Path(config.model) == final.absolute() / DENSE_MODEL:
             for path in self.dense.iterdir():
                 share(path, other.dense / path.name)
