@@ -61,6 +61,9 @@ Reviewer = Callable[[ReviewRequest], ReviewAnswer | dict[str, Any]]
 
 _log = logging.getLogger("prunewright")
 
+_DECIDED = {"apply_prune", "evaluate_ppl", "rollback", "reflect"}
+"""The nodes of a step that come after its agent was asked."""
+
 
 @dataclass(frozen=True, repr=False)
 class RunResult:
@@ -146,8 +149,10 @@ def drive(
             return RunResult(directory.path, load_metrics(directory))
         check_agent(context)
         on_event = shown(directory, config, on_event)
-        with stop_on_signals():
-            greet_agent(context, progress_of(on_event))
+        # A step that is decided may be the last, for which nobody is asked any more.
+        if status != "running" or not _DECIDED & {*state.next}:
+            with stop_on_signals():
+                greet_agent(context, progress_of(on_event))
         if status != "running":
             check_open(directory, found, config)
         if raised:

@@ -10,11 +10,11 @@ import yaml
 from loopback import CANARY, FakeGemini, FakeLLM, FakeOllama, serve
 from typer.testing import CliRunner, Result
 
-from prunewright.graph import run
+from prunewright.graph import resume, run
 from prunewright.graph.agents import CONTROLS, greet_agent
 from prunewright.graph.agents.available import available
 from prunewright.graph.cli import app
-from prunewright.state import PruneContext
+from prunewright.state import AgentError, PruneContext
 
 
 def invoke(config: dict[str, Any], tmp_path: Path) -> Result:
@@ -92,6 +92,23 @@ def test_its_tries_count_towards_no_budget(llm: FakeLLM, tmp_path: Path) -> None
     assert "in 2 tries" in words
     assert "budget" not in words
     assert len(llm.greeted) == 2
+
+
+def test_a_step_that_was_decided_ends_the_run_without_the_llm(
+    gemini: FakeGemini, pico_config: dict[str, Any], tmp_path: Path
+) -> None:
+    def stop(_mode: str, event: dict[str, Any]) -> None:
+        if "step" in event:
+            raise KeyboardInterrupt
+
+    gemini.otherwise = gemini.sensible
+    config = pico_config | asking(gemini) | {"max_steps": 1}
+    with pytest.raises(KeyboardInterrupt):
+        run(config, out=tmp_path / "run", on_event=stop)
+    gemini.greeting = gemini.error(401, "your key has expired")
+    assert resume(tmp_path / "run").metrics.steps == 1
+    with pytest.raises(AgentError, match="your key has expired"):
+        resume(tmp_path / "run", max_steps=2)
 
 
 @pytest.mark.parametrize(
