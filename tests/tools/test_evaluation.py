@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -255,6 +256,21 @@ def test_a_killed_evaluation_goes_on(directory: Path, loaded: LoadedModel, tmp_p
         file.write_text(damage)
         with pytest.raises(StoreError, match="delete it, and what it kept is measured again"):
             evaluate_tasks(loaded, ["facts"], shots=1, limit=96, store=store)
+
+
+def test_an_evaluation_on_a_full_disk_says_so_and_goes_on(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"shots": 1, "limit": 32, "store": tmp_path / "store"}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(StoreError, match=r"cannot write .*kept-\w+\.jsonl: .*Free some space"):
+            evaluate_tasks(loaded, ["facts"], **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    found = evaluate_tasks(loaded, ["facts"], **options)
+    assert found == evaluate_tasks(loaded, ["facts"], shots=1, limit=32)
 
 
 def test_a_killed_perplexity_goes_on(directory: Path, tmp_path: Path) -> None:

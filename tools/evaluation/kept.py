@@ -1,6 +1,7 @@
 """What an evaluation has measured so far, in a file, so that a killed one goes on."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -65,7 +66,8 @@ class Kept(dict[str, Value]):
     def close(self) -> None:
         """Close the file."""
         if self._stream is not None:
-            self._stream.close()
+            with suppress(OSError):  # what a full disk refused, as was told, is tried once more
+                self._stream.close()
 
     def _unwritten(self, error: OSError) -> StoreError:
         return StoreError(
