@@ -14,9 +14,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from prunewright.graph import agents
 from prunewright.graph.agents import resolve_agent
@@ -38,7 +38,7 @@ from prunewright.tools import allocation, criteria, signals
 from prunewright.tools.model.loading import model_skeleton
 from prunewright.tools.report.tables import write_tables
 from prunewright.tools.store.rundir import RunDirectory
-from prunewright.tools.store.storage import sha256_file, write_atomic
+from prunewright.tools.store.storage import put_into_words, sha256_file, write_atomic
 from prunewright.tools.store.trace import load_metrics
 from prunewright.tools.study import (
     Digests,
@@ -340,7 +340,7 @@ class _Work:
         """
         command = [sys.executable, "-P", "-m", "prunewright.graph.cli.tethered", "--debug"]
         command += ["--log-json", "--log-level", "debug", *arguments, "--json"]
-        with tempfile.TemporaryFile() as answer, log.open("a", encoding="utf-8") as said:
+        with tempfile.TemporaryFile() as answer:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
@@ -354,37 +354,48 @@ class _Work:
             )
             with process:
                 try:
-                    self._listen(process, said)
+                    self._listen(process, log)
                 except BaseException:
-                    self._stop(process, said)
+                    self._stop(process, log)
                     raise
             answer.seek(0)
             if process.returncode not in _GOOD_CODES:
                 raise PrunewrightError(_error_words(process.returncode, answer.read(), log))
 
-    def _listen(self, process: "subprocess.Popen[str]", said: TextIO) -> None:
-        """Tell of a process's progress until it ends, and write down what else it says."""
+    def _listen(self, process: "subprocess.Popen[str]", log: Path) -> None:
+        """Tell of a process's progress until it ends, and write down what else it says.
+
+        Raises:
+            StoreError: the log cannot be written.
+        """
         assert process.stderr is not None
         for line in process.stderr:
             try:
                 record = json.loads(line)
                 progress = {name: record[name] for name in ("label", "done", "total")}
             except (ValueError, TypeError, KeyError):  # another record, or a library's words
-                said.write(line)
+                _add(log, line)
             else:
                 self.on_event("custom", {"progress": progress})
 
-    def _stop(self, process: "subprocess.Popen[str]", said: TextIO) -> None:
+    def _stop(self, process: "subprocess.Popen[str]", log: Path) -> None:
         """Let a process stop resumably; a second interrupt ends it at once."""
         _log.warning("stopping after the window or layer in hand; press again to stop at once")
         try:
             # Not SIGINT: what a shell starts in the background is made to ignore that.
             process.terminate()
             assert process.stderr is not None
-            said.writelines(process.stderr)
+            rest = process.stderr.read()
+            with suppress(StoreError):  # what stopped it is told
+                _add(log, rest)
             process.wait()
         finally:
             process.kill()
+
+
+def _add(log: Path, words: str) -> None:
+    with put_into_words(log), log.open("a", encoding="utf-8") as file:
+        file.write(words)
 
 
 def _error_words(code: int, answer: bytes, log: Path) -> str:

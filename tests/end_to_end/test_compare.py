@@ -1,5 +1,6 @@
 """`prunewright compare`, as a user meets it: experiments, cache, crash, failure, files."""
 
+import errno
 import json
 import os
 import shutil
@@ -291,6 +292,20 @@ def test_a_failure_a_stop_a_kill_and_a_changed_text(
         assert (copy / "experiments" / experiment.key / "model" / "model.safetensors").is_file()
     assert found.experiments[1].result is not None
     assert found.experiments[1].result.revision == whole.metrics.revision
+
+
+def test_a_full_disk_is_the_experiments_error_and_it_goes_on(
+    study: dict[str, Any], submit: Callable[[dict[str, Any]], dict[str, Any]], tmp_path: Path
+) -> None:
+    config = study | {"methods": study["methods"][:1]}
+    job = {"do": "compare", "path": str(tmp_path), "config": config, "out": str(tmp_path / "out")}
+    at = {"at": "prunewright.graph.running.study:_Work._command", "bytes": 100, "for_good": False}
+    told = submit(job | {"disk": at})
+    assert told.keys() == {"uniform wanda, 20 %, seed 1", "dense", "signal"}
+    words = told["uniform wanda, 20 %, seed 1"]
+    assert "cannot write" in words
+    assert os.strerror(errno.EFBIG) in words
+    assert submit(job) == {"signal": 0}
 
 
 def test_it_refuses_what_is_no_comparison_and_two_at_once(
