@@ -498,6 +498,16 @@ def test_the_rules_ask_for_what_is_read(make_observation: MakeObservation) -> No
         assert re.findall(r"^- (\w+): ", other.partition("Answer with")[2], re.MULTILINE) == asked
 
 
+def test_each_rule_has_a_line_of_its_own(make_observation: MakeObservation) -> None:
+    for signals in SUBSETS:
+        for pattern in ("unstructured", "2:4"):
+            for feedback in (True, False):
+                system, _ = texts(
+                    make_observation(signals=signals, pattern=pattern, feedback=feedback)
+                )
+                assert not re.search(r"[^\s]- ", system)
+
+
 def test_refusals_follow_in_order(make_observation: MakeObservation) -> None:
     refusals = (Refusal("first {{ o }}", ("bad {{ o }}", "worse")), Refusal("", ("empty",)))
     messages = prompt(make_observation(refusals=refusals))
