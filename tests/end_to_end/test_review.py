@@ -251,6 +251,8 @@ def test_a_person_at_a_terminal(
     assert "Step 1: " in shown.err
     assert "not valid YAML" in shown.err
     assert "delta 0.9 is not within 0.5" in shown.err
+    assert "or [s]top? " in shown.err
+    assert "Why? The agent is told: " in shown.err
     assert f"go on with: prunewright resume {out}" in shown.err
     verdicts = [step["review"]["verdict"] for step in trace(out)]
     assert verdicts == ["approved", "edited", "rejected"]

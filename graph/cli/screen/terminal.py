@@ -37,6 +37,12 @@ def check_terminal() -> None:
         )
 
 
+class _Question(Prompt):
+    """A question that ends with its own sign."""
+
+    prompt_suffix = " "
+
+
 class TerminalReviewer:
     """Shows a decision and asks whether to approve, edit or reject it, or to stop the run."""
 
@@ -71,7 +77,7 @@ class TerminalReviewer:
 
     def _ask(self, words: str, choices: list[str] | None = None) -> str:
         try:
-            return Prompt.ask(
+            return _Question.ask(
                 Text(words), console=self._screen.console, choices=choices, show_choices=False
             )
         except EOFError:  # Ctrl-D
