@@ -85,6 +85,8 @@ def finish(
         control, spent, seconds["control"] = _measure_control(bench, outcome, losses, progress)
         tokens["control"] = spent
     if saved:
+        if progress:
+            progress("sample text", 0, 1)
         texts = (bench.sample(revision, PROMPT) for revision in (DENSE, outcome.revision))
         sample = Sample(prompt=PROMPT, dense=next(texts), pruned=next(texts))
     metrics = Metrics(
@@ -114,6 +116,8 @@ def finish(
         peak_memory_bytes=peak_memory(),
     )
     if metrics.saved:
+        if progress:
+            progress("saving the model", 0, 1)
         save_pruned(run, bench, metrics, outcome.guard_losses)
     seconds["finish"] = time.perf_counter() - began - seconds.get("control", 0.0)
     seconds["total"] = sum(v for k, v in seconds.items() if k != "total")

@@ -235,5 +235,7 @@ def test_a_run_in_a_real_terminal(pico_config: dict[str, Any], tmp_path: Path) -
     steps = [row for row in rows if re.match(r"step +\d+  +\d", row)]
     assert len(steps) == metrics["steps"]
     assert re.search(r"step 2 of about \d+: .* 0:\d\d, under 1 min left", screen)
-    assert "the end: perplexity 0/3" in screen
+    parts = [f"the end: {what}" for what in ("perplexity 0/3", "sample text", "saving the model")]
+    assert [part for part in parts if part not in screen] == []
+    assert "the end: profiling" not in screen
     assert metrics["revision"] in screen

@@ -173,7 +173,7 @@ class Live:
         self._at_work = True
         if node == "profile":
             self._tell_loaded(update.get("dense_perplexity"))
-        if node in _NEXT:
+        if node in _NEXT and update.get("status", "running") == "running":
             self.say(_NEXT[node])
 
     def _steps_to_go(self) -> int | None:
