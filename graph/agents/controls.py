@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from prunewright.graph.agents.base import Observation
+from prunewright.graph.words.numbers import count
 from prunewright.state import COST_DELTAS, Decision, LayerDelta, LayerProfile
 from prunewright.state.decision import MAX_CHANGE
 
@@ -57,8 +58,9 @@ def _settled(observation: Observation, deltas: dict[str, float]) -> Decision:
     """The decision with the change that the costs predict for it."""
     loss = sum(p.cost_of(deltas.get(p.name, 0.0)) for p in observation.profile.layers)
     back = sum(delta < 0 for delta in deltas.values())
-    words = f"Lowest predicted cost a weight: {len(deltas) - back} layers pruned further"
-    return _decision(deltas, f"{words}, {back} with weights restored.", math.expm1(min(loss, 50.0)))
+    words = f"Lowest predicted cost a weight: {count(len(deltas) - back, 'layer')} pruned further"
+    words += f", {back} with weights restored." if back else "."
+    return _decision(deltas, words, math.expm1(min(loss, 50.0)))
 
 
 def _cheapest_whole(observation: Observation) -> dict[str, float]:
