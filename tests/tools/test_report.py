@@ -125,6 +125,17 @@ def test_the_plots_have_the_numbers_of_the_trace(runs: tuple[Path, Path]) -> Non
     assert total / 100 == pytest.approx(read(runs[0] / "metrics.json")["sparsity"])
 
 
+def test_the_pages_own_run_comes_first_in_every_legend(runs: tuple[Path, Path]) -> None:
+    for first, second in (runs, runs[::-1]):
+        charts = json.loads(Page(build_report([first, second])).scripts[0])
+        way = charts["tradeoff"]["encoding"]
+        line = charts["sparsity"]["layer"][0]["encoding"]
+        for scaled in (way["color"], way["shape"], line["color"], line["strokeDash"]):
+            assert scaled["scale"]["domain"] == [first.name, second.name]
+        # Alike, so that they are drawn as one legend.
+        assert way["color"] == way["shape"]
+
+
 def test_it_opens_with_what_was_pruned_by_whom_and_what_it_cost(runs: tuple[Path, Path]) -> None:
     page = Page(build_report([runs[0]]))
     metrics = read(runs[0] / "metrics.json")
@@ -310,6 +321,7 @@ def test_frames_hold_what_the_trace_holds(
     trace = load_trace(runs[0])
     records = steps_of(runs[0])
     history = trace.history
+    assert repr(trace).startswith(f"<Trace history: {len(records)} rows, decisions: ")
     assert list(history["step"]) == [record["step"] + 1 for record in records]
     for column, key in (
         ("verdict", "verdict"),

@@ -76,8 +76,11 @@ def _over_steps(rows: list[dict[str, Any]], line: str, point: str, several: bool
     back = [row for row in measured if row["verdict"] == "rolled back"]
     kept = [row for row in measured if row["verdict"] != "rolled back"]
     tooltip = _tooltip("run", "step", "verdict", "sparsity", "measured")
-    by: dict[str, Any] = {"color": _by_run()} if several else {}
-    dash: dict[str, Any] = {"strokeDash": alt.StrokeDash("run:N", legend=None)} if several else {}
+    by: dict[str, Any] = {}
+    dash: dict[str, Any] = {}
+    if several:
+        by["color"] = alt.Color("run:N", legend=_LEGEND, scale=_runs(rows))
+        dash["strokeDash"] = alt.StrokeDash("run:N", legend=None, scale=_runs(rows))
     parts = [
         alt.Chart(_data(rows)).mark_line(interpolate="step-after").encode(y=y, **by, **dash),
         alt.Chart(_data(kept)).mark_point(size=60).encode(y=f"{point}:Q", tooltip=tooltip, **by),
@@ -101,8 +104,8 @@ def _tradeoff(rows: list[dict[str, Any]]) -> Spec:
             x=alt.X("sparsity:Q", title="Sparsity, per cent"),
             y=alt.Y("accepted:Q", **y),
             order="step:Q",
-            color=_by_run(),
-            shape=alt.Shape("run:N", legend=_LEGEND),
+            color=alt.Color("run:N", legend=_LEGEND, scale=_runs(rows)),
+            shape=alt.Shape("run:N", legend=_LEGEND, scale=_runs(rows)),
             tooltip=_tooltip("run", "step", "sparsity", "accepted"),
         )
     )
@@ -229,8 +232,9 @@ def _data(rows: list[dict[str, Any]]) -> alt.Data:
     return alt.Data(values=rows)
 
 
-def _by_run() -> alt.Color:
-    return alt.Color("run:N", legend=_LEGEND)
+def _runs(rows: list[dict[str, Any]]) -> alt.Scale:
+    """The runs in the order given: the page's own keeps its colour beside others."""
+    return alt.Scale(domain=list(dict.fromkeys(row["run"] for row in rows)))
 
 
 def _tooltip(*fields: str) -> list[alt.Tooltip]:

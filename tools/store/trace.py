@@ -69,7 +69,7 @@ class Story:
     metrics: Metrics | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trace:
     """A run as pandas frames; steps are counted from 1, as ``prunewright show`` counts them.
 
@@ -90,6 +90,11 @@ class Trace:
     history: "pd.DataFrame"
     decisions: "pd.DataFrame"
     profiles: "pd.DataFrame"
+
+    def __repr__(self) -> str:
+        frames = ("history", "decisions", "profiles")
+        words = ", ".join(f"{name}: {len(getattr(self, name))} rows" for name in frames)
+        return f"<Trace {words}>"
 
 
 def read_story(directory: RunDirectory) -> Story:
