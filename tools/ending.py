@@ -16,11 +16,11 @@ Kind = Literal["accepted", "rolled_back", "refused", "rejected", "weightless", "
 
 _MOST = 300
 _WORDS: dict[Kind, Callable[[int], str]] = {
-    "rolled_back": lambda n: f"{n} rolled back by the guard",
-    "refused": lambda n: f"{n} without a valid answer",
-    "rejected": lambda n: f"{n} rejected in review",
-    "weightless": lambda n: f"{n} whose deltas came to no weight",
-    "idle": lambda n: f"{n} in which the agent chose no layer",
+    "rolled_back": lambda n: f"{n} {_were(n)} rolled back by the guard",
+    "refused": lambda n: f"{n} had no valid answer",
+    "rejected": lambda n: f"{n} {_were(n)} rejected in review",
+    "weightless": lambda n: f"{n} had deltas that came to no weight",
+    "idle": lambda n: f"{n} chose no layer",
 }
 _ADVICE: dict[Kind, str] = {
     "refused": "ask another model, or set other agent_options",
@@ -95,7 +95,7 @@ def describe_ending(
             advice.append(words_)
     if parts:
         words += f"; of {'its' if status == 'max_steps' else 'the last'} "
-        words += f"{len(records) if status == 'max_steps' else len(lost)} steps {', '.join(parts)}"
+        words += f"{len(records) if status == 'max_steps' else len(lost)} steps, {', '.join(parts)}"
     words += f": {'; '.join(advice)}"
     if not saved:
         accepted = any(r.verdict == "accepted" for r in records)
@@ -129,6 +129,10 @@ def kind_of(record: Step) -> Kind:
     if record.refused:
         return "refused"
     return "weightless" if record.decision.layers else "idle"
+
+
+def _were(number: int) -> str:
+    return "was" if number == 1 else "were"
 
 
 def _loosened(reason: str, context: PruneContext) -> tuple[str, dict[str, str]]:

@@ -91,7 +91,7 @@ def print_evaluation(screen: Screen, found: "Evaluation") -> None:
                     c.task,
                     f"{c.accuracy:.1%}",
                     f"{c.reference_accuracy:.1%}",
-                    "" if c.retention is None else f"{c.retention:.1f} %",
+                    "" if c.retention is None else f"{c.retention:.1f}%",
                     str(c.lost),
                     str(c.gained),
                     f"{c.p_value:.2g}",
