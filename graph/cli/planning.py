@@ -86,7 +86,7 @@ def _print_plan(screen: Screen, config: PruneConfig, plan: "Plan", agent: str) -
         copy = f"; dense weights in the cache {size(plan.disk['copy'])}"
     screen.pairs(
         [
-            ("model", f"{plan.model} in {plan.directory}"),
+            ("model", " in ".join(dict.fromkeys([str(plan.model), str(plan.directory)]))),
             (
                 "layers",
                 f"{plan.layers} in {plan.blocks} blocks, {plan.prunable:,} prunable of "

@@ -51,7 +51,7 @@ def _words(result: ExperimentResult | Scores) -> str:
         scores, ended = result, ""
     else:
         scores = result.scores
-        ended = f"sparsity {result.sparsity:.4f}  {duration(result.seconds)}  "
+        ended = f"sparsity {result.sparsity:.4f}, {duration(result.seconds)}, "
     texts = (f"{name} {score.perplexity:.3f}" for name, score in scores.texts.items())
     return f"{ended}perplexity {', '.join(texts)}"
 
