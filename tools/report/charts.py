@@ -80,7 +80,7 @@ def _over_steps(rows: list[dict[str, Any]], line: str, point: str, several: bool
     dash: dict[str, Any] = {}
     if several:
         by["color"] = alt.Color("run:N", legend=_LEGEND, scale=_runs(rows))
-        dash["strokeDash"] = alt.StrokeDash("run:N", legend=None, scale=_runs(rows))
+        dash["strokeDash"] = alt.StrokeDash("run:N", legend=_LEGEND, scale=_runs(rows))
     parts = [
         alt.Chart(_data(rows)).mark_line(interpolate="step-after").encode(y=y, **by, **dash),
         alt.Chart(_data(kept)).mark_point(size=60).encode(y=f"{point}:Q", tooltip=tooltip, **by),
