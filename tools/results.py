@@ -16,7 +16,7 @@ from prunewright.state.run import DENSE
 from prunewright.tools.allocation.uniform import uniform_counts
 from prunewright.tools.bench.workbench import Workbench
 from prunewright.tools.losses import change_with_error, perplexity
-from prunewright.tools.model.head import Progress
+from prunewright.tools.model.head import Progress, told
 from prunewright.tools.saving.card import model_card
 from prunewright.tools.saving.model import save_model
 from prunewright.tools.store.rundir import RunDirectory
@@ -85,10 +85,9 @@ def finish(
         control, spent, seconds["control"] = _measure_control(bench, outcome, losses, progress)
         tokens["control"] = spent
     if saved:
-        if progress:
-            progress("sample text", 0, 1)
-        texts = (bench.sample(revision, PROMPT) for revision in (DENSE, outcome.revision))
-        sample = Sample(prompt=PROMPT, dense=next(texts), pruned=next(texts))
+        both = told("sample text", (DENSE, outcome.revision), 2, progress)
+        dense_text, pruned_text = [bench.sample(revision, PROMPT) for revision in both]
+        sample = Sample(prompt=PROMPT, dense=dense_text, pruned=pruned_text)
     metrics = Metrics(
         status=outcome.status,
         reason=outcome.reason,
@@ -116,9 +115,8 @@ def finish(
         peak_memory_bytes=peak_memory(),
     )
     if metrics.saved:
-        if progress:
-            progress("saving the model", 0, 1)
-        save_pruned(run, bench, metrics, outcome.guard_losses)
+        for _ in told("saving the model", (run,), 1, progress):
+            save_pruned(run, bench, metrics, outcome.guard_losses)
     seconds["finish"] = time.perf_counter() - began - seconds.get("control", 0.0)
     seconds["total"] = sum(v for k, v in seconds.items() if k != "total")
     metrics = metrics.model_copy(update={"seconds": seconds, "peak_memory_bytes": peak_memory()})

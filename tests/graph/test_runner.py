@@ -116,6 +116,8 @@ def test_progress_is_told_of_both_ends_of_each_part_and_else_at_intervals(
         run(pico_config, out=tmp_path / str(interval), on_event=on_event)
         return [(r["label"], r["done"], r["total"]) for r in reports]
 
+    # A process remembers statistics of the dense model: both runs find them.
+    run(pico_config, out=tmp_path / "before")
     every, few = told(0.0), told(1e9)
     assert few == [(label, done, total) for label, done, total in every if done in (0, total)]
     assert 0 < len(few) < len(every)
