@@ -147,14 +147,14 @@ def drive(
             if config != directory.config():
                 tell_unused(directory)
             return RunResult(directory.path, load_metrics(directory))
+        if status != "running":
+            check_open(directory, found, config)
         check_agent(context)
         on_event = shown(directory, config, on_event)
         # A step that is decided may be the last, for which nobody is asked any more.
         if status != "running" or not _DECIDED & {*state.next}:
             with stop_on_signals():
                 greet_agent(context, progress_of(on_event))
-        if status != "running":
-            check_open(directory, found, config)
         if raised:
             directory.raise_target(config, found.get("step", 0))
         if status != "running":

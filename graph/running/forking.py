@@ -3,7 +3,7 @@
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import CheckpointTuple
@@ -29,9 +29,6 @@ from prunewright.state import (
 )
 from prunewright.state.config import BASELINE
 from prunewright.tools.store.rundir import RunDirectory
-
-if TYPE_CHECKING:
-    pass
 
 REVISIONS = ("revision", "gradient_revision", "candidate")
 """The keys of the state that name a revision."""
