@@ -1,6 +1,7 @@
 """The profile of a model at one revision: what an agent sees of each layer."""
 
 import math
+import re
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Any
@@ -26,6 +27,11 @@ def short_name(name: str) -> str:
     parts = name.split(".")
     first = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
     return ".".join(parts[first:])
+
+
+def unnumbered(path: str) -> str:
+    """A path inside a block without the numbers of experts in it."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", path)
 
 
 class LayerProfile(BaseModel):

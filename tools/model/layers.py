@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from prunewright.state import InputError
+from prunewright.state.profile import unnumbered
 
 _ROUTER_NAMES = {"gate", "shared_expert_gate", "wg"}
 _EXPERT_COUNTS = {
@@ -84,11 +85,6 @@ class Layer:
         """The inverse of `matrix`: values [..., outputs, inputs] in the parameter's shape."""
         values = matrix.transpose(-1, -2) if self.transposed else matrix
         return values if self.view is None else values.reshape(self.shape)
-
-
-def unnumbered(path: str) -> str:
-    """A path inside a block without the numbers of experts in it."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", path)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

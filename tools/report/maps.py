@@ -7,8 +7,7 @@ from statistics import fmean
 
 from markupsafe import Markup
 
-from prunewright.state.profile import short_name
-from prunewright.tools.model.layers import unnumbered
+from prunewright.state.profile import short_name, unnumbered
 
 LEVELS = 5
 """Shades of a small map."""
