@@ -9,6 +9,7 @@ from typing import Any
 
 from prunewright.state import InputError, PruneConfig, PrunewrightError, StoreError
 from prunewright.state.metrics import Metrics
+from prunewright.state.run import TOLERANCE
 from prunewright.state.study import (
     DENSE_NAME,
     SCHEMA_VERSION,
@@ -34,8 +35,6 @@ from prunewright.tools.store.storage import canonical_json, read_json, sha256_by
 from prunewright.tools.texts.questions import hash_questions, load_facts
 from prunewright.tools.texts.windows import Role, source_digest
 
-SAME_SPARSITY = 0.001
-"""How far a measured sparsity may lie from its target and still count as it."""
 NOT_SCORED_FOR_CHOOSING = ("test", "llm")
 """Uses of tokens that choose nothing, or that are exchanged and not scored."""
 
@@ -288,7 +287,7 @@ def build_comparison(
                 state=state,
                 error=errors.get(experiment.key, ""),
                 on_target=result is not None
-                and abs(result.sparsity - experiment.target) <= SAME_SPARSITY,
+                and abs(result.sparsity - experiment.target) <= TOLERANCE,
                 result=result,
                 ratio=_ratio(result, control.get((experiment.seed, experiment.target))),
             )

@@ -20,7 +20,7 @@ from prunewright.state import InputError, PruneConfig, StoreError
 from prunewright.state.config import BASELINE, EMBEDDED
 from prunewright.state.metrics import NEGLIGIBLE
 from prunewright.state.profile import short_name
-from prunewright.state.run import Status
+from prunewright.state.run import TOLERANCE, Status
 from prunewright.state.shown import clean
 from prunewright.tools.ending import control_words, describe_ending, ended_words
 from prunewright.tools.report.maps import Grid
@@ -34,8 +34,8 @@ from prunewright.tools.store.trace import Story, layer_sparsities, read_story
 
 FILE = "report.html"
 """Its name in a run directory."""
-SAME_SPARSITY = 0.002
-"""How far two sparsities may lie apart that are compared as equal."""
+SAME_SPARSITY = 2 * TOLERANCE
+"""How far two sparsities may lie apart that are compared as equal: each is that near its target."""
 
 _PLOTTER = "vl-convert-python"
 _GLOBALS = "window.vegaEmbed = vegaEmbed;"

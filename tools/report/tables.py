@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from prunewright.state.run import TOLERANCE
 from prunewright.state.shown import clean, one_line
 from prunewright.state.study import DENSE_NAME, Comparison, Spread, Summary
 from prunewright.tools.store.storage import write_atomic, write_json
-from prunewright.tools.study import SAME_SPARSITY
 
 OFF_TARGET = "†"
 """Marks a sparsity that is not the target's."""
@@ -176,7 +176,7 @@ def _best_words(comparison: Comparison, rows: list[list[str]]) -> list[str]:
 def off_target_words() -> str:
     """What the mark means."""
     return (
-        f"{OFF_TARGET} A sparsity is more than {SAME_SPARSITY} off the target: its perplexity is "
+        f"{OFF_TARGET} A sparsity is more than {TOLERANCE} off the target: its perplexity is "
         "not comparable with that of the others at this target."
     )
 
