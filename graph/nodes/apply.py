@@ -1,35 +1,26 @@
 """The third node: deltas become masks, and those a candidate revision."""
 
-from langgraph.runtime import Runtime
 from pydantic import ValidationError
 
 from prunewright.graph.agents import Observation
 from prunewright.graph.agents.asking import check, observe
 from prunewright.graph.correction import predicted_costs
-from prunewright.graph.nodes.common import (
-    context_of,
-    live_model,
-    progress_of,
-    request_of,
-    run_directory,
-    spent_by,
-    timed,
-)
+from prunewright.graph.nodes.common import Work, node, spent_by
 from prunewright.graph.nodes.landing import changed_counts
 from prunewright.graph.review import review
 from prunewright.graph.words.summary import applied_words
-from prunewright.state import InputError, PruneContext, PruneState, PruneUpdate, Step
+from prunewright.state import InputError, PruneState, PruneUpdate, Step
 from prunewright.state.loading import describe_validation_error
 from prunewright.state.run import TOLERANCE
 
 
-@timed
-def apply_prune(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
+@node
+def apply_prune(state: PruneState, work: Work) -> PruneUpdate:
     """Turn the deltas into masks and store the candidate revision; never over the target.
 
     Before that a person is asked, if the context says so.
     """
-    request, context, run = request_of(state, runtime), context_of(runtime), run_directory(runtime)
+    request, context, run = work.request, work.context, work.run
     # Neither the rules nor a person needs the earlier steps.
     observation = observe(state, request, context, run, earlier=())
     step = _checked(state, observation)
@@ -37,7 +28,7 @@ def apply_prune(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdat
         step = review(step, observation)
     update: PruneUpdate = {"proposal": None, "candidate": None, "candidate_sparsity": None}
     if deltas := step.decision.deltas:
-        with live_model(request, run) as bench:
+        with work.live_model() as bench:
             before = dict(bench.tokens)
             bench.sync(state["revision"])
             # Where the run may end with this step, it ends on the target.
@@ -48,7 +39,7 @@ def apply_prune(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdat
             if counts:
                 earlier = bench.sparsities()
                 candidate = bench.prune(
-                    state["revision"], state["gradient_revision"], counts, progress_of(runtime)
+                    state["revision"], state["gradient_revision"], counts, work.progress
                 )
                 notes = [*notes, *bench.store.about(candidate).get("notes", [])]
                 bench.sync(candidate)

@@ -1,12 +1,12 @@
 """What every node needs: its request, its run, who watches, and how long it takes."""
 
-import functools
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from langgraph.runtime import Runtime
 from pydantic import ValidationError
@@ -30,22 +30,58 @@ NO_THREAD = "default"
 """Stands for the thread where the graph runs without a checkpointer."""
 
 Node = Callable[[PruneState, Runtime[PruneContext]], PruneUpdate]
-_Node = TypeVar("_Node", bound=Callable[..., PruneUpdate])
 
 
-def timed(node: _Node) -> _Node:
-    """Add the node's wall time to the state's ``seconds``, and log it."""
+@dataclass(frozen=True)
+class Work:
+    """What a node works by.
 
-    @functools.wraps(node)
-    def wrapper(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
+    Attributes:
+        request: what the run does.
+        context: who decides, and how.
+        run: its directory.
+        thread: its name.
+        progress: tells whoever watches how far it is.
+        tell: sends them an event.
+    """
+
+    request: PruneRequest
+    context: PruneContext
+    run: RunDirectory
+    thread: str
+    progress: "Progress"
+    tell: Callable[[dict[str, Any]], None]
+
+    @contextmanager
+    def live_model(self) -> Iterator["Workbench"]:
+        """The model of this process, which must be the one that the run began with.
+
+        Raises:
+            StoreError: it, a text or the request is another.
+        """
+        from prunewright.tools.bench.workbench import workbench  # torch takes seconds
+
+        with workbench(self.request, self.run.path) as bench:
+            if self.run.manifest_file.exists():
+                self.run.check(self.request, bench.facts())
+            yield bench
+
+
+def node(work: Callable[[PruneState, Work], PruneUpdate]) -> Node:
+    """A node of the graph, of what it does.
+
+    It computes in a thread of its own, is logged, and adds its wall time to the state's
+    ``seconds``.
+    """
+    name = work.__name__
+
+    def run_node(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
         check_stop()
-        began, name = time.perf_counter(), node.__name__
-        with log_fields(
-            run=str(run_directory(runtime).path), step=state.get("step", 0) + 1, node=name
-        ):
+        began, run = time.perf_counter(), run_directory(runtime)
+        with log_fields(run=str(run.path), step=state.get("step", 0) + 1, node=name):
             _log.info("%s begins", name)
             try:
-                update = call_alone(functools.partial(node, state, runtime))
+                update = call_alone(lambda: work(state, _work(state, runtime, run)))
             except Exception as error:
                 _log.info("%s did not end: %s", name, type(error).__name__)
                 raise
@@ -57,30 +93,17 @@ def timed(node: _Node) -> _Node:
             _log.info("%s took %.2f s: %s", name, seconds, words, extra=told)
         return {**update, "seconds": {name: seconds}}
 
-    return cast(_Node, wrapper)
+    # Not `functools.wraps`: LangGraph reads the parameters, and these are the wrapper's own.
+    run_node.__name__, run_node.__qualname__, run_node.__doc__ = name, name, work.__doc__
+    return run_node
 
 
-@contextmanager
-def live_model(request: PruneRequest, run: RunDirectory) -> Iterator["Workbench"]:
-    """The model of this process, which must be the one that the run began with.
-
-    Raises:
-        StoreError: it, a text or the request is another.
-    """
-    from prunewright.tools.bench.workbench import workbench  # torch takes seconds
-
-    with workbench(request, run.path) as bench:
-        if run.manifest_file.exists():
-            run.check(request, bench.facts())
-        yield bench
-
-
-def request_of(state: PruneState, runtime: Runtime[PruneContext]) -> PruneRequest:
-    """The run's request; as the first node's input it is what a user sent.
+def _work(state: PruneState, runtime: Runtime[PruneContext], run: RunDirectory) -> Work:
+    """What a node works by; as the first node's input the request is what a user sent.
 
     Raises:
-        InputError: invalid, its pattern rules out its target or its other bounds, or the directory
-            holds another thread's run.
+        InputError: the request is invalid, its pattern rules out its target or its other bounds, or
+            the directory holds another thread's run.
         StoreError: it is not that of the run's configuration.
     """
     value: Any = state.get("request")
@@ -94,7 +117,10 @@ def request_of(state: PruneState, runtime: Runtime[PruneContext]) -> PruneReques
         except ValidationError as error:
             raise InputError(describe_validation_error(error, PruneRequest)) from None
     check_request(request)
-    return run_directory(runtime).settle(thread_of(runtime), request)
+    thread = thread_of(runtime)
+    request = run.settle(thread, request)
+    tell = runtime.stream_writer
+    return Work(request, context_of(runtime), run, thread, _progress(tell), tell)
 
 
 def context_of(runtime: Runtime[PruneContext]) -> PruneContext:
@@ -114,7 +140,7 @@ def run_directory(runtime: Runtime[PruneContext]) -> RunDirectory:
     return RunDirectory(out if out else f"runs/{thread_of(runtime)}")
 
 
-def progress_of(runtime: Runtime[PruneContext]) -> "Progress":
+def _progress(tell: Callable[[dict[str, Any]], None]) -> "Progress":
     """Tells whoever watches the run, but not of every layer: each word wakes other threads."""
     told = -math.inf
 
@@ -126,7 +152,7 @@ def progress_of(runtime: Runtime[PruneContext]) -> "Progress":
             return
         told = now
         log_progress(label, done, total)
-        runtime.stream_writer({"progress": {"label": label, "done": done, "total": total}})
+        tell({"progress": {"label": label, "done": done, "total": total}})
 
     return report
 

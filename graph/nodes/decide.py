@@ -3,27 +3,16 @@
 import math
 from dataclasses import replace
 
-from langgraph.runtime import Runtime
-
 from prunewright.graph.agents import Observation, make_agent
 from prunewright.graph.agents.asking import ask, check, observe, spent_on
 from prunewright.graph.agents.base import Probes
-from prunewright.graph.nodes.common import (
-    context_of,
-    live_model,
-    progress_of,
-    request_of,
-    run_directory,
-    spent_by,
-    timed,
-)
+from prunewright.graph.nodes.common import Work, node, spent_by
 from prunewright.graph.nodes.landing import changed_counts
 from prunewright.graph.running.stopping import call_stoppable
 from prunewright.graph.words.summary import decision_words
 from prunewright.state import (
     Decision,
     ProbeReport,
-    PruneContext,
     PruneState,
     PruneUpdate,
     PrunewrightError,
@@ -36,18 +25,18 @@ PROBE_WINDOWS = 2
 """Guard windows that a probe is measured on: the first ones."""
 
 
-@timed
-def agent_decide(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
+@node
+def agent_decide(state: PruneState, work: Work) -> PruneUpdate:
     """Ask the agent; a refused answer is sent back with what was wrong, a bounded number of times.
 
     After the last refusal the decision is empty, which counts as a stall.
     """
-    request, context, run = request_of(state, runtime), context_of(runtime), run_directory(runtime)
+    request, context, run = work.request, work.context, work.run
     number, earlier = state["step"], run.read_steps(state["history"])
     observation = observe(state, request, context, run, earlier)
     scored: dict[str, float] = {}
     if context.probes:
-        probes = _probes(state, observation, context.probes, runtime, scored)
+        probes = _probes(state, work, observation, scored)
         observation = replace(observation, probes=probes)
     # Of tries of this very step that ended in an error.
     lost = run.read_spent(number)
@@ -79,26 +68,16 @@ def agent_decide(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpda
 
 
 def _probes(
-    state: PruneState,
-    observation: Observation,
-    count: int,
-    runtime: Runtime[PruneContext],
-    scored: dict[str, float],
+    state: PruneState, work: Work, observation: Observation, scored: dict[str, float]
 ) -> Probes:
     """The trials that an agent may have measured from the accepted revision in this step.
 
     Args:
         state: the step's.
+        work: the node's.
         observation: what a trial is checked against, as a decision is.
-        count: trials allowed.
-        runtime: the node's.
         scored: is told the tokens that they take, by use.
     """
-    request, run, progress = (
-        request_of(state, runtime),
-        run_directory(runtime),
-        progress_of(runtime),
-    )
 
     def measure(trial: Decision) -> ProbeReport:
         decision, problems = check(trial, observation)
@@ -107,7 +86,7 @@ def _probes(
             problems = ["name at least one layer"]
         if problems:
             return ProbeReport(refused="; ".join(problems))
-        with live_model(request, run) as bench:
+        with work.live_model() as bench:
             before = dict(bench.tokens)
             bench.sync(state["revision"])
             counts, _ = changed_counts(bench, state["revision"], deltas)
@@ -116,7 +95,7 @@ def _probes(
             if not counts:
                 return ProbeReport(refused="the deltas come to no weight")
             losses = bench.trial_losses(
-                state["revision"], state["gradient_revision"], counts, PROBE_WINDOWS, progress
+                state["revision"], state["gradient_revision"], counts, PROBE_WINDOWS, work.progress
             )
             spent = spent_by(bench, before)
         scored.update(add_up(scored, spent))
@@ -128,4 +107,4 @@ def _probes(
             tokens=int(spent["probe"]),
         )
 
-    return Probes(count, measure)
+    return Probes(work.context.probes, measure)

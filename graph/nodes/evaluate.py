@@ -3,20 +3,10 @@
 import math
 from typing import TYPE_CHECKING
 
-from langgraph.runtime import Runtime
-
-from prunewright.graph.nodes.common import (
-    context_of,
-    live_model,
-    progress_of,
-    request_of,
-    run_directory,
-    spent_by,
-    timed,
-)
+from prunewright.graph.nodes.common import Work, node, spent_by
 from prunewright.graph.routing import guard_reason
 from prunewright.graph.words.summary import evaluated_words
-from prunewright.state import InputError, PruneContext, PruneState, PruneUpdate, StoreError
+from prunewright.state import InputError, PruneState, PruneUpdate, StoreError
 from prunewright.state.run import DENSE, Knowledge
 from prunewright.tools.losses import perplexity
 
@@ -25,22 +15,22 @@ if TYPE_CHECKING:
     from prunewright.tools.model.head import Progress
 
 
-@timed
-def evaluate_ppl(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
+@node
+def evaluate_ppl(state: PruneState, work: Work) -> PruneUpdate:
     """Guard perplexity of the candidate, and whether it is rolled back."""
     candidate = state["candidate"]
     if candidate is None:
         return {"candidate_perplexity": None, "candidate_losses": [], "rollback_reason": ""}
-    request, context, run = request_of(state, runtime), context_of(runtime), run_directory(runtime)
-    with live_model(request, run) as bench:
+    context = work.context
+    with work.live_model() as bench:
         before = dict(bench.tokens)
-        losses = bench.guard_losses(candidate, progress_of(runtime))
+        losses = bench.guard_losses(candidate, work.progress)
         value = perplexity(losses)
         finite = math.isfinite(value)
         knowledge, recalled = None, None
         if context.guard.max_knowledge_drop is not None and finite:
-            knowledge = _knowledge(state, bench, progress_of(runtime))
-            recalled = bench.knowledge(candidate, progress_of(runtime))
+            knowledge = _knowledge(state, bench, work.progress)
+            recalled = bench.knowledge(candidate, work.progress)
         tokens = spent_by(bench, before)
     reason = guard_reason(
         state["perplexity"],
@@ -63,11 +53,10 @@ def evaluate_ppl(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpda
     }
 
 
-@timed
-def rollback(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
+@node
+def rollback(state: PruneState, work: Work) -> PruneUpdate:
     """Drop the candidate and bring the live model back to the accepted revision."""
-    request, run = request_of(state, runtime), run_directory(runtime)
-    with live_model(request, run) as bench:
+    with work.live_model() as bench:
         bench.sync(state["revision"])
     words = f"back at revision {state['revision'][:12]}: {state['rollback_reason']}"
     return {"summary": words, "rollbacks": state["rollbacks"] + 1}

@@ -2,32 +2,20 @@
 
 import math
 
-from langgraph.runtime import Runtime
-
-from prunewright.graph.nodes.common import (
-    NO_THREAD,
-    context_of,
-    live_model,
-    progress_of,
-    request_of,
-    run_directory,
-    spent_by,
-    thread_of,
-    timed,
-)
+from prunewright.graph.nodes.common import NO_THREAD, Work, node, spent_by
 from prunewright.graph.whole_layers import check_model
 from prunewright.graph.words.summary import profile_words
-from prunewright.state import InputError, PruneContext, PruneState, PruneUpdate, PrunewrightError
+from prunewright.state import InputError, PruneState, PruneUpdate, PrunewrightError
 from prunewright.state.run import DENSE
 from prunewright.tools.bench.own_zeros import check_pattern, check_target
 from prunewright.tools.losses import perplexity
 from prunewright.tools.store.rundir import RunDirectory
 
 
-@timed
-def profile(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
+@node
+def profile(state: PruneState, work: Work) -> PruneUpdate:
     """Profile every layer at the accepted revision; on a new thread, measure the dense model."""
-    request, run = request_of(state, runtime), run_directory(runtime)
+    request, run = work.request, work.run
     fresh = "revision" not in state
     step = 0 if fresh else state["step"]
     revision = DENSE if fresh else state["revision"]
@@ -35,11 +23,11 @@ def profile(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     if step % request.profile.gradient_every and not _gave_back(state, run):
         gradient_revision = state["gradient_revision"]
         gradient_step = state.get("gradient_step", 0)
-    if fresh and thread_of(runtime) == NO_THREAD and run.trace_file.exists():
+    if fresh and work.thread == NO_THREAD and run.trace_file.exists():
         raise InputError(f"{run.path} holds another run: give another `out`, or a thread_id")
     from prunewright.tools.saving.model import try_saving  # torch takes seconds
 
-    with live_model(request, run) as bench:
+    with work.live_model() as bench:
         values = ""
         if fresh:
             check_pattern(bench)
@@ -47,18 +35,18 @@ def profile(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
         if fresh and request.pattern_sparsity is not None:
             zeros = sum(bench.dense_zeros.values())
             check_model(request, bench.loaded, bench.pattern_gains(), zeros)
-        if context_of(runtime).guard.max_knowledge_drop is not None:
+        if work.context.guard.max_knowledge_drop is not None:
             bench.facts_hash()  # facts that cannot be used are refused before anything is scored
         if fresh or run.forked_after() == step:
             steps = math.ceil(request.target / request.step)
             bench.check_blocks()
-            values = try_saving(run, bench, min(steps, context_of(runtime).max_steps))
+            values = try_saving(run, bench, min(steps, work.context.max_steps))
         notes = {"values": values, "notes": bench.loaded.notes}
-        run.begin(thread_of(runtime), request, context_of(runtime), bench.facts(), **notes)
+        run.begin(work.thread, request, work.context, bench.facts(), **notes)
         before = dict(bench.tokens)
         update: PruneUpdate = {}
         if fresh:
-            losses = bench.guard_losses(DENSE, progress_of(runtime))
+            losses = bench.guard_losses(DENSE, work.progress)
             dense = perplexity(losses)
             if not math.isfinite(dense):
                 raise InputError(
@@ -66,9 +54,7 @@ def profile(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
                     f"the guard text is not finite in {bench.loaded.dtype}. Try another dtype"
                 )
             update = _fresh_state(dense, losses, bench.sparsity())
-        signals = bench.profile(
-            revision, gradient_revision, progress_of(runtime), context_of(runtime).signals
-        )
+        signals = bench.profile(revision, gradient_revision, work.progress, work.context.signals)
         signals = signals.model_copy(update={"gradient_step": gradient_step})
         tokens = spent_by(bench, before)
     broken = [

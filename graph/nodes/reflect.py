@@ -2,21 +2,11 @@
 
 import math
 
-from langgraph.runtime import Runtime
-
-from prunewright.graph.nodes.common import (
-    context_of,
-    live_model,
-    progress_of,
-    request_of,
-    run_directory,
-    timed,
-)
+from prunewright.graph.nodes.common import Work, node
 from prunewright.graph.routing import termination
 from prunewright.graph.whole_layers import MISSING, model_notes, nothing_fits
 from prunewright.graph.words.steps import step_words
 from prunewright.state import (
-    PruneContext,
     PruneRequest,
     PruneState,
     PruneUpdate,
@@ -36,13 +26,13 @@ KEPT = 8
 """Steps of the history that the state holds: the latest."""
 
 
-@timed
-def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
+@node
+def reflect(state: PruneState, work: Work) -> PruneUpdate:
     """Accept or not, record the step, decide whether the run goes on.
 
     When it ends, the results are written before the end is recorded.
     """
-    request, context, run = request_of(state, runtime), context_of(runtime), run_directory(runtime)
+    request, context, run = work.request, work.context, work.run
     step, at_end = _whole_layers(_with_model_notes(_judged(state, request, run), run), run, request)
     line = run.steps.append(step, state["history"])
     step = line.step
@@ -94,7 +84,7 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
     if accepted and known is not None and recalled is not None:
         known = {**known, "accepted": recalled, "revision": step.revision}
         update["knowledge"] = known
-    runtime.stream_writer({"step": step.model_dump(mode="json")})
+    work.tell({"step": step.model_dump(mode="json")})
     if update["status"] != "running":
         from prunewright.tools.results import Outcome, finish  # torch takes seconds
 
@@ -126,9 +116,9 @@ def reflect(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
             seconds=state["seconds"],
             tokens=state["tokens"],
         )
-        with live_model(request, run) as bench:
-            metrics = finish(run, bench, outcome, progress_of(runtime))
-        runtime.stream_writer({"metrics": metrics.model_dump(mode="json")})
+        with work.live_model() as bench:
+            metrics = finish(run, bench, outcome, work.progress)
+        work.tell({"metrics": metrics.model_dump(mode="json")})
         update["result"] = {
             "directory": str(run.path),
             "model_directory": str(run.model) if metrics.saved else None,
