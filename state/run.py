@@ -1,6 +1,8 @@
 """The graph's state: plain Python only, small enough to be stored at every superstep."""
 
 import hashlib
+import uuid
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from typing_extensions import TypedDict
@@ -22,6 +24,11 @@ DENSE = hashlib.sha256(b"{}").hexdigest()
 """The name of the revision without masks, the dense model: the hash of an empty manifest."""
 TOLERANCE = 0.001
 """Distance from the target sparsity that counts as reached."""
+
+
+def new_thread() -> str:
+    """A name for a run: when, and a few letters that make it the only one."""
+    return f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
 
 
 def add_up(left: dict[str, float], right: dict[str, float]) -> dict[str, float]:

@@ -1,12 +1,10 @@
 """`run`, `resume`, `fork`, `watch` and `baseline`."""
 
 import logging
-import os
 import shlex
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
@@ -41,7 +39,7 @@ from prunewright.graph.words.runs import request_rows
 from prunewright.state import PruneConfig, Step, load_config
 from prunewright.state.config import BASELINE
 from prunewright.state.metrics import NEGLIGIBLE
-from prunewright.state.run import Status
+from prunewright.state.run import Status, new_thread
 
 if TYPE_CHECKING:
     from prunewright.graph.cli.screen.terminal import TerminalReviewer
@@ -188,7 +186,7 @@ def fork_command(
     parent = RunDirectory(run_directory)
     settled, changes = _changes(parent, overrides, target)
     _check_person(settled)
-    session.run = out or run_directory.parent / _fresh_name()
+    session.run = out or run_directory.parent / new_thread()
     resolved = resolve_agent(settled.agent, settled.agent_options)
     screen = session.screen
     _print_head(screen, settled, session.run, resolved.words)
@@ -302,11 +300,7 @@ def _directory(config: PruneConfig, out: Path | None) -> Path:
     """The run directory, named now so that every message can name it."""
     if out is not None or config.out is not None:
         return Path(out or config.out or "")
-    return Path("runs") / _fresh_name()
-
-
-def _fresh_name() -> str:
-    return f"{datetime.now():%Y%m%d-%H%M%S}-{os.urandom(3).hex()}"
+    return Path("runs") / new_thread()
 
 
 def _changes(

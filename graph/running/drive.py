@@ -2,11 +2,9 @@
 
 import logging
 import shlex
-import uuid
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -256,11 +254,6 @@ def shown(directory: RunDirectory, config: PruneConfig, on_event: OnEvent | None
     if on_event is None and in_notebook():
         return NotebookBar(directory, config.target)
     return on_event
-
-
-def new_thread() -> str:
-    """A name for a run: when, and a few letters that make it the only one."""
-    return f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
 
 
 def tell_unused(directory: RunDirectory) -> None:

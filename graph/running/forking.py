@@ -18,7 +18,6 @@ from prunewright.graph.running.drive import (
     changed_config,
     check_open,
     drive,
-    new_thread,
     reopened,
 )
 from prunewright.state import (
@@ -28,6 +27,7 @@ from prunewright.state import (
     StoreError,
 )
 from prunewright.state.config import BASELINE
+from prunewright.state.run import new_thread
 from prunewright.tools.store.rundir import RunDirectory
 
 REVISIONS = ("revision", "gradient_revision", "candidate")

@@ -19,7 +19,6 @@ from prunewright.graph.running.drive import (
     drive,
     finished,
     log_begin,
-    new_thread,
     progress_of,
     shown,
     tell_unused,
@@ -34,6 +33,7 @@ from prunewright.state import (
     validate_config,
 )
 from prunewright.state.config import BASELINE, CRITERIA
+from prunewright.state.run import new_thread
 from prunewright.tools.store.rundir import RunDirectory
 from prunewright.tools.store.trace import load_metrics
 
