@@ -68,26 +68,27 @@ def finish(
     """
     began = time.perf_counter()
     tokens_before = dict(bench.tokens)
+    saved = outcome.revision != DENSE
+    control = sample = None
+    # Each revision is asked for all at once: going from one to the other writes every layer.
     dense = perplexity(bench.test_losses(DENSE, progress))
+    dense_text = bench.sample(DENSE, PROMPT, progress) if saved else ""
     losses = bench.test_losses(outcome.revision, progress)
     final = perplexity(losses)
     if not math.isfinite(final):
         raise PrunewrightError(
             "the pruned model's perplexity is not finite: it is broken and was not saved"
         )
+    if saved:
+        pruned_text = bench.sample(outcome.revision, PROMPT, progress)
+        sample = Sample(prompt=PROMPT, dense=dense_text, pruned=pruned_text)
     tokens = {k: v - tokens_before.get(k, 0) for k, v in bench.tokens.items()}
     for key, value in outcome.tokens.items():
         tokens[key] = tokens.get(key, 0) + int(value)
     seconds = dict(outcome.seconds)
-    saved = outcome.revision != DENSE
-    control = sample = None
     if saved and run.config().with_control and not _is_uniform(outcome.method):
         control, spent, seconds["control"] = _measure_control(bench, outcome, losses, progress)
         tokens["control"] = spent
-    if saved:
-        both = told("sample text", (DENSE, outcome.revision), 2, progress)
-        dense_text, pruned_text = [bench.sample(revision, PROMPT) for revision in both]
-        sample = Sample(prompt=PROMPT, dense=dense_text, pruned=pruned_text)
     metrics = Metrics(
         status=outcome.status,
         reason=outcome.reason,

@@ -325,10 +325,13 @@ class Workbench:
         self.tokens["test"] += self.windows.test.numel()
         return window_losses(self.loaded.model, self.head, self.windows.test, progress)
 
-    def sample(self, revision: str, prompt: str) -> str:
+    def sample(self, revision: str, prompt: str, progress: Progress | None = None) -> str:
         """How the model continues a prompt at a revision; its few tokens are not counted."""
         self.sync(revision)
-        return continue_text(self.loaded.model, self.loaded.tokenizer, prompt, rows=self._rows)
+        model, tokenizer, text = self.loaded.model, self.loaded.tokenizer, ""
+        for given in told("sample text", (prompt,), 1, progress):
+            text = continue_text(model, tokenizer, given, rows=self._rows)
+        return text
 
     def prune(
         self,
