@@ -22,8 +22,9 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 demo: install
 	$(BIN)/prunewright run --config configs/demo.yaml --out $(OUT)
 
+# Two processes with a thread each: tiny models gain nothing by more, and would wait for each other.
 test: demo
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # The server of LangGraph Studio, for this machine only.
 studio: install
