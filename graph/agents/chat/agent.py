@@ -222,7 +222,7 @@ class LLMAgent:
         """Let the model call the tool, with the same tries, counts and bounds as a decision."""
         try:
             chat = self._chat.bind_tools([probe_tool()])
-        except NotImplementedError:
+        except NotImplementedError:  # what LangChain's base class does for a model without tools
             raise InputError(f"the model of {self.name} takes no tools: set probes to 0") from None
         self.notes += take_probes(
             messages,
