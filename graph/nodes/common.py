@@ -1,7 +1,6 @@
 """What every node needs: its request, its run, who watches, and how long it takes."""
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from langgraph.runtime import Runtime
 from pydantic import ValidationError
 
-from prunewright.graph.running.logs import log_fields, log_progress
-from prunewright.graph.running.stopping import call_alone, check_stop
+from prunewright.graph.running.logs import log_fields
+from prunewright.graph.running.stopping import call_alone, check_stop, reporter
 from prunewright.graph.whole_layers import check_request
 from prunewright.state import InputError, PruneContext, PruneRequest, PruneState, PruneUpdate
 from prunewright.state.loading import describe_validation_error
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("prunewright")
 
 INTERVAL = 0.1
-"""Seconds between two reports of progress, unless a part of the work is done."""
+"""Seconds between two reports of progress: each wakes other threads."""
 NO_THREAD = "default"
 """Stands for the thread where the graph runs without a checkpointer."""
 
@@ -120,7 +119,7 @@ def _work(state: PruneState, runtime: Runtime[PruneContext], run: RunDirectory) 
     thread = thread_of(runtime)
     request = run.settle(thread, request)
     tell = runtime.stream_writer
-    return Work(request, context_of(runtime), run, thread, _progress(tell), tell)
+    return Work(request, context_of(runtime), run, thread, reporter(tell, INTERVAL), tell)
 
 
 def context_of(runtime: Runtime[PruneContext]) -> PruneContext:
@@ -138,23 +137,6 @@ def run_directory(runtime: Runtime[PruneContext]) -> RunDirectory:
     """The run's directory: what the context says, or one of the thread's name."""
     out = context_of(runtime).out
     return RunDirectory(out if out else f"runs/{thread_of(runtime)}")
-
-
-def _progress(tell: Callable[[dict[str, Any]], None]) -> "Progress":
-    """Tells whoever watches the run, but not of every layer: each word wakes other threads."""
-    told = -math.inf
-
-    def report(label: str, done: int, total: int) -> None:
-        nonlocal told
-        check_stop()
-        now = time.monotonic()
-        if 0 < done < total and now - told < INTERVAL:  # a phase tells at once that it begins
-            return
-        told = now
-        log_progress(label, done, total)
-        tell({"progress": {"label": label, "done": done, "total": total}})
-
-    return report
 
 
 def spent_by(bench: "Workbench", before: dict[str, int]) -> dict[str, float]:

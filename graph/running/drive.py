@@ -18,9 +18,8 @@ from prunewright.graph.agents import check_agent, greet_agent
 from prunewright.graph.builder import build_graph
 from prunewright.graph.routing import termination
 from prunewright.graph.running.checkpoints import write_checkpoints
-from prunewright.graph.running.logs import log_progress
 from prunewright.graph.running.notebook import NotebookBar, in_notebook
-from prunewright.graph.running.stopping import check_stop, iterate_stoppable, stop_on_signals
+from prunewright.graph.running.stopping import iterate_stoppable, reporter, stop_on_signals
 from prunewright.graph.running.tracing import labels
 from prunewright.graph.whole_layers import check_request
 from prunewright.state import (
@@ -238,15 +237,8 @@ def _ask_person(directory: RunDirectory, reviewer: Reviewer | None, waiting: Any
 
 
 def progress_of(on_event: OnEvent | None) -> "Progress":
-    """Tells of progress, and stops where a person or the system asks for it."""
-
-    def progress(label: str, done: int, total: int) -> None:
-        check_stop()
-        log_progress(label, done, total)
-        if on_event is not None:
-            on_event("custom", {"progress": {"label": label, "done": done, "total": total}})
-
-    return progress
+    """Tells a caller of progress, and stops where a person or the system asks for it."""
+    return reporter(partial(on_event, "custom") if on_event is not None else lambda _: None)
 
 
 def shown(directory: RunDirectory, config: PruneConfig, on_event: OnEvent | None) -> OnEvent | None:
@@ -289,7 +281,7 @@ def changed_config(directory: RunDirectory, changes: dict[str, Any]) -> PruneCon
 
 
 def _check_higher(directory: RunDirectory, before: float, now: PruneConfig) -> None:
-    """Let a run's target rise, since no step gives back what another target would not have taken.
+    """Let a run's target rise, since no step restores what another target would not have taken.
 
     Raises:
         InputError: it does not rise, or its other bounds rule it out.
@@ -363,7 +355,7 @@ def is_raised(state: PruneState, config: PruneConfig) -> bool:
 def reopened(state: PruneState, config: PruneConfig) -> PruneUpdate:
     """What makes a state that has ended go on.
 
-    One that stalled, or whose target is raised, begins to count its stalls anew.
+    One that stalled, or whose target is raised, begins to count its stalls again.
     """
     if is_raised(state, config):
         request = config.request.model_dump(mode="json")

@@ -20,6 +20,7 @@ from contextvars import ContextVar, copy_context
 from types import FrameType
 from typing import Any, TypeVar
 
+from prunewright.graph.running.logs import log_progress
 from prunewright.state import PrunewrightError
 
 _log = logging.getLogger("prunewright")
@@ -216,3 +217,27 @@ def _start(work: Callable[[], None]) -> threading.Thread:
     thread = threading.Thread(target=copy_context().run, args=(work,), daemon=True)
     thread.start()
     return thread
+
+
+def reporter(
+    tell: Callable[[dict[str, Any]], None], interval: float = 0.0
+) -> Callable[[str, int, int], None]:
+    """What is told of progress by those at work; it stops them where a person or the system asks.
+
+    Args:
+        tell: is sent ``progress`` events, and the log the same.
+        interval: seconds between two of them, but for the beginning and the end of a phase.
+    """
+    told = -math.inf
+
+    def report(label: str, done: int, total: int) -> None:
+        nonlocal told
+        check_stop()
+        now = time.monotonic()
+        if 0 < done < total and now - told < interval:
+            return
+        told = now
+        log_progress(label, done, total)
+        tell({"progress": {"label": label, "done": done, "total": total}})
+
+    return report
