@@ -22,10 +22,10 @@ import torch
 from prunewright.graph import run
 from prunewright.state import Step, load_config
 from prunewright.state.run import DENSE
-from prunewright.tools import results
 from prunewright.tools.bench import workbench
 from prunewright.tools.bench.workbench import Workbench
 from prunewright.tools.calibration import profile
+from prunewright.tools.execution.base import Execution
 from prunewright.tools.model import head as perplexity
 from prunewright.tools.model.loading import load_model
 from prunewright.tools.store.revisions import unpack_kept
@@ -63,9 +63,7 @@ def instrument() -> None:
     `Head` runs the model when it is made, to see that it is the model's own.
     """
     perplexity.Head.__init__ = timed("forward", perplexity.Head.__init__)  # type: ignore[method-assign]
-    for module in (perplexity, workbench, results):
-        if hasattr(module, "window_losses"):
-            module.window_losses = timed("forward", perplexity.window_losses)  # type: ignore[attr-defined]
+    Execution.window_losses = timed("forward", Execution.window_losses)  # type: ignore[method-assign]
     workbench.measure_activations = timed("forward", workbench.measure_activations)  # type: ignore[attr-defined]
     workbench.measure_gradients = timed("backward", workbench.measure_gradients)  # type: ignore[attr-defined]
     Workbench._masks = timed("masks", Workbench._masks)  # type: ignore[method-assign]

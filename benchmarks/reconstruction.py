@@ -16,7 +16,6 @@ from prunewright.state.run import DENSE
 from prunewright.tools.allocation import resolve_allocation
 from prunewright.tools.bench.workbench import workbench
 from prunewright.tools.losses import perplexity
-from prunewright.tools.model.head import window_losses
 from prunewright.tools.model.tokens import embedding_rows
 from prunewright.tools.solve import reconstruction
 from prunewright.tools.texts.windows import load_test_windows
@@ -69,7 +68,7 @@ def main() -> None:
             )
             revision = bench.prune(DENSE, DENSE, counts)
             guard = perplexity(bench.guard_losses(revision))
-            unseen = perplexity(window_losses(model, bench.head, other))
+            unseen = perplexity(bench.loaded.execution.window_losses(bench.head, other))
             label = "masks alone" if damping is None else f"damping {damping:g}"
             print(f"{label}: guard {guard:.3f}, other text {unseen:.3f}", flush=True)
 

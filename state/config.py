@@ -20,6 +20,9 @@ from prunewright.state.secrets import find_secret
 DEFAULT_AGENT = "google_genai:gemini-3-flash-preview"
 EMBEDDED = "embedded"
 """The name of the model, texts and questions that are installed with the package."""
+ALL = "all"
+"""The name that stands for all GPUs of a machine."""
+Offload = Literal["none", "cpu", "disk"]
 BASELINE = "baseline"
 """The name that stands for "no agent" in a run directory's config and trace."""
 
@@ -82,6 +85,11 @@ class WindowOptions(Options):
     guard: int = Field(8, ge=1, description="windows that accept or roll back a step")
     test: int = Field(20, ge=1, description="windows that the reported perplexity is taken on")
     length: int = Field(1024, ge=8, description="tokens in one window")
+    batch: int | Literal["auto"] = Field(
+        "auto",
+        description="windows that go through the model at once; auto: one on a processor, more on "
+        "a GPU",
+    )
 
     @model_validator(mode="after")
     def _gradient_within_calibration(self) -> "WindowOptions":
@@ -168,7 +176,14 @@ class PruneRequest(Options):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="number format of the weights; auto: what suits the machine"
     )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...")
+    device: str = Field(
+        "auto", description="auto, cpu, cuda, cuda:1, mps ..., or all: every GPU, blocks shared out"
+    )
+    offload: Offload = Field(
+        "none",
+        description="where the blocks are while they are not at work, for a model that does not "
+        "fit: none, on the device; cpu, in the machine's memory; disk, in the model's files",
+    )
     target: float = Field(0.45, gt=0, le=0.95, description="sparsity over all prunable weights")
     step: float = Field(
         0.05, gt=0, le=0.95, description="largest sparsity that one step adds to the whole model"
@@ -209,10 +224,16 @@ class PruneRequest(Options):
     seed: int = Field(0, ge=0, lt=2**63, description="draws the windows and seeds the agent")
 
     def identity(self) -> dict[str, Any]:
-        """The request as JSON values, without the paths: what lies there has hashes of its own."""
+        """The request as JSON values, but for where things lie and how the model is run.
+
+        What lies at a path has a hash of its own; device, offload and batch change no more than
+        the last digits.
+        """
+        texts: dict[str, Any] = dict.fromkeys(("calibration", "guard", "test", "knowledge"), True)
+        windows = {"windows": {"batch"}}
         return self.model_dump(
             mode="json",
-            exclude={"model": True, "texts": {"calibration", "guard", "test", "knowledge"}},
+            exclude={"model": True, "device": True, "offload": True, "texts": texts | windows},
         )
 
     @property

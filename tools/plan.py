@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from prunewright.state import InputError, PruneRequest
 from prunewright.tools.criteria import find_criterion
 from prunewright.tools.model.checkpoint import Stored, read_tensors
-from prunewright.tools.model.head import TOKENS_AT_ONCE, Head, window_losses
+from prunewright.tools.model.head import TOKENS_AT_ONCE, Head
 from prunewright.tools.model.layers import Layer, find_layers, left_dense, named_blocks
 from prunewright.tools.model.loading import (
     load_model,
@@ -24,7 +24,7 @@ from prunewright.tools.model.loading import (
     resolve_dtype,
 )
 from prunewright.tools.model.tokens import embedding_rows
-from prunewright.tools.saving.model import VERIFY_WINDOWS, revision_bytes
+from prunewright.tools.saving.model import revision_bytes
 from prunewright.tools.solve import reconstruction
 from prunewright.tools.solve.solving import PASSES, solves
 
@@ -201,6 +201,7 @@ def time_window(request: PruneRequest) -> float:
         request.model,
         dtype=request.dtype,
         device=request.device,
+        offload=request.offload,
         trust_remote_code=request.trust_remote_code,
         keep_dense=False,
     )
@@ -208,10 +209,10 @@ def time_window(request: PruneRequest) -> float:
         loaded.check_length(length)
         head = Head(loaded.model)
         window = torch.arange(length).unsqueeze(0) % embedding_rows(loaded.model)
-        window_losses(loaded.model, head, window)
+        loaded.execution.window_losses(head, window)
         began = time.perf_counter()
         # The losses are numbers of Python: a device that computes on its own is waited for.
-        window_losses(loaded.model, head, window)
+        loaded.execution.window_losses(head, window)
         return time.perf_counter() - began
     finally:
         loaded.close()
@@ -258,7 +259,7 @@ def _flops(request: PruneRequest, shape: _Shape) -> dict[str, float]:
         / request.profile.gradient_every,
         "solve": solve,
         "guard": windows.guard * scored,
-        "finish": (2 * windows.test + min(VERIFY_WINDOWS, windows.guard)) * scored,
+        "finish": 2 * windows.test * scored,
     }  # fmt: skip
 
 

@@ -117,7 +117,7 @@ def finish(
     )
     if metrics.saved:
         for _ in told("saving the model", (run,), 1, progress):
-            save_pruned(run, bench, metrics, outcome.guard_losses)
+            save_pruned(run, bench, metrics)
     seconds["finish"] = time.perf_counter() - began - seconds.get("control", 0.0)
     seconds["total"] = sum(v for k, v in seconds.items() if k != "total")
     metrics = metrics.model_copy(update={"seconds": seconds, "peak_memory_bytes": peak_memory()})
@@ -170,16 +170,13 @@ def _measure_control(
     return control, spent, time.perf_counter() - began
 
 
-def save_pruned(
-    run: RunDirectory, bench: Workbench, metrics: Metrics, guard_losses: list[float]
-) -> None:
+def save_pruned(run: RunDirectory, bench: Workbench, metrics: Metrics) -> None:
     """Save and check the live model, with its card.
 
     Args:
         run: where to.
         bench: the model at its final revision.
         metrics: what the card tells.
-        guard_losses: of the guard windows at that revision.
 
     Raises:
         PrunewrightError: the saved model does not reload to the same sparsity and losses.
@@ -189,7 +186,7 @@ def save_pruned(
     def card(values: str) -> str:
         return model_card(run.config(), metrics, bench.loaded.directory, values)
 
-    save_model(run, bench, guard_losses, card)
+    save_model(run, bench, card)
     _log.info("the model is saved, reloaded and checked: %s", run.model)
 
 

@@ -8,7 +8,6 @@ import typer
 
 from prunewright.graph.cli.evaluating import model_of
 from prunewright.graph.cli.options import JsonOption, RunArgument
-from prunewright.graph.cli.screen.live import Live
 from prunewright.graph.cli.session import Session, quiet_transformers
 from prunewright.graph.words.numbers import size
 from prunewright.state import InputError
@@ -23,8 +22,7 @@ def save_command(ctx: typer.Context, run_directory: RunArgument, _json: JsonOpti
     from prunewright.graph.running.runner import save
 
     quiet_transformers(session.debug)
-    with Live(session.screen) as live:
-        model = str(save(run_directory, live.on_event).model_directory)
+    model = str(save(run_directory).model_directory)
     session.emit({"directory": str(run_directory), "model_directory": model})
     session.screen.pairs([("model", model)])
 

@@ -163,12 +163,11 @@ def baseline(
         return _prune_once(directory, settled, thread, on_event)
 
 
-def save(run_directory: str | Path, on_event: OnEvent | None = None) -> RunResult:
+def save(run_directory: str | Path) -> RunResult:
     """Make the pruned model of a finished run from its masks again, where it was deleted.
 
     Args:
         run_directory: the run's directory.
-        on_event: told of progress.
 
     Raises:
         InputError: no finished run there, it pruned nothing, or it has its model.
@@ -192,8 +191,8 @@ def save(run_directory: str | Path, on_event: OnEvent | None = None) -> RunResul
     request = directory.locate(config.request)
     with stop_on_signals(), directory.locked(), workbench(request, directory.path) as bench:
         directory.check(request, bench.facts())
-        losses = bench.guard_losses(metrics.revision, progress_of(on_event))
-        save_pruned(directory, bench, metrics, losses)
+        bench.sync(metrics.revision)
+        save_pruned(directory, bench, metrics)
     return RunResult(directory.path, metrics)
 
 

@@ -216,7 +216,7 @@ def test_too_little_room_is_refused_before_anything_is_scored(
     act: Callable[..., Any],
 ) -> None:
     too_large(store())
-    monkeypatch.setattr("prunewright.tools.bench.workbench.window_losses", pytest.fail)
+    monkeypatch.setattr("prunewright.tools.execution.base.Execution.window_losses", pytest.fail)
     with pytest.raises(StoreError, match=r"too little room.* 4,39\d(,\d{3}){3} of them"):
         act(settings, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -230,7 +230,7 @@ def test_what_cannot_be_solved_block_by_block_is_refused_before_anything_is_scor
     monkeypatch: pytest.MonkeyPatch,
     act: Callable[..., Any],
 ) -> None:
-    monkeypatch.setattr("prunewright.tools.bench.workbench.window_losses", pytest.fail)
+    monkeypatch.setattr("prunewright.tools.execution.base.Execution.window_losses", pytest.fail)
     settings |= {"model": str(pico_models("HrmTextConfig")), "criterion": "sparsegpt"}
     with pytest.raises(InputError, match="cannot be pruned block by block"):
         act(settings, out=tmp_path / "run")

@@ -432,7 +432,7 @@ def test_an_unforeseen_error_before_anything_was_computed_leaves_the_directory_f
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("prunewright.tools.bench.workbench.window_losses", fail)
+        patch.setattr("prunewright.tools.execution.base.Execution.window_losses", fail)
         result = invoke(command, "-c", config_file, "-o", out)
     assert result.exit_code == 1
     assert "nobody thought of this" in result.stderr

@@ -19,7 +19,6 @@ from prunewright.state.loading import validate_config
 from prunewright.state.run import DENSE
 from prunewright.tools.bench.workbench import Workbench, workbench
 from prunewright.tools.losses import change_with_error
-from prunewright.tools.model.head import window_losses
 from prunewright.tools.store.rundir import RunDirectory
 
 UP, Q = "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"
@@ -95,7 +94,7 @@ def measured_directly(config: dict[str, Any], deltas: dict[str, float]) -> tuple
         losses = []
         for revision in (DENSE, bench.prune(DENSE, DENSE, counts)):
             bench.sync(revision)
-            losses.append(window_losses(bench.loaded.model, bench.head, windows))
+            losses.append(bench.loaded.execution.window_losses(bench.head, windows))
     return change_with_error(losses[0], losses[1])
 
 

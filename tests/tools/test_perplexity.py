@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from prunewright.tools.losses import change_with_error, perplexity
 from prunewright.tools.model import head as module
-from prunewright.tools.model.head import Head, hidden_states, token_losses, window_losses
+from prunewright.tools.model.head import Head, hidden_states, token_losses
 from prunewright.tools.model.loading import LoadedModel
 
 Load = Callable[..., LoadedModel]
@@ -110,8 +110,8 @@ def test_a_model_that_does_not_name_its_body_has_hidden_states(
 def test_window_losses_are_means_and_progress_is_told(load: Load, windows: Tensor) -> None:
     loaded = load()
     told: list[tuple[str, int, int]] = []
-    losses = window_losses(
-        loaded.model, Head(loaded.model), windows, lambda *progress: told.append(progress)
+    losses = loaded.execution.window_losses(
+        Head(loaded.model), windows, lambda *progress: told.append(progress)
     )
     assert losses == pytest.approx([float(full_losses(loaded, w).mean()) for w in windows])
     assert told == [("perplexity", i, 3) for i in (0, 1, 2, 3)]
@@ -121,7 +121,7 @@ def test_perplexity_of_a_uniform_model_is_the_vocabulary(load: Load, windows: Te
     loaded = load()
     with torch.no_grad():
         loaded.model.get_output_embeddings().weight.zero_()
-    losses = window_losses(loaded.model, Head(loaded.model), windows)
+    losses = loaded.execution.window_losses(Head(loaded.model), windows)
     assert perplexity(losses) == pytest.approx(512)
 
 
@@ -163,5 +163,5 @@ def test_cross_entropy_agrees_with_torch(load: Load, windows: Tensor) -> None:
     with torch.no_grad():
         logits = loaded.model(input_ids=windows).logits[:, :-1].reshape(-1, 512)
     expected = functional.cross_entropy(logits, windows[:, 1:].reshape(-1))
-    losses = window_losses(loaded.model, Head(loaded.model), windows)
+    losses = loaded.execution.window_losses(Head(loaded.model), windows)
     assert sum(losses) / 3 == pytest.approx(float(expected), rel=1e-5)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -293,7 +294,7 @@ def test_an_expert_that_is_a_module_of_its_own_gets_the_mean_of_its_like(
     block = loaded.model.get_submodule("model.layers.0")
     block.mlp = Experts(block.mlp)
     block.requires_grad_(False)
-    loaded.layers = find_layers(loaded.model)
+    loaded = replace(loaded, layers=find_layers(loaded.model))
     activations = measure_activations(loaded, windows)
     names = [f"model.layers.0.mlp.experts.{i}.up_proj" for i in range(3)]
     assert activations.notes == [

@@ -1,4 +1,4 @@
-"""Blocks run one by one give what the model gives, and layers are solved on just those inputs."""
+"""Layers are solved on what the pruned blocks before them give."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,13 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from prunewright.state import InputError
 from prunewright.tools.criteria import CRITERIA, sparsegpt
-from prunewright.tools.model.head import hidden_states
-from prunewright.tools.model.layers import find_blocks
 from prunewright.tools.model.loading import LoadedModel
 from prunewright.tools.solve import reconstruction
-from prunewright.tools.solve.blocks import BlockRunner
 from prunewright.tools.solve.solving import Wanted, solve_blocks
 
 Loader = Callable[..., LoadedModel]
@@ -58,80 +54,8 @@ def test_blocks_that_return_a_list_are_solved(load: Loader) -> None:
     loaded = load("OpenAIGPTConfig")
     masks = masks_of(loaded)
     wanted = {name: Wanted(mask=mask) for name, mask in masks.items()}
-    solved, _ = solve_blocks(loaded, windows(), wanted, reconstruct=True)
+    solved, *_ = solve_blocks(loaded, windows(), wanted, reconstruct=True)
     assert all(torch.equal(solved[name].weight == 0, mask) for name, mask in masks.items())
-
-
-def test_blocks_one_by_one_give_what_the_whole_model_gives(load: Loader, family: str) -> None:
-    loaded = load(family)
-    ids = windows()
-    runner = BlockRunner(loaded, ids)
-    blocks = find_blocks(loaded.model)[1]
-    leaving: list[Tensor] = []
-    handle = blocks[-1].register_forward_hook(
-        lambda _, __, out: leaving.append(out[0] if isinstance(out, tuple) else out)
-    )
-    with torch.no_grad():
-        for row in ids:
-            hidden_states(loaded.model, row.unsqueeze(0))
-    handle.remove()
-    for window, expected in enumerate(leaving):
-        hidden = runner.first[window]
-        for index in range(len(blocks)):
-            hidden = runner.run(index, window, hidden)
-        assert torch.equal(hidden, expected)
-
-
-def test_whole_passes_are_made_only_where_a_blocks_arguments_depend_on_the_text(
-    load: Loader, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded = load()
-    ids = windows(5)
-    last = list(find_blocks(loaded.model)[1])[-1]
-    passes = 0
-
-    def counted(*_: Any) -> None:
-        nonlocal passes
-        passes += 1
-
-    with last.register_forward_hook(counted):
-        BlockRunner(loaded, ids)
-    assert passes == 2
-
-    words: list[float] = []
-    forward = last.forward
-
-    def worded(*arguments: Any, word: Tensor, **keywords: Any) -> Any:
-        words.append(float(word))
-        return forward(*arguments, **keywords)
-
-    def tell(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        return arguments, {"word": arguments[0].float().sum()} | keywords
-
-    monkeypatch.setattr(last, "forward", worded)
-    passes = 0
-    with (
-        last.register_forward_pre_hook(tell, with_kwargs=True),
-        last.register_forward_hook(counted),
-    ):
-        runner = BlockRunner(loaded, ids)
-        assert passes == 5
-        told = words.copy()
-        words.clear()
-        for window in range(5):
-            runner.run(len(runner.blocks) - 1, window, torch.zeros_like(runner.first[window]))
-    assert words == told
-    assert len(set(told)) == 5
-
-
-def test_a_model_that_works_between_its_blocks_is_refused(load: Loader) -> None:
-    loaded = load()
-    base = loaded.model.base_model
-    scale = lambda module, args, kwargs: ((args[0] * 2, *args[1:]), kwargs)  # noqa: E731
-    handle = base.layers[1].register_forward_pre_hook(scale, with_kwargs=True, prepend=True)
-    with pytest.raises(InputError, match="between blocks 0 and 1"):
-        BlockRunner(loaded, windows())
-    handle.remove()
 
 
 def test_reconstruction_solves_each_layer_on_what_the_pruned_blocks_give(load: Loader) -> None:
@@ -141,7 +65,7 @@ def test_reconstruction_solves_each_layer_on_what_the_pruned_blocks_give(load: L
     name = next(n for n in loaded.layers if loaded.layers[n].block == 1)
     dense = weights(loaded)
     wanted = {n: Wanted(mask=mask) for n, mask in masks.items()}
-    solved, notes = solve_blocks(loaded, ids, wanted, reconstruct=True)
+    solved, notes, _ = solve_blocks(loaded, ids, wanted, reconstruct=True)
     assert notes == []
     x = watch(loaded, ids, name)[name].double()
     found, mask = solved[name].weight.double(), masks[name]
@@ -175,7 +99,7 @@ def test_masks_hold_and_the_live_model_has_what_is_returned(
     wanted = {n: Wanted(pruned=count) for n, count in counts.items()}
     if reconstruct:
         wanted = {n: Wanted(mask=mask) for n, mask in masks_of(loaded).items()}
-    solved, _ = solve_blocks(loaded, ids, wanted, reconstruct=reconstruct)
+    solved, *_ = solve_blocks(loaded, ids, wanted, reconstruct=reconstruct)
     assert set(solved) == set(wanted)
     for name, layer in solved.items():
         live = loaded.weight(loaded.layers[name])
@@ -208,7 +132,7 @@ def test_sparsegpt_sees_dense_blocks_behind_pruned_ones(load: Loader, shrinkage:
         for name in part:
             loaded.weight(loaded.layers[name]).copy_(expected[name][1])
     wanted = {n: Wanted(pruned=counts[n], shrinkage=shrinkage) for n in names}
-    solved, _ = solve_blocks(loaded, ids, wanted, reconstruct=False)
+    solved, *_ = solve_blocks(loaded, ids, wanted, reconstruct=False)
     for name in names:
         same = (solved[name].mask == expected[name][0]).float().mean()
         assert float(same) > 0.999  # sums in another order may flip a near tie
@@ -226,7 +150,7 @@ def test_obs_weighs_outputs_by_the_mean_of_their_gradient_and_the_layers(
     dense = loaded.dense(layer)
     x = watch(loaded, windows(), name)[name].float()
     wanted = {name: Wanted(pruned=layer.numel // 2, gradient_square=squares)}
-    solved, notes = solve_blocks(loaded, windows(), wanted, criterion="obs", reconstruct=False)
+    solved, notes, _ = solve_blocks(loaded, windows(), wanted, criterion="obs", reconstruct=False)
     assert notes == []
     expected = sparsegpt.prune(
         dense,
@@ -250,7 +174,7 @@ def test_each_expert_is_swept_with_its_own_gradients(load: Loader) -> None:
     squares = torch.ones(experts, rows)
     squares[1, 0] = 1e6
     wanted = {name: Wanted(pruned=layer.numel // 2, gradient_square=squares)}
-    solved, _ = solve_blocks(loaded, windows(8), wanted, criterion="obs", reconstruct=False)
+    solved, *_ = solve_blocks(loaded, windows(8), wanted, criterion="obs", reconstruct=False)
     by_row = layer.matrix(solved[name].mask).sum(-1).tolist()
     assert {sum(pruned) for pruned in by_row} == {layer.numel // 2 // experts}
     usual = layer.numel // 2 // experts // rows
@@ -270,7 +194,7 @@ def test_layers_that_are_not_wanted_keep_their_weights(load: Loader) -> None:
 def test_patterns_and_failures_of_the_solve(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load()
     name = "model.layers.0.mlp.up_proj"
-    solved, notes = solve_blocks(
+    solved, notes, _ = solve_blocks(
         loaded, windows(), {name: Wanted(pattern=(2, 4))}, reconstruct=False
     )
     kept = (~solved[name].mask).reshape(-1, 4).sum(-1)
@@ -280,7 +204,9 @@ def test_patterns_and_failures_of_the_solve(load: Loader, monkeypatch: pytest.Mo
     none = dataclasses.replace(CRITERIA["sparsegpt"], dampings=())
     monkeypatch.setitem(CRITERIA, "sparsegpt", none)
     dense = loaded.dense(loaded.layers[name])
-    solved, notes = solve_blocks(loaded, windows(), {name: Wanted(pruned=700)}, reconstruct=False)
+    solved, notes, _ = solve_blocks(
+        loaded, windows(), {name: Wanted(pruned=700)}, reconstruct=False
+    )
     assert notes == [f"{name}: cannot be solved with any damping, so its weights are not updated"]
     assert int(solved[name].mask.sum()) == 700
     assert torch.equal(solved[name].weight, dense.masked_fill(solved[name].mask, 0))

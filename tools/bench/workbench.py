@@ -7,7 +7,6 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,15 +21,15 @@ from prunewright.tools.calibration.activations import Activations, measure_activ
 from prunewright.tools.calibration.gradients import Gradients, measure_gradients
 from prunewright.tools.calibration.profile import build_profile, statistics_of
 from prunewright.tools.criteria import find_criterion, prune_mask
-from prunewright.tools.fast import INTEGERS, count_zeros, write_masked
+from prunewright.tools.fast import count_zeros
 from prunewright.tools.masks import nm_count
 from prunewright.tools.model.continuations import answer_scores, continue_text, fact_tokens
-from prunewright.tools.model.head import Head, Progress, told, window_losses
+from prunewright.tools.model.head import Head, Progress, told
 from prunewright.tools.model.layers import Layer
 from prunewright.tools.model.loading import LoadedModel, load_model
 from prunewright.tools.model.tokens import embedding_rows
-from prunewright.tools.solve.blocks import BlockRunner, BlockTokens
 from prunewright.tools.solve.solving import Wanted, solve_blocks, solves
+from prunewright.tools.sources import first_line
 from prunewright.tools.store.revisions import Manifest, RevisionStore, StoredLayer, unpack_kept
 from prunewright.tools.store.standing import setting_files
 from prunewright.tools.store.storage import sha256_file
@@ -54,9 +53,11 @@ class Workbench:
             request.model,
             dtype=request.dtype,
             device=request.device,
+            offload=request.offload,
+            batch=None if request.texts.windows.batch == "auto" else request.texts.windows.batch,
             trust_remote_code=request.trust_remote_code,
         )
-        _own_memory(self.loaded)
+        _own_memory(self.loaded, request.offload)
         self.loaded.check_length(request.texts.windows.length)
         self._rows = embedding_rows(self.loaded.model)
         self.windows: Windows = load_windows(
@@ -131,35 +132,36 @@ class Workbench:
             for layer in layers
             if layer.name in target
         }
-        largest = max((self.loaded.weight(layer).nbytes for layer in layers), default=0)
-        scratch = torch.empty(largest, dtype=torch.uint8)
-        for layer, dense in zip(layers, self._dense_layers(layers), strict=True):
-            digest, weight = target.get(layer.name), self.loaded.weight(layer)
+        weights = self.loaded.execution.weights
+        dense_layers = self._dense_layers(layers, home=True)
+        for layer, dense in zip(layers, dense_layers, strict=True):
+            digest = target.get(layer.name)
             self._at[layer.name] = ""  # should this be interrupted, the next sync mends it
-            if digest is None:
-                weight.copy_(dense)
-            else:
-                _write_stored(weight, dense, stored.pop(layer.name), scratch)
+            weights.restore(layer, dense, stored.pop(layer.name, None))
             key = (layer.name, digest)
             if key not in self._counted:
-                self._counted[key] = count_zeros(weight)
+                self._counted[key] = count_zeros(weights.read(layer))
             self._zeros[layer.name] = self._counted[key]
             if digest is None:
                 self._at.pop(layer.name)
             else:
                 self._at[layer.name] = digest
 
-    def _dense_layers(self, layers: Iterable[Layer]) -> Iterator[Tensor]:
+    def _dense_layers(self, layers: Iterable[Layer], *, home: bool = False) -> Iterator[Tensor]:
         """Dense weights of some layers in turn, each good until its live weights change.
 
         Where no mask is on a layer the live ones are dense, and no file is read.
         """
-        for masked, group in itertools.groupby(layers, lambda layer: layer.name in self._at):
-            source = self.loaded.dense_layers if masked else partial(map, self.loaded.weight)
-            yield from source(group)
+        live = self.request.offload == "none"
+        for dense, group in itertools.groupby(layers, lambda ly: live and ly.name not in self._at):
+            if dense:
+                yield from map(self.loaded.weight, group)
+            else:
+                yield from self.loaded.dense_layers(group, home=home)
 
     def _stored(self, digest: str, layer: Layer) -> StoredLayer:
-        found, dtype = self.store.read(digest, layer.shape), self.loaded.weight(layer).dtype
+        found = self.store.read(digest, layer.shape)
+        _, dtype = self.loaded.execution.weights.place(layer)
         if found.kept is not None and found.kept.dtype != dtype:
             raise StoreError(
                 f"the weights that a revision holds of {layer.name} are {found.kept.dtype}, and "
@@ -273,13 +275,13 @@ class Workbench:
             InputError: it does more between its blocks than handing hidden states on.
         """
         if solves(self.request):
-            BlockRunner(self.loaded, self.windows.calibration[:1])
+            self.loaded.execution.check_blocks(self.windows.calibration)
 
     def guard_losses(self, revision: str, progress: Progress | None = None) -> list[float]:
         """Mean loss of each guard window at a revision, nats a token."""
         self.sync(revision)
         self.tokens["guard"] += self.windows.guard.numel()
-        return window_losses(self.loaded.model, self.head, self.windows.guard, progress)
+        return self.loaded.execution.window_losses(self.head, self.windows.guard, progress)
 
     def facts_hash(self) -> str:
         """sha256 of the questions that `knowledge` scores.
@@ -323,7 +325,7 @@ class Workbench:
         """Mean loss of each test window at a revision, nats a token."""
         self.sync(revision)
         self.tokens["test"] += self.windows.test.numel()
-        return window_losses(self.loaded.model, self.head, self.windows.test, progress)
+        return self.loaded.execution.window_losses(self.head, self.windows.test, progress)
 
     def sample(self, revision: str, prompt: str, progress: Progress | None = None) -> str:
         """How the model continues a prompt at a revision; its few tokens are not counted."""
@@ -366,23 +368,21 @@ class Workbench:
             masks = self._masks(revision, gradient_revision, counts, progress)
             return self.store.put(manifest, masks, about)
         wanted = self._wanted(revision, gradient_revision, counts, progress)
-        ran = BlockTokens(self.loaded.model)
         try:
             self._at |= dict.fromkeys(wanted, "")  # no revision's, so that the sync restores them
-            with ran:
-                solved, notes = solve_blocks(
-                    self.loaded,
-                    self.windows.calibration,
-                    wanted,
-                    criterion=request.criterion,
-                    reconstruct=request.reconstruct,
-                    progress=progress,
-                )
+            solved, notes, tokens = solve_blocks(
+                self.loaded,
+                self.windows.calibration,
+                wanted,
+                criterion=request.criterion,
+                reconstruct=request.reconstruct,
+                progress=progress,
+            )
         except ValueError as error:
             raise InputError(f"the layers cannot be pruned so: {error}") from error
         finally:
             self.sync(revision)
-        self.tokens["solve"] += ran.tokens
+        self.tokens["solve"] += tokens
         return self.store.put(
             manifest,
             {name: self._beyond(name, layer.mask) for name, layer in solved.items()},
@@ -474,7 +474,7 @@ class Workbench:
             for name, mask in masks.items():
                 self.try_mask(name, mask, self.loaded.dense(self.loaded.layers[name]))
             self.tokens[use] += guard.numel()
-            return window_losses(self.loaded.model, self.head, guard, progress)
+            return self.loaded.execution.window_losses(self.head, guard, progress)
         finally:
             self.sync(revision)
 
@@ -486,12 +486,12 @@ class Workbench:
             mask: bool, True where pruned, of the weights' shape.
             dense: its dense weights.
         """
-        weight = self.loaded.weight(self.loaded.layers[name])
+        layer = self.loaded.layers[name]
+        weight = self.loaded.weight(layer)
         self._at[name] = ""  # no revision's
         # What is left keeps the values that it has, which a solve may have changed.
-        weight.copy_(torch.where(weight != 0, weight, dense)).masked_fill_(
-            mask.to(weight.device), 0
-        )
+        tried = torch.where(weight != 0, weight, dense).masked_fill_(mask.to(weight.device), 0)
+        self.loaded.execution.weights.write(layer, tried)
 
     def _masks(
         self,
@@ -527,33 +527,16 @@ class Workbench:
         return masks
 
 
-def _own_memory(loaded: LoadedModel) -> None:
+def _own_memory(loaded: LoadedModel, offload: str) -> None:
     """Give each tensor memory of its own.
 
     On a processor they are loaded as views of one map of the file, which stays as long as any of
-    them is alive: beside the pages that masks are written to.
+    them is alive: beside the pages that masks are written to. Weights that are sent away have seen
+    to that already.
     """
-    if loaded.device.type == "cpu":
+    if loaded.device.type == "cpu" and offload == "none":
         for tensor in (*loaded.model.parameters(), *loaded.model.buffers()):
             tensor.data = tensor.data.clone()
-
-
-def _write_stored(weight: Tensor, dense: Tensor, stored: StoredLayer, scratch: Tensor) -> None:
-    """Set a layer to what a revision holds of it.
-
-    Args:
-        weight: what is written.
-        dense: of its shape and dtype.
-        stored: the packed mask, and the kept values if a solve changed them.
-        scratch: at least as many bytes, used again for each layer since fresh memory costs more
-            time than the product.
-    """
-    kept = scratch[: weight.nbytes].view(INTEGERS[weight.dtype.itemsize])
-    kept = kept.copy_(unpack_kept(stored.bits, weight.numel())).view(weight.shape)
-    write_masked(weight, dense, kept.to(weight.device))
-    if stored.kept is not None:
-        places = kept.bool().to(weight.device)
-        weight.masked_scatter_(places, stored.kept.to(weight.device))
 
 
 def _stamps(request: PruneRequest, directory: Path) -> set[tuple[str, int, int]]:
@@ -590,18 +573,33 @@ def workbench(request: PruneRequest, run_directory: Path) -> Iterator[Workbench]
     """
     global _current
     with _lock:
-        if _current is None or _current.request != request or _current.stale:
-            if _current is not None:
-                _current.loaded.close()
-                _current = None
-            _current = Workbench(request)
-        store = RevisionStore(run_directory / "revisions")
-        if _current.store.directory != store.directory:
-            _current.store = store
         try:
+            if _current is None or _current.request != request or _current.stale:
+                if _current is not None:
+                    _current.loaded.close()
+                    _current = None
+                _current = Workbench(request)
+            store = RevisionStore(run_directory / "revisions")
+            if _current.store.directory != store.directory:
+                _current.store = store
             yield _current
+        except torch.OutOfMemoryError as error:
+            _current = None  # whoever goes on loads it anew, perhaps elsewhere
+            raise InputError(_no_room_words(request, error)) from error
         finally:
             _release_memory()
+
+
+def _no_room_words(request: PruneRequest, error: Exception) -> str:
+    """What a device without room for the run means, and which settings take less of it."""
+    smaller = ["offload=cpu (or disk)"] if request.offload == "none" else []
+    if request.offload == "none" and request.texts.windows.batch != 1:
+        smaller.append("texts.windows.batch=1")
+    ways = f"give --set {', --set '.join(smaller)}, or begin" if smaller else "begin"
+    return (
+        f"the device has too little memory: {first_line(error)}. To go on, {ways} a new run with "
+        "shorter texts.windows.length. What was recorded so far is kept"
+    )
 
 
 def _release_memory() -> None:

@@ -10,13 +10,11 @@ from prunewright.tools.calibration.observed import (
     accumulators,
     fill_unseen,
     finished,
-    live_weights,
     unseen_words,
 )
-from prunewright.tools.model.head import Progress, hidden_states, told
+from prunewright.tools.model.head import Progress
 from prunewright.tools.model.layers import Layer
 from prunewright.tools.model.loading import LoadedModel
-from prunewright.tools.model.observe import ProductObserver
 
 
 @dataclass(frozen=True)
@@ -57,9 +55,10 @@ def measure_activations(
         seen = len(tokens) if expert is None else int(tokens.ne(0).any(dim=1).sum())
         counts[layer.name][index] += seen
 
-    with ProductObserver(live_weights(loaded), on_product):
-        for window in told("activations", windows, len(windows), progress):
-            hidden_states(loaded.model, window.to(loaded.device).unsqueeze(0))
+    execution = loaded.execution
+    with execution.observe(on_product):
+        for group in execution.groups("activations", windows, progress):
+            execution.hidden_states(group)
     means = {n: squares[n] / counts[n].clamp(min=1).unsqueeze(1) for n in loaded.layers}
     seen = {name: count > 0 for name, count in counts.items()}
     if orphans := fill_unseen(loaded, means, seen):

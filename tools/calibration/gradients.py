@@ -1,28 +1,24 @@
 """The backward pass of the calibration: how the loss feels each layer."""
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from prunewright.tools.calibration.observed import (
     accumulators,
     fill_from_afar,
     fill_unseen,
     finished,
-    live_weights,
     unseen_words,
 )
-from prunewright.tools.model.head import TOKENS_AT_ONCE, Head, Progress, hidden_states, told
-from prunewright.tools.model.layers import Layer, named_blocks
+from prunewright.tools.execution.base import Execution
+from prunewright.tools.model.head import TOKENS_AT_ONCE, Head, Progress
+from prunewright.tools.model.layers import Layer
 from prunewright.tools.model.loading import LoadedModel
-from prunewright.tools.model.observe import ProductObserver
 
 
 @dataclass(frozen=True)
@@ -68,9 +64,9 @@ def measure_gradients(
     Raises:
         InputError: a gradient is not finite.
     """
-    model = loaded.model
+    model, execution = loaded.model, loaded.execution
     squares, _ = accumulators(loaded, inputs=False)
-    sums = dict.fromkeys(loaded.layers, 0.0)
+    sums = {name: square.new_zeros(()) for name, square in squares.items()}
     kept = {n: torch.zeros(ly.shape) for n, ly in loaded.layers.items()} if by_weight else {}
     tokens = windows.shape[1] - 1
 
@@ -84,11 +80,12 @@ def measure_gradients(
             outputs.register_hook(on_gradient)
 
     def reducer(name: str) -> Callable[[Tensor], None]:
+        # No number leaves the device before all windows are done: that would wait for it each time.
         def reduce(parameter: Tensor) -> None:
             assert parameter.grad is not None
             active = parameter != 0
             total = parameter.grad.abs().mul_(active).sum(dtype=torch.float32)
-            sums[name] += float(total / active.sum().clamp(min=1)) / tokens
+            sums[name] += (total / active.sum().clamp(min=1)).to(sums[name].dtype) / tokens
             if by_weight:
                 gradient = parameter.grad.float().div_(tokens).cpu()
                 kept[name].addcmul_(gradient, gradient, value=1 / len(windows))
@@ -102,19 +99,17 @@ def measure_gradients(
             parameter.requires_grad_(True)
             stack.callback(parameter.requires_grad_, False)
             stack.callback(parameter.register_post_accumulate_grad_hook(reducer(name)).remove)
-        if checkpointing:
-            stack.enter_context(_checkpointed(model))
-        stack.enter_context(ProductObserver(live_weights(loaded), on_product))
+        stack.enter_context(execution.recomputing(checkpointing))
+        stack.enter_context(execution.observe(on_product))
         stack.enter_context(torch.enable_grad())
-        for window in told("gradients", windows, len(windows), progress):
-            _backward(model, head, window.to(loaded.device))
+        for group in execution.groups("gradients", windows, progress, gradients=True):
+            _backward(execution, head, group)
     means = {name: square / (len(windows) * tokens) for name, square in squares.items()}
     for name, value in sums.items():
-        if not math.isfinite(value):
-            means[name].fill_(value)  # refused below
+        means[name] += 0 * value  # what is not finite is refused below
     reached = {name: (mean != 0).any(dim=1) for name, mean in means.items()}
     absolute = {
-        name: torch.tensor([[value / len(windows)]], dtype=torch.float64)
+        name: (value / len(windows)).to("cpu", torch.float64).view(1, 1)
         for name, value in sums.items()
     }
     known = {name: (mean != 0).flatten() for name, mean in absolute.items()}
@@ -132,37 +127,17 @@ def measure_gradients(
     )
 
 
-def _backward(model: PreTrainedModel, head: Head, ids: Tensor) -> None:
-    """Backward pass of the summed token losses of one window [length]."""
+def _backward(execution: Execution, head: Head, ids: Tensor) -> None:
+    """Backward pass of the summed token losses of each window of a group [windows, length]."""
     if not head.exact:
-        logits = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1].float()
-        functional.cross_entropy(logits, ids[1:], reduction="sum").backward()
+        for window in ids:
+            logits = execution.model(input_ids=window.unsqueeze(0), use_cache=False).logits[0, :-1]
+            functional.cross_entropy(logits.float(), window[1:], reduction="sum").backward()
         return
-    hidden = hidden_states(model, ids.unsqueeze(0))
+    hidden = execution.hidden_states(ids)
     leaf = hidden.detach().requires_grad_()
-    states, targets = leaf[0, :-1], ids[1:]
-    for start in range(0, len(targets), TOKENS_AT_ONCE):
-        part = slice(start, start + TOKENS_AT_ONCE)
-        functional.cross_entropy(head(states[part]), targets[part], reduction="sum").backward()
+    for states, targets in zip(leaf[:, :-1], ids[:, 1:], strict=True):
+        for start in range(0, len(targets), TOKENS_AT_ONCE):
+            part = slice(start, start + TOKENS_AT_ONCE)
+            functional.cross_entropy(head(states[part]), targets[part], reduction="sum").backward()
     hidden.backward(leaf.grad)
-
-
-@contextmanager
-def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
-    """Recompute each block's activations in the backward pass, in evaluation mode too."""
-    with ExitStack() as stack:
-        for _, block in named_blocks(model):
-            stack.enter_context(_recomputed(block))
-        yield
-
-
-@contextmanager
-def _recomputed(block: nn.Module) -> Iterator[None]:
-    forward, own = block.forward, "forward" in vars(block)
-    block.forward = lambda *a, **k: checkpoint(forward, *a, use_reentrant=False, **k)
-    try:
-        yield
-    finally:
-        del block.forward  # the class's own method again
-        if own:  # unless something had replaced it before, as accelerate does
-            block.forward = forward

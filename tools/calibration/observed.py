@@ -11,21 +11,15 @@ NAMED = 6
 """Layers that a note names."""
 
 
-def live_weights(loaded: LoadedModel) -> list[tuple[Layer, Tensor]]:
-    """Every prunable layer with its weights as they are now."""
-    return [(layer, loaded.weight(layer)) for layer in loaded.layers.values()]
-
-
 def accumulators(
     loaded: LoadedModel, *, inputs: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Zeros [experts or 1, inputs or outputs] in a wide dtype, and token counts, by layer."""
     squares, counts = {}, {}
-    device = loaded.device
     for name, layer in loaded.layers.items():
-        matrix = layer.matrix(loaded.weight(layer))
-        experts = matrix.shape[0] if matrix.ndim == 3 else 1
-        width = matrix.shape[-1] if inputs else matrix.shape[-2]
+        device, _ = loaded.execution.weights.place(layer)
+        experts = layer.form[0] if len(layer.form) == 3 else 1
+        width = layer.inputs if inputs else layer.outputs
         squares[name] = torch.zeros(experts, width, dtype=wide_dtype(device), device=device)
         counts[name] = torch.zeros(experts, dtype=torch.int64, device=device)
     return squares, counts

@@ -8,12 +8,13 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from prunewright.state.config import Offload
 from prunewright.tools.evaluation.harness import Quiz, ask
 from prunewright.tools.evaluation.kept import Kept
 from prunewright.tools.evaluation.scores import Comparison, TaskScore, compare
 from prunewright.tools.fast import count_zeros
 from prunewright.tools.losses import perplexity
-from prunewright.tools.model.head import Head, Progress, window_losses
+from prunewright.tools.model.head import Head, Progress
 from prunewright.tools.model.loading import LoadedModel, load_model
 from prunewright.tools.model.tokens import embedding_rows
 from prunewright.tools.store.storage import canonical_json, sha256_bytes, write_json
@@ -81,6 +82,7 @@ def evaluate(
     length: int = 1024,
     dtype: str = "auto",
     device: str = "auto",
+    offload: Offload = "none",
     trust_remote_code: bool = False,
     store: Path | None = None,
     progress: Progress | None = None,
@@ -97,6 +99,7 @@ def evaluate(
         length: tokens in one.
         dtype: as in a config.
         device: as in a config.
+        offload: likewise.
         trust_remote_code: run Python code that the models bring.
         store: directory for ``evaluation.json`` and for what was measured so far, so that a
             killed evaluation goes on where it was.
@@ -112,6 +115,7 @@ def evaluate(
             name,
             dtype=dtype,
             device=device,
+            offload=offload,
             trust_remote_code=trust_remote_code,
             keep_dense=False,
         )
@@ -157,18 +161,20 @@ def _losses(
     loaded: LoadedModel, windows: Tensor, kept: Kept, progress: Progress | None
 ) -> list[float]:
     """Mean token loss of each window [windows, length], those that are kept not computed again."""
-    head = Head(loaded.model)
-    losses = []
-    for number, window in enumerate(windows.unsqueeze(1), 1):
-        key = sha256_bytes(canonical_json(window.tolist()))
-        loss = kept.get(key)
-        if not isinstance(loss, float):
-            (loss,) = window_losses(loaded.model, head, window)
-            kept[key] = loss
-        losses.append(loss)
-        if progress is not None:
-            progress("perplexity", number, len(windows))
-    return losses
+    keys = [sha256_bytes(canonical_json([window.tolist()])) for window in windows]
+    found = {key: loss for key in keys if isinstance(loss := kept.get(key), float)}
+    left = [number for number, key in enumerate(keys) if key not in found]
+    if left:
+        head, known = Head(loaded.model), len(windows) - len(left)
+
+        def told(label: str, done: int, total: int) -> None:
+            if progress is not None:
+                progress(label, known + done, known + total)
+
+        losses = loaded.execution.each_loss(head, windows[left], told)
+        for number, loss in zip(left, losses, strict=True):
+            kept[keys[number]] = found[keys[number]] = loss
+    return [found[key] for key in keys]
 
 
 def _score(source: str, losses: list[float], length: int) -> TextScore:

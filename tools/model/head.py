@@ -75,7 +75,26 @@ class Head:
         # Some families (Mamba) carry float32 from block to block in a model of half precision.
         hidden = hidden.to(next(self._head.parameters()).dtype)
         logits: Tensor = self._head(hidden).float() * self._scale / self._divide
-        return self._cap * torch.tanh(logits / self._cap) if self._cap else logits
+        logits = self._cap * torch.tanh(logits / self._cap) if self._cap else logits
+        return logits.to(hidden.device)  # where a model is spread over devices
+
+    def losses(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Next-token losses of one window, in pieces, so that its full logits never exist.
+
+        Args:
+            hidden: its last hidden states [length, width].
+            ids: its token ids [length].
+
+        Returns:
+            Losses [length - 1] in nats, float32.
+        """
+        parts = zip(hidden[:-1].split(TOKENS_AT_ONCE), ids[1:].split(TOKENS_AT_ONCE), strict=True)
+        return torch.cat(
+            [
+                functional.cross_entropy(self(part), target, reduction="none")
+                for part, target in parts
+            ]
+        )
 
     @torch.no_grad()
     def _agrees(self) -> bool:
@@ -100,36 +119,8 @@ def token_losses(model: PreTrainedModel, head: Head, ids: Tensor) -> Tensor:
     Returns:
         Losses [length - 1] in nats, float32.
     """
-    ids = ids.to(model.device).unsqueeze(0)
-    if not head.exact:
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        return functional.cross_entropy(logits, ids[0, 1:], reduction="none")
-    hidden, targets = hidden_states(model, ids)[0, :-1], ids[0, 1:]
-    return torch.cat(
-        [
-            functional.cross_entropy(head(part), target, reduction="none")
-            for part, target in zip(
-                hidden.split(TOKENS_AT_ONCE), targets.split(TOKENS_AT_ONCE), strict=True
-            )
-        ]
-    )
-
-
-def window_losses(
-    model: PreTrainedModel, head: Head, windows: Tensor, progress: Progress | None = None
-) -> list[float]:
-    """Mean token loss of each window.
-
-    Args:
-        model: the causal LM.
-        head: its head.
-        windows: token ids [windows, length].
-        progress: told after each window.
-
-    Returns:
-        One mean loss a window, nats a token.
-    """
-    losses = []
-    for window in told("perplexity", windows, len(windows), progress):
-        losses.append(float(token_losses(model, head, window).cpu().double().mean()))
-    return losses
+    ids = ids.to(model.device)
+    if head.exact:
+        return head.losses(hidden_states(model, ids.unsqueeze(0))[0], ids)
+    logits = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1].float()
+    return functional.cross_entropy(logits, ids[1:], reduction="none")

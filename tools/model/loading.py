@@ -26,7 +26,9 @@ from transformers import (
 )
 
 from prunewright.state import InputError, StoreError
-from prunewright.state.config import EMBEDDED
+from prunewright.state.config import ALL, EMBEDDED, Offload
+from prunewright.tools.execution.base import Execution
+from prunewright.tools.execution.blocks import BlockByBlock
 from prunewright.tools.fast import is_finite, same_bits
 from prunewright.tools.model.checkpoint import (
     Stored,
@@ -70,8 +72,13 @@ class LoadedModel:
     """The file of each stored tensor that the live model has no place for, by its stored name."""
     notes: list[str] = field(default_factory=list)
     """What must be told of any run with it, such as weights that are left dense."""
+    execution: Execution = field(init=False)
+    """How it is run."""
     _files: dict[str, Path] = field(default_factory=dict)
     _copy: CopyInUse | None = None
+
+    def __post_init__(self) -> None:
+        self.execution = Execution(self.model, self.layers, self.device)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -92,21 +99,23 @@ class LoadedModel:
         return sum(layer.numel for layer in self.layers.values())
 
     def weight(self, layer: Layer) -> Tensor:
-        """The live parameter of a layer."""
-        return self.model.get_parameter(layer.parameter).data
+        """The live weights of a layer, which must not be written to."""
+        return self.execution.weights.read(layer)
 
     def dense(self, layer: Layer) -> Tensor:
-        """A copy of the layer's dense weights, read from disk, on its device, in its own dtype.
-
-        That need not be the model's: some classes keep modules in float32 whatever is asked for.
+        """A copy of the layer's dense weights, read from disk, where and as it computes.
 
         Raises:
             StoreError: the file is gone or has changed since the model was loaded.
         """
         return next(self.dense_layers([layer]))
 
-    def dense_layers(self, layers: Iterable[Layer]) -> Iterator[Tensor]:
+    def dense_layers(self, layers: Iterable[Layer], *, home: bool = False) -> Iterator[Tensor]:
         """As `dense` for each of some layers in turn, but a file is opened once for a run of them.
+
+        Args:
+            layers: which.
+            home: give them where and as the live weights lie between passes.
 
         Raises:
             StoreError: as `dense`.
@@ -124,7 +133,9 @@ class LoadedModel:
                         ) from error
                     if tuple(tensor.shape) != layer.shape:
                         raise StoreError(f"{path} has changed since the model was loaded")
-                    yield tensor.to(device=self.device, dtype=self.weight(layer).dtype)
+                    weights = self.execution.weights
+                    device, dtype = weights.home(layer) if home else weights.place(layer)
+                    yield tensor.to(device=device, dtype=dtype)
 
     def dense_file(self, layer: Layer) -> Path:
         """The file that `dense` reads a layer from: the model's own, or a copy in the cache."""
@@ -152,8 +163,18 @@ class LoadedModel:
                 f"{self.name} was made for: lower texts.windows.length (evaluate: --length)"
             )
 
+    def mapped(self) -> dict[str, Tensor]:
+        """The dense weights of each layer as they are stored, mapped from the files, by name."""
+        found = {}
+        for layer in self.layers.values():
+            # The file stays mapped as long as a tensor of it lives.
+            with safe_open(self._files[layer.parameter], framework="pt") as file:
+                found[layer.name] = file.get_tensor(layer.parameter)
+        return found
+
     def close(self) -> None:
         """Drop the weights so that their memory can be reused."""
+        self.execution.close()
         nn.Module.to(self.model, "meta")
 
 
@@ -162,6 +183,8 @@ def load_model(
     *,
     dtype: str = "auto",
     device: str = "auto",
+    offload: Offload = "none",
+    batch: int | None = None,
     trust_remote_code: bool = False,
     keep_dense: bool = True,
 ) -> LoadedModel:
@@ -172,7 +195,11 @@ def load_model(
         dtype: ``auto`` takes half precision where the device computes in it fast: the stored
             dtype if it is a half precision, else bfloat16; but float32 if the model's code cannot
             be run in that.
-        device: ``auto`` takes CUDA, then MPS, then the CPU.
+        device: ``auto`` takes CUDA, then MPS, then the CPU; ``all`` shares the blocks out over all
+            GPUs.
+        offload: where the blocks are while they are not at work: ``none``, on the device; ``cpu``,
+            in the machine's memory; ``disk``, in the files.
+        batch: windows of one pass; None chooses.
         trust_remote_code: run Python code that the model brings.
         keep_dense: make sure that `LoadedModel.dense` can read every layer back; a model whose
             stored weights have other names than the live ones is copied to the cache for that.
@@ -188,11 +215,13 @@ def load_model(
     place = resolve_device(device)
     _compute_alike(place)
     chosen = resolve_dtype(dtype, directory, place)
-    model, stored, extras = _from_files(
-        directory, trust_remote_code=trust_remote_code, dtype=chosen
-    )
     tokenizer = _tokenizer(directory, trust_remote_code=trust_remote_code)
-    nn.Module.to(model, place)
+    spread = {"device_map": "balanced"} if device == ALL else {}
+    model, stored, extras = _from_files(
+        directory, trust_remote_code=trust_remote_code, dtype=chosen, **spread
+    )
+    if offload == "none" and not spread:
+        nn.Module.to(model, place)
     model.eval()
     model.requires_grad_(False)
     if hasattr(model, "set_experts_implementation"):
@@ -209,6 +238,8 @@ def load_model(
             name,
             dtype="float32",
             device=device,
+            offload=offload,
+            batch=batch,
             trust_remote_code=trust_remote_code,
             keep_dense=keep_dense,
         )
@@ -226,10 +257,15 @@ def load_model(
         notes=[f"left dense: {left_dense}"] if left_dense else [],
     )
     _check_values(loaded)
-    _check_causal(loaded)
-    if keep_dense:
+    if keep_dense or offload == "disk":
         loaded._files = _locate_dense(loaded, {key: t.path for key, t in stored.items()})
         _ = loaded.fingerprint, loaded.settings
+    if offload == "none":
+        loaded.execution = Execution(model, layers, place, batch)
+    else:
+        mapped = loaded.mapped() if offload == "disk" else None
+        loaded.execution = BlockByBlock(model, layers, place, mapped)
+    _check_causal(loaded)
     return loaded
 
 
@@ -424,6 +460,14 @@ def resolve_device(device: str) -> torch.device:
     Raises:
         InputError: not a device, or not present on this machine.
     """
+    if device == ALL:
+        if torch.cuda.device_count() < 2:
+            raise InputError(
+                f"device {ALL!r} shares a model out over several GPUs, and this machine has "
+                f"{torch.cuda.device_count()}: give device auto, and offload cpu or disk where the "
+                "model does not fit"
+            )
+        return torch.device("cuda", 0)
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

@@ -159,6 +159,11 @@ class ProductObserver(TorchFunctionMode):
         super().__init__()
         self._on_product = on_product
         self._owners: dict[int, tuple[Layer, int | None]] = {}
+        self.watch(weights)
+
+    def watch(self, weights: Iterable[tuple[Layer, Tensor]]) -> None:
+        """Observe these weights from now on, and no others."""
+        self._owners = {}
         for layer, weight in weights:
             matrix = layer.matrix(weight)
             if matrix.ndim == 2:

@@ -24,17 +24,12 @@ from prunewright.state import InputError, PruneRequest, PrunewrightError, StoreE
 from prunewright.state.run import DENSE
 from prunewright.state.shown import clean
 from prunewright.tools.bench.workbench import Workbench
-from prunewright.tools.fast import count_zeros
 from prunewright.tools.model.checkpoint import auto_class, read_configuration, weight_files
-from prunewright.tools.model.head import Head, window_losses
-from prunewright.tools.model.loading import LoadedModel, load_model
+from prunewright.tools.model.loading import LoadedModel, load_files
 from prunewright.tools.saving.copying import copy_files, files_to_copy
-from prunewright.tools.saving.shards import Live, has_values, read_header, rewrite
+from prunewright.tools.saving.shards import Live, has_values, read_header, rewrite, would_be
 from prunewright.tools.solve.solving import solves
 from prunewright.tools.store.rundir import RunDirectory
-
-VERIFY_WINDOWS = 2
-"""Guard windows on which the saved model is scored again after reloading."""
 
 _SAMPLE = "A tokenizer's\tsample: 3.14159 <|x|> naïve 你好, def f(x): return x\n\n"
 _SINGLE = "model.safetensors"
@@ -87,9 +82,7 @@ def try_saving(run: RunDirectory, bench: Workbench, revisions: int) -> str:
     return words
 
 
-def save_model(
-    run: RunDirectory, bench: Workbench, losses: list[float], card: Callable[[str], str]
-) -> None:
+def save_model(run: RunDirectory, bench: Workbench, card: Callable[[str], str]) -> None:
     """Save the live model as a plain Hugging Face directory, reload it and compare.
 
     The directory appears whole or not at all.
@@ -97,18 +90,17 @@ def save_model(
     Args:
         run: where to.
         bench: the model, at the revision that is saved.
-        losses: of the guard windows there.
         card: makes the README.md, given what `try_saving` returns.
 
     Raises:
-        PrunewrightError: sparsity or losses differ after reloading.
+        PrunewrightError: a value differs after reloading.
         StoreError: cannot write, or the model cannot be reloaded; the run can go on.
     """
     with _scratch(run) as scratch:
         try:
             words = _Saving(bench, run).write(scratch, trial=False)
             (scratch / "README.md").write_text(clean(card(words)), encoding="utf-8")
-            _verify(scratch, bench, losses)
+            _verify(scratch, bench)
             if run.model.exists():
                 shutil.rmtree(run.model)
             scratch.rename(run.model)
@@ -184,7 +176,8 @@ class _Saving:
         try:
             # The input's own is copied; one that transformers would refuse must not be in the way.
             model.generation_config = GenerationConfig() if settings is not None else None
-            model.save_pretrained(target / _RETURNED)
+            with self.loaded.execution.weights.whole():
+                model.save_pretrained(target / _RETURNED)
         finally:
             model.generation_config = settings
         returned = {
@@ -250,7 +243,10 @@ class _Saving:
                 path.chmod(mode)  # safetensors writes for the owner alone
                 path.replace(target / path.name)
         if trial:
-            _check_values(self.bench, target)
+            try:
+                _verify(target, self.bench)
+            except PrunewrightError as error:
+                raise InputError(f"the model could not be saved: {error}") from error
 
     def room(self) -> int:
         """Bytes that are written at most."""
@@ -332,25 +328,6 @@ def _check_same(path: Path, live: Live) -> None:
                 )
 
 
-def _check_values(bench: Workbench, directory: Path) -> None:
-    """Reload a whole directory and compare every parameter with the live one.
-
-    Raises:
-        InputError: one differs.
-    """
-    again = _load_again(bench, directory)
-    try:
-        theirs = dict(again.model.named_parameters())
-        for name, parameter in bench.loaded.model.named_parameters():
-            if name not in theirs or not has_values(parameter.data, theirs[name].data.cpu()):
-                raise InputError(
-                    f"the model could not be saved: {name} would have other values when it is "
-                    "loaded again"
-                )
-    finally:
-        again.close()
-
-
 def _check_reload(loaded: LoadedModel, directory: Path, *, trust_remote_code: bool) -> None:
     """Reload all but the weights from a directory and compare.
 
@@ -397,32 +374,31 @@ def _difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) ->
     return next((name for name, part in parts.items() if part(one) != part(other)), "")
 
 
-def _verify(directory: Path, bench: Workbench, losses: list[float]) -> None:
-    saved = _load_again(bench, directory)
-    try:
-        layers = bench.loaded.layers
-        zeros = {name: count_zeros(saved.weight(layer)) for name, layer in layers.items()}
-        if zeros != bench.zeros():
-            raise PrunewrightError(f"the model saved in {directory} reloads with other zeros")
-        count = min(VERIFY_WINDOWS, len(bench.windows.guard))
-        again = window_losses(saved.model, Head(saved.model), bench.windows.guard[:count])
-        expected = losses[:count]
-        if any(not math.isclose(a, b, rel_tol=1e-3) for a, b in zip(again, expected, strict=True)):
-            raise PrunewrightError(
-                f"the model saved in {directory} reloads with other losses: {again}, not {expected}"
-            )
-    finally:
-        saved.close()
+def _verify(directory: Path, bench: Workbench) -> None:
+    """Load a saved model anew, as anyone would, and compare every parameter with the live one.
 
+    On the processor and out of mapped files, parameter by parameter: another whole model on a
+    device that is as full as it may be would lose a finished run. Equal values have equal losses.
 
-def _load_again(bench: Workbench, directory: Path) -> LoadedModel:
-    return load_model(
-        str(directory),
-        dtype=str(bench.loaded.dtype).removeprefix("torch."),
-        device=str(bench.loaded.device),
+    Raises:
+        PrunewrightError: one differs.
+    """
+    again = load_files(
+        directory,
         trust_remote_code=bench.request.trust_remote_code,
-        keep_dense=False,
+        dtype=str(bench.loaded.dtype).removeprefix("torch."),
     )
+    theirs = dict(again.named_parameters())
+    headers = map(read_header, weight_files(directory))
+    stored = {place["dtype"] for header in headers for place in header.values()}
+    layers = {layer.parameter: layer for layer in bench.loaded.layers.values()}
+    for name, parameter in bench.loaded.model.named_parameters():
+        layer = layers.get(name)
+        live = parameter.data if layer is None else bench.loaded.weight(layer)
+        if name not in theirs or not would_be(live, theirs[name].data, stored):
+            raise PrunewrightError(
+                f"the model saved in {directory} reloads with other values in {name}"
+            )
 
 
 def _reason(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,13 @@ from torch import Tensor
 
 from prunewright.tools.fast import INTEGERS
 
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""What safetensors calls the dtypes of weights."""
 Live = Callable[[str], Tensor | None]
 """The value that a stored tensor has now, by its name; None: it is to stay as it is."""
 
@@ -46,6 +53,23 @@ def rewrite(source: Path, target: Path, live: Live) -> None:
 def has_values(live: Tensor, stored: Tensor) -> bool:
     """Whether a tensor's values are the stored ones, in its dtype, bit for bit."""
     return torch.equal(_bits(stored.to(live.dtype)), _bits(live.cpu()))
+
+
+def would_be(live: Tensor, loaded: Tensor, dtypes: Iterable[str]) -> bool:
+    """Whether a live tensor, written in one of some dtypes as `merge` does, is loaded so.
+
+    Args:
+        live: of any device.
+        loaded: of its shape and dtype.
+        dtypes: as safetensors names them.
+    """
+    live = live.cpu()
+    if torch.equal(_bits(loaded), _bits(live)):
+        return True
+    same = _bits(loaded) == _bits(live)
+    for dtype in filter(None, map(DTYPES.get, dtypes)):
+        same |= _bits(loaded) == _bits(_fit(live, dtype).to(live.dtype))
+    return bool(same.all())
 
 
 def merge(stored: Tensor, live: Tensor) -> Tensor:

@@ -14,15 +14,14 @@ from prunewright.tools.criteria import (
     prune_mask,
     sparsegpt,
 )
-from prunewright.tools.model.head import Progress, told
+from prunewright.tools.execution.base import Run
+from prunewright.tools.model.head import Progress
 from prunewright.tools.model.layers import Layer
 from prunewright.tools.model.loading import LoadedModel
 from prunewright.tools.solve import reconstruction
-from prunewright.tools.solve.blocks import BlockRunner
 
 PASSES = 2
-"""Times that the windows go through the blocks, before their layers are solved and after; see
-`BlockRunner` for what comes before, most often two windows' pass."""
+"""Times that the windows go through the blocks: before their layers are solved, and after."""
 
 
 def solves(request: PruneRequest) -> bool:
@@ -107,7 +106,7 @@ def solve_blocks(
     criterion: str = "sparsegpt",
     reconstruct: bool,
     progress: Progress | None = None,
-) -> tuple[dict[str, Solved], list[str]]:
+) -> tuple[dict[str, Solved], list[str], int]:
     """Prune some layers block by block, each on what the blocks before it give once pruned.
 
     A layer whose mask is given is reconstructed: its outputs are drawn to what its dense weights
@@ -122,52 +121,68 @@ def solve_blocks(
         wanted: what to prune.
         criterion: one that solves, for layers whose mask is not given.
         reconstruct: see above.
-        progress: told after each window of the first pass, and after each block.
+        progress: told after each block.
 
     Returns:
-        What was found by layer, in the model's dtype, on the processor; and notes on layers that
-        needed more damping or were left without an update. The live model has these weights.
+        What was found by layer, in the model's dtype, on the processor; notes on layers that
+        needed more damping or were left without an update; and the tokens that went through the
+        model. The live weights of the wanted layers must be set before they are used again.
 
     Raises:
         InputError: this model's blocks cannot be run one by one.
         ValueError: a layer's inputs do not divide into groups of a pattern.
     """
-    runner = BlockRunner(loaded, windows, progress)
     by_block: dict[int, list[Layer]] = {}
     for layer in loaded.layers.values():
         if layer.name in wanted:
             by_block.setdefault(layer.block, []).append(layer)
-    last = max(by_block, default=-1)
-    states = runner.first
     solved: dict[str, Solved] = {}
     notes: list[str] = []
-    for index in told("solving blocks", range(last + 1), last + 1, progress):
+    if not by_block:
+        return solved, notes, 0
+    weights, execution = loaded.execution.weights, loaded.execution
+    last = max(by_block)
+
+    def visit(index: int, run: Run) -> Tensor:
         layers = by_block.get(index, [])
+        if not layers:
+            return run()
         dense = {ly.name: d for ly, d in zip(layers, loaded.dense_layers(layers), strict=True)}
         grams = _Grams()
-        _start(loaded, layers, dense, wanted)
-        for window, hidden in enumerate(states if layers else []):
-            runner.run(index, window, hidden, grams.see, layers)
+        for layer in layers:
+            mask = wanted[layer.name].mask
+            values = dense[layer.name]
+            weights.write(layer, values if mask is None else _masked(values, mask))
+        with execution.observe(grams.see, layers):
+            states = run()
         for layer in layers:
             found, words = _solve(
                 layer, dense[layer.name], wanted[layer.name], grams, criterion, reconstruct
             )
-            loaded.weight(layer).copy_(found.weight)
-            solved[layer.name] = Solved(found.mask.cpu(), loaded.weight(layer).cpu().clone())
-            notes += words
-        if index < last:
-            states = [runner.run(index, window, hidden) for window, hidden in enumerate(states)]
-    return solved, notes
+            weights.write(layer, found.weight)
+            solved[layer.name] = Solved(found.mask.cpu(), found.weight.cpu())
+            notes.extend(words)
+        # No block needs what leaves the last one.
+        states = states if index == last else run()
+        for layer in layers:
+            weights.let_go(layer)
+        return states
+
+    def counted(index: int, run: Run) -> Tensor:
+        states = visit(index, run)
+        if progress is not None:
+            progress("solving blocks", index + 1, last + 1)
+        return states
+
+    if progress is not None:
+        progress("solving blocks", 0, last + 1)
+    tokens = execution.visit(windows, last + 1, counted)
+    return solved, notes, tokens
 
 
-def _start(
-    loaded: LoadedModel, layers: list[Layer], dense: dict[str, Tensor], wanted: dict[str, Wanted]
-) -> None:
-    """Give layers the weights that a block is first seen with: dense, or masked if it is known."""
-    for layer in layers:
-        weight, mask = loaded.weight(layer).copy_(dense[layer.name]), wanted[layer.name].mask
-        if mask is not None:
-            weight.masked_fill_(mask.to(weight.device), 0)
+def _masked(values: Tensor, mask: Tensor) -> Tensor:
+    """The weights that a block is first seen with where a mask is known."""
+    return values.masked_fill(mask.to(values.device), 0)
 
 
 def _solve(

@@ -1,0 +1,298 @@
+"""A batch of windows run one by one through each block of a model in turn.
+
+The model's own forward pass is what runs: all that lies between the blocks stays as its family
+wrote it, and only the blocks are given one window of the batch at a time. So each block is at work
+once in a pass, and can be away, or be changed, before and after.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from prunewright.tools.model.head import hidden_states
+from prunewright.tools.model.layers import named_blocks
+
+Forward = Callable[..., Any]
+Run = Callable[[], Tensor]
+Visitor = Callable[[int, Run], Tensor]
+"""Is told a block's index and what runs it on all windows; gives the hidden states it leaves."""
+
+_TRIED = 24
+"""Tokens of the pass in which a split batch is compared with its windows alone."""
+
+
+class SplitError(Exception):
+    """A model's blocks cannot be run on one window of a batch at a time; the words say why."""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """How the arguments of each block divide into windows.
+
+    Attributes:
+        windows: in the batch.
+        rows: by block, the rows that one window has of each tensor among the block's arguments, in
+            order; 0 where all windows share it.
+    """
+
+    windows: int
+    rows: list[list[int]]
+
+    def part(self, index: int, window: int, call: Any, tensors: list[Tensor]) -> Any:
+        """A block's arguments for one window.
+
+        Raises:
+            SplitError: they are not those that the batch was divided by.
+        """
+        if len(self.rows[index]) != len(tensors):
+            raise SplitError("a block's arguments change from pass to pass")
+        parts = (
+            tensor[window * rows : (window + 1) * rows] if rows else tensor
+            for tensor, rows in zip(tensors, self.rows[index], strict=True)
+        )
+        return _replaced(call, parts)
+
+
+class Splitter:
+    """Stands in for the forward methods of a model's blocks: see `run`.
+
+    Attributes:
+        trying: whether what runs now only tries how batches can be split.
+        recompute: make activations again in the backward pass instead of keeping them, where a
+            batch is not split.
+        told: called after each block, in the forward pass and in the backward pass.
+        passed: how many times a window went through a block so far.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._blocks = len(named_blocks(model))
+        self._batches: dict[tuple[int, ...], _Batch] = {}
+        self._kinds: list[type | None] = []
+        """The sequence that each block puts its hidden states in; None where it gives them bare."""
+        self._shapes: list[list[tuple[int, ...]]] | None = None
+        self._dry = False
+        self._batch: _Batch | None = None
+        self._visitor: Visitor | None = None
+        self.trying = False
+        self.recompute = False
+        self.told: Callable[[], None] = lambda: None
+        self.passed = 0
+
+    @contextmanager
+    def splitting(self, ids: Tensor, visitor: Visitor | None = None) -> Iterator[None]:
+        """Split the batch that passes inside the ``with`` block are made of.
+
+        Args:
+            ids: the batch, token ids [windows, length].
+            visitor: is told of each block; None just runs it.
+
+        Raises:
+            SplitError: the blocks cannot be run so.
+        """
+        self._batch, self._visitor = self._divided(ids), visitor
+        try:
+            yield
+        finally:
+            self._batch = self._visitor = None
+
+    def run(self, index: int, forward: Forward, *args: Any, **keywords: Any) -> Any:
+        """What a block's forward method returns, window by window where the batch is split."""
+        if self._shapes is not None:
+            return self._recorded(index, forward, args, keywords)
+        if self._batch is None:
+            if self.recompute and torch.is_grad_enabled():
+                outputs = checkpoint(forward, *args, use_reentrant=False, **keywords)
+            else:
+                outputs = forward(*args, **keywords)
+            self.passed += len(_states(outputs))
+        else:
+            outputs = self._split(index, forward, (args, _in_order(keywords)), self._batch)
+        self.told()
+        return outputs
+
+    def _split(self, index: int, forward: Forward, call: Any, batch: _Batch) -> Any:
+        hidden, *others = _tensors(call)
+        if torch.is_grad_enabled():
+            if any(other.requires_grad for other in others):
+                raise SplitError("gradients reach a block by more than its hidden states")
+            hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
+            states: Tensor = _Recomputed.apply(  # type: ignore[no-untyped-call]
+                self, index, forward, call, batch, hidden
+            )
+        elif self._visitor is not None:
+            states = self._visitor(index, lambda: self.forward(index, forward, call, batch))
+        else:
+            states = self.forward(index, forward, call, batch)
+        kind = self._kinds[index]
+        return states if kind is None else kind([states])
+
+    def forward(self, index: int, forward: Forward, call: Any, batch: _Batch) -> Tensor:
+        """The hidden states [windows, length, width] that leave a block."""
+        tensors = list(_tensors(call))
+        leaving = torch.empty_like(tensors[0])
+        for window in range(batch.windows):
+            args, keywords = batch.part(index, window, call, tensors)
+            leaving[window] = _states(forward(*args, **keywords))[0]
+        self.passed += batch.windows
+        return leaving
+
+    def backward(
+        self, index: int, forward: Forward, call: Any, batch: _Batch, gradients: Tensor
+    ) -> Tensor:
+        """The gradient at what enters a block, [windows, length, width].
+
+        Window by window, so that whoever is told of a weight's gradient is told of one window's.
+        """
+        tensors = [tensor.detach() for tensor in _tensors(call)]
+        entering = torch.empty_like(gradients)
+        for window in range(batch.windows):
+            args, keywords = batch.part(index, window, call, tensors)
+            hidden = next(_tensors((args, keywords))).requires_grad_()
+            with torch.enable_grad():
+                states = _states(forward(*args, **keywords))
+            torch.autograd.backward(states, gradients[window : window + 1])
+            assert hidden.grad is not None
+            entering[window] = hidden.grad[0]
+        self.told()
+        return entering
+
+    def _divided(self, ids: Tensor) -> _Batch:
+        """How a batch of a shape divides, found out by passes in which the blocks do nothing."""
+        shape = tuple(ids.shape)
+        if shape not in self._batches:
+            if not self._kinds:
+                self._try(ids)
+            one, all_ = self._pass(ids[:1], dry=True), self._pass(ids, dry=True)
+            rows = [_rows(a, b, len(ids)) for a, b in zip(one, all_, strict=True)]
+            self._batches[shape] = _Batch(len(ids), rows)
+        return self._batches[shape]
+
+    @torch.no_grad()
+    def _pass(self, ids: Tensor, *, dry: bool) -> list[list[tuple[int, ...]]]:
+        """The shapes of all tensors that each block is given; the blocks do nothing if ``dry``."""
+        shapes: list[list[tuple[int, ...]]] = []
+        self._shapes, self._dry = shapes, dry
+        try:
+            hidden_states(self._model, ids)
+        finally:
+            self._shapes = None
+        if len(shapes) != self._blocks:
+            raise SplitError(f"{self._blocks} blocks are called {len(shapes)} times in one pass")
+        return shapes
+
+    def _recorded(self, index: int, forward: Forward, args: Any, keywords: Any) -> Any:
+        assert self._shapes is not None
+        if index != len(self._shapes):
+            raise SplitError("the blocks are not called once each, in their order")
+        tensors = list(_tensors((args, _in_order(keywords))))
+        self._shapes.append([tuple(tensor.shape) for tensor in tensors])
+        if self._dry:
+            kind = self._kinds[index]
+            return tensors[0] if kind is None else kind([tensors[0]])
+        outputs = forward(*args, **keywords)
+        if any(True for _ in _tensors(outputs[1:] if isinstance(outputs, tuple | list) else ())):
+            raise SplitError("its blocks hand on more than hidden states")
+        self._kinds.append(None if isinstance(outputs, Tensor) else type(outputs))
+        return outputs
+
+    @torch.no_grad()
+    def _try(self, like: Tensor) -> None:
+        """Learn what the blocks return, and compare a split batch with its windows alone.
+
+        Raises:
+            SplitError: they differ, or a block returns more than its hidden states.
+        """
+        vocabulary = self._model.config.get_text_config().vocab_size
+        length = min(_TRIED, like.shape[1])
+        ids = torch.arange(2 * length, device=like.device).view(2, length) % vocabulary
+        self.trying = True
+        try:
+            self._pass(ids[:1], dry=False)
+            alone = torch.cat([hidden_states(self._model, row.unsqueeze(0)) for row in ids])
+            with self.splitting(ids):
+                split = hidden_states(self._model, ids)
+            # In half precision norms differ with the shapes that they are computed in.
+            relative = 1e-4 if alone.dtype == torch.float32 else 0.02
+            if not bool((alone - split).abs().max() <= relative * alone.abs().max() + 1e-6):
+                raise SplitError("its hidden states change when windows take each block in turn")
+        except SplitError:
+            self._kinds, self._batches = [], {}
+            raise
+        finally:
+            self.trying = False
+
+
+class _Recomputed(torch.autograd.Function):
+    """A block over a split batch, whose activations are made again in the backward pass.
+
+    As one node for the whole batch: it is reached once, with the gradients of all windows there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, splitter: Splitter, index: int, forward: Forward, call: Any, batch: _Batch,
+        _: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.splitter, ctx.call = splitter, (index, forward, call, batch)
+        return splitter.forward(index, forward, call, batch)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        return None, None, None, None, None, ctx.splitter.backward(*ctx.call, gradients[0])
+
+
+def _in_order(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with the hidden states first, should they have a name."""
+    if "hidden_states" not in keywords:
+        return keywords
+    return {"hidden_states": keywords["hidden_states"]} | keywords
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists and dicts, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
+
+
+def _replaced(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """A nested value with its tensors replaced, in the order of `_tensors`."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if isinstance(value, tuple | list):
+        return type(value)([_replaced(part, tensors) for part in value])
+    if isinstance(value, dict):
+        return {key: _replaced(part, tensors) for key, part in value.items()}
+    return value
+
+
+def _states(outputs: Any) -> Tensor:
+    """The hidden states in what a block returns: alone, or first of several."""
+    states: Tensor = outputs if isinstance(outputs, Tensor) else outputs[0]
+    return states
+
+
+def _rows(one: list[tuple[int, ...]], all_: list[tuple[int, ...]], windows: int) -> list[int]:
+    """The rows that a window has of each tensor, from its shapes for one window and for all."""
+    if len(one) != len(all_):
+        raise SplitError("a block's arguments depend on the size of the batch")
+    rows = []
+    for a, b in zip(one, all_, strict=True):
+        if a[:1] and b == (windows * a[0], *a[1:]):
+            rows.append(a[0])
+        elif a == b:
+            rows.append(0)
+        else:
+            raise SplitError("a block's arguments do not divide into windows")
+    if not rows or rows[0] != 1:
+        raise SplitError("the hidden states do not divide into windows")
+    return rows
