@@ -261,6 +261,15 @@ class PruneRequest(Options):
         return value
 
     @model_validator(mode="after")
+    def _one_way(self) -> "PruneRequest":
+        if self.device == ALL and self.offload != "none":
+            raise ValueError(
+                f"device {ALL} keeps all blocks on the GPUs, and offload {self.offload} keeps them "
+                "elsewhere: leave one of the two away"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _reachable(self) -> "PruneRequest":
         if self.target > self.max_layer_sparsity:
             raise ValueError(

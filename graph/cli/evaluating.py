@@ -12,6 +12,7 @@ from prunewright.graph.cli.screen.results import print_evaluation
 from prunewright.graph.cli.session import Session, quiet_transformers
 from prunewright.graph.running.logs import log_progress
 from prunewright.state import InputError, load_config
+from prunewright.state.config import Offload
 from prunewright.state.study import load_evaluation_options
 
 
@@ -121,6 +122,12 @@ def evaluate_command(
         str,
         typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", autocompletion=devices),
     ] = "auto",
+    offload: Annotated[
+        Offload,
+        typer.Option(
+            "--offload", help="Where the blocks are while they are not at work: none, cpu or disk."
+        ),
+    ] = "none",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings.")
     ] = False,
@@ -129,7 +136,7 @@ def evaluate_command(
     """Measure perplexity and answers of any model, dense or pruned, alone or against another."""
     session: Session = ctx.obj
     # The config's own bounds, before anything is loaded.
-    bounds = load_config(None, None, dtype=dtype, device=device)
+    bounds = load_config(None, None, dtype=dtype, device=device, offload=offload)
     if protocol not in ("windows", "literature"):
         raise InputError(f"--protocol is windows or literature, not {protocol!r}")
     if protocol == "literature" and windows is not None:
@@ -170,6 +177,7 @@ def evaluate_command(
             length=length or (2048 if protocol == "literature" else 1024),
             dtype=bounds.dtype,
             device=device,
+            offload=offload,
             trust_remote_code=trust_remote_code,
             store=out,
             progress=progress,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunewright.tools.calibration.observed import (
     accumulators,
@@ -102,6 +103,10 @@ def measure_gradients(
         stack.enter_context(execution.recomputing(checkpointing))
         stack.enter_context(execution.observe(on_product))
         stack.enter_context(torch.enable_grad())
+        if execution.device.type == "cuda":
+            # The other kernels add up gradients in whatever order their threads end.
+            ways = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+            stack.enter_context(sdpa_kernel(ways, set_priority=True))
         for group in execution.groups("gradients", windows, progress, gradients=True):
             _backward(execution, head, group)
     means = {name: square / (len(windows) * tokens) for name, square in squares.items()}

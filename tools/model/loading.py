@@ -6,13 +6,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -75,6 +77,8 @@ class LoadedModel:
     execution: Execution = field(init=False)
     """How it is run."""
     _files: dict[str, Path] = field(default_factory=dict)
+    _dense: dict[str, Tensor] = field(default_factory=dict)
+    """Dense weights by layer that lie nearer than their file, where there is room."""
     _copy: CopyInUse | None = None
 
     def __post_init__(self) -> None:
@@ -120,7 +124,16 @@ class LoadedModel:
         Raises:
             StoreError: as `dense`.
         """
-        for path, group in itertools.groupby(layers, lambda layer: self._files[layer.parameter]):
+
+        def file_of(layer: Layer) -> Path | None:
+            return None if layer.name in self._dense else self._files[layer.parameter]
+
+        for path, group in itertools.groupby(layers, file_of):
+            if path is None:
+                for layer in group:
+                    place, _ = self.execution.weights.place(layer)
+                    yield self._dense[layer.name].to(place, non_blocking=True)
+                continue
             with ExitStack() as stack:
                 file: Any = None
                 for layer in group:
@@ -215,6 +228,8 @@ def load_model(
     place = resolve_device(device)
     _compute_alike(place)
     chosen = resolve_dtype(dtype, directory, place)
+    # Beside all that follows, which does not need it.
+    digest = _background(lambda: weights_digest(weight_files(directory)) if keep_dense else "")
     tokenizer = _tokenizer(directory, trust_remote_code=trust_remote_code)
     spread = {"device_map": "balanced"} if device == ALL else {}
     model, stored, extras = _from_files(
@@ -257,11 +272,15 @@ def load_model(
         notes=[f"left dense: {left_dense}"] if left_dense else [],
     )
     _check_values(loaded)
+    if keep_dense:
+        loaded.fingerprint = digest.result()
+        _ = loaded.settings
     if keep_dense or offload == "disk":
         loaded._files = _locate_dense(loaded, {key: t.path for key, t in stored.items()})
-        _ = loaded.fingerprint, loaded.settings
     if offload == "none":
         loaded.execution = Execution(model, layers, place, batch)
+        if keep_dense:
+            loaded._dense = _nearer(loaded)
     else:
         mapped = loaded.mapped() if offload == "disk" else None
         loaded.execution = BlockByBlock(model, layers, place, mapped)
@@ -305,6 +324,15 @@ def _from_files(
         raise InputError(words) from error
     model: PreTrainedModel = found[0]
     return model, stored, check_fit(directory, content, stored, model, found[1])
+
+
+def _background(work: Callable[[], str]) -> "Future[str]":
+    """The result of some work that is done in a thread of its own meanwhile."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        return pool.submit(work)
+    finally:
+        pool.shutdown(wait=False)
 
 
 def _tokenizer(directory: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -555,6 +583,25 @@ def _locate_dense(loaded: LoadedModel, stored: dict[str, Path]) -> dict[str, Pat
                 "name another directory in PRUNEWRIGHT_CACHE"
             ) from error
     return copies
+
+
+def _nearer(loaded: LoadedModel) -> dict[str, Tensor]:
+    """The dense weights on the GPU beside the live ones, or else in memory that it reads fast.
+
+    Where neither has room, and on a processor, whose files are mapped, they are read from the file.
+    """
+    if loaded.device.type != "cuda":
+        return {}
+    live = {name: loaded.weight(layer) for name, layer in loaded.layers.items()}
+    by_device: dict[torch.device, int] = {}
+    for weight in live.values():
+        by_device[weight.device] = by_device.get(weight.device, 0) + weight.nbytes
+    # What a backward pass and a solve take must stay free.
+    if all(torch.cuda.mem_get_info(d)[0] > 2 * size for d, size in by_device.items()):
+        return {name: weight.clone() for name, weight in live.items()}
+    if psutil.virtual_memory().available > 2 * sum(by_device.values()):
+        return {name: weight.cpu().pin_memory() for name, weight in live.items()}
+    return {}
 
 
 def _holds(files: dict[str, Path], loaded: LoadedModel) -> bool:
