@@ -65,6 +65,7 @@ class OffloadedWeights(LiveWeights):
         layers: Mapping[str, Layer],
         device: torch.device,
         mapped: Mapping[str, Tensor] | None,
+        dtypes: Mapping[str, torch.dtype],
     ) -> None:
         """Send a model's blocks away and the rest of it to the device.
 
@@ -74,6 +75,7 @@ class OffloadedWeights(LiveWeights):
             device: where it computes.
             mapped: the dense weights of each layer as they lie in a file, by name; None where all
                 are kept in memory.
+            dtypes: of every parameter where it computes, by name.
         """
         super().__init__(model)
         self._device = device
@@ -82,6 +84,7 @@ class OffloadedWeights(LiveWeights):
         """What layers have in place of the dense weights in their files."""
         self.block: int | None = None
         owners = {id(model.get_parameter(ly.parameter)): ly for ly in layers.values()}
+        computing = {id(p): dtypes[name] for name, p in model.named_parameters()}
         blocks = [list(block.parameters()) for _, block in named_blocks(model)]
         uses = Counter(id(parameter) for block in blocks for parameter in block)
         self._moved: list[list[_Moved]] = []
@@ -94,13 +97,13 @@ class OffloadedWeights(LiveWeights):
                 if uses[id(parameter)] > 1 or (layer is None and parameter.nbytes <= SMALL):
                     continue
                 home = self._home(parameter, layer, mapped)
-                self._moved[-1].append(_Moved(parameter, home, parameter.dtype, layer))
+                self._moved[-1].append(_Moved(parameter, home, computing[id(parameter)], layer))
                 parameter.data = home
                 away.add(id(parameter))
         self._homes = {m.layer.name: m for block in self._moved for m in block if m.layer}
         for parameter in model.parameters():
             if id(parameter) not in away:
-                parameter.data = parameter.data.to(device)
+                parameter.data = parameter.data.to(device, computing[id(parameter)])
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
@@ -236,10 +239,11 @@ class BlockByBlock(Execution):
         layers: dict[str, Layer],
         device: torch.device,
         mapped: Mapping[str, Tensor] | None,
+        dtypes: Mapping[str, torch.dtype],
     ) -> None:
         """Send the blocks away; see `OffloadedWeights`, whose arguments these are."""
         super().__init__(model, layers, device)
-        self._offloaded = OffloadedWeights(model, layers, device, mapped)
+        self._offloaded = OffloadedWeights(model, layers, device, mapped, dtypes)
         self.weights = self._offloaded
         self._observers: list[tuple[ProductObserver, set[str]]] = []
         self._hooks = ExitStack()

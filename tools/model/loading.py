@@ -232,9 +232,14 @@ def load_model(
     digest = _background(lambda: weights_digest(weight_files(directory)) if keep_dense else "")
     tokenizer = _tokenizer(directory, trust_remote_code=trust_remote_code)
     spread = {"device_map": "balanced"} if device == ALL else {}
-    model, stored, extras = _from_files(
-        directory, trust_remote_code=trust_remote_code, dtype=chosen, **spread
-    )
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code} | spread
+    # As they are stored, weights stay in their files; converted, they would all be in memory.
+    first = "auto" if offload == "disk" else chosen
+    model, stored, extras = _from_files(directory, dtype=first, **options)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    if offload == "disk":
+        meta = _from_files(directory, dtype=chosen, device_map="meta", **options)[0]
+        dtypes = {name: parameter.dtype for name, parameter in meta.named_parameters()}
     if offload == "none" and not spread:
         nn.Module.to(model, place)
     model.eval()
@@ -283,7 +288,7 @@ def load_model(
             loaded._dense = _nearer(loaded)
     else:
         mapped = loaded.mapped() if offload == "disk" else None
-        loaded.execution = BlockByBlock(model, layers, place, mapped)
+        loaded.execution = BlockByBlock(model, layers, place, mapped, dtypes)
     _check_causal(loaded)
     return loaded
 
