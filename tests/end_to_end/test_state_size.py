@@ -27,7 +27,7 @@ def long_run(
     make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[int, int]]:
     """Forty steps of a model with 210 layers, and the database's size after each."""
-    shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 30}
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 30}
     model = make_model(**shape, num_attention_heads=2, num_key_value_heads=2)
     out = tmp_path_factory.mktemp("long") / "run"
     config = {

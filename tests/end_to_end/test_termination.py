@@ -51,9 +51,9 @@ def test_the_target_is_met_and_never_passed(
 def test_layers_of_a_few_weights_still_land(
     agent: str, make_model: Callable[..., Path], config: dict[str, Any], tmp_path: Path
 ) -> None:
-    """With 42 layers of 64 weights or so, rounding each down would miss by 0.6 %."""
-    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 6}
-    model = make_model(**shape, num_attention_heads=2, num_key_value_heads=1)
+    """With 42 layers of 256 weights, rounding each down would miss by 0.2 %."""
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 6}
+    model = make_model(**shape, num_attention_heads=2, num_key_value_heads=2)
     config |= {"model": str(model), "agent": agent, "guard": {"max_increase": 1e6}}
     metrics = run(config | {"target": 0.317}, out=tmp_path / "run").metrics
     assert metrics.status == REACHED

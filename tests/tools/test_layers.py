@@ -109,34 +109,37 @@ class Config:
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.gate = nn.Linear(8, 4)  # as many outputs as experts: a router
-        self.shared_expert_gate = nn.Linear(8, 1)
-        self.proj = nn.Linear(8, 8)
-        self.norm = nn.LayerNorm(8)
-        self.conv = Conv1D(6, 8)
-        self.mlp = nn.ModuleDict({"gate": nn.Linear(8, 16)})  # a projection that is named gate
+        self.gate = nn.Linear(64, 4)  # as many outputs as experts: a router
+        self.shared_expert_gate = nn.Linear(256, 1)
+        self.proj = nn.Linear(16, 16)
+        self.mixing = nn.Linear(15, 17)  # one weight less than `proj`
+        self.norm = nn.LayerNorm(64)
+        self.conv = Conv1D(6, 64)
+        self.mlp = nn.ModuleDict({"gate": nn.Linear(64, 16)})  # a projection that is named gate
 
 
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.config = Config()
-        self.embed = nn.Embedding(4096, 8)
-        self.small = nn.ModuleList([nn.Linear(4, 4)])
+        self.embed = nn.Embedding(4096, 64)
+        self.small = nn.ModuleList([nn.Linear(32, 32)])
         self.body = nn.ModuleDict({"blocks": nn.ModuleList([Block(), Block()])})
-        self.lm_head = nn.Linear(8, 4096)
+        self.lm_head = nn.Linear(64, 4096)
 
 
-def test_routers_go_by_name_and_width_together() -> None:
-    layers = find_layers(Model())
+def test_routers_go_by_name_and_width_together_and_what_is_small_stays_dense() -> None:
+    model = Model()
+    layers = find_layers(model)
     assert [layer.projection for layer in layers.values() if layer.block == 0] == [
         "proj",
         "conv",
         "mlp.gate",
     ]
     assert layers["body.blocks.1.conv"] == Layer(
-        "body.blocks.1.conv", "body.blocks.1.conv.weight", 1, "conv", (8, 6), True
+        "body.blocks.1.conv", "body.blocks.1.conv.weight", 1, "conv", (64, 6), True
     )
+    assert "mixing (fewer than 256 weights)" in left_dense(model, layers, {})[0]
 
 
 class Moe(nn.Module):
@@ -144,19 +147,19 @@ class Moe(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.router = nn.ModuleDict({"proj": nn.Linear(8, 4)})
-        self.modality_router = nn.Linear(8, 3)
-        self.gate = nn.ModuleDict({"down_proj": nn.Linear(8, 6), "wg": nn.Linear(6, 4)})
-        self.classifier = nn.Linear(8, 4)  # as many outputs as experts, beside experts
-        self.experts = nn.ModuleList([nn.Linear(8, 4) for _ in range(4)])
-        self.gate_proj = nn.Linear(8, 16)
-        self.output_gate = nn.Linear(8, 8)
+        self.router = nn.ModuleDict({"proj": nn.Linear(64, 4)})
+        self.modality_router = nn.Linear(64, 3)
+        self.gate = nn.ModuleDict({"down_proj": nn.Linear(64, 48), "wg": nn.Linear(48, 4)})
+        self.classifier = nn.Linear(64, 4)  # as many outputs as experts, beside experts
+        self.experts = nn.ModuleList([nn.Linear(64, 4) for _ in range(4)])
+        self.gate_proj = nn.Linear(64, 128)
+        self.output_gate = nn.Linear(64, 64)
 
 
 def test_what_routes_tokens_goes_by_any_part_of_its_path() -> None:
     model = nn.Module()
     model.config = {"text_config": {"ffn_config": {"moe_num_experts": 4}}}  # type: ignore[assignment]
-    block = nn.ModuleDict({"mlp": Moe(), "attention": nn.ModuleDict({"k_proj": nn.Linear(8, 4)})})
+    block = nn.ModuleDict({"mlp": Moe(), "attention": nn.ModuleDict({"k_proj": nn.Linear(64, 4)})})
     model.layers = nn.ModuleList([block])
     layers = find_layers(model)
     assert [layer.projection for layer in layers.values()] == [
@@ -166,21 +169,21 @@ def test_what_routes_tokens_goes_by_any_part_of_its_path() -> None:
         "attention.k_proj",
     ]
     words, lost = left_dense(model, layers, {})
-    routers = 32 + 24 + 48 + 24 + 32
-    total = routers + 4 * 32 + 128 + 64 + 32
+    routers = 256 + 192 + 3072 + 192 + 256
+    total = routers + 4 * 256 + 8192 + 4096 + 256
     assert words.startswith(f"{routers / total:.2%} of the blocks' weights: mlp.gate.down_proj")
     assert "mlp.router.proj (routes tokens)" in words
-    assert lost == 32 / total  # by width alone: its name says nothing
+    assert lost == 256 / total  # by width alone: its name says nothing
 
 
 def test_a_parameter_that_blocks_share_is_one_layer_and_tied_embeddings_are_none() -> None:
-    shared = nn.Linear(8, 8)
+    shared = nn.Linear(16, 16)
     model = nn.Module()
-    model.embed = nn.Embedding(16, 8)
-    head = nn.Linear(8, 16)
+    model.embed = nn.Embedding(32, 16)
+    head = nn.Linear(16, 32)
     head.weight = model.embed.weight
     model.blocks = nn.ModuleList(
-        nn.ModuleDict({"own": nn.Linear(8, 8), "shared": shared, "head": head}) for _ in range(3)
+        nn.ModuleDict({"own": nn.Linear(16, 16), "shared": shared, "head": head}) for _ in range(3)
     )
     layers = find_layers(model)
     assert list(layers) == ["blocks.0.own", "blocks.0.shared", "blocks.1.own", "blocks.2.own"]
@@ -189,7 +192,7 @@ def test_a_parameter_that_blocks_share_is_one_layer_and_tied_embeddings_are_none
 def test_stacks_of_like_blocks_are_numbered_through() -> None:
     model = nn.Module()
     model.core = nn.ModuleList([Block() for _ in range(3)])
-    model.tower = nn.ModuleList([nn.Linear(4, 4)])
+    model.tower = nn.ModuleList([nn.Linear(32, 32)])
     model.coda = nn.ModuleList([Block() for _ in range(2)])
     assert [name for name, _ in named_blocks(model)] == [
         "core.0",

@@ -26,6 +26,10 @@ _EXPERT_COUNTS = {
 
 _NAMED = 6
 """Kinds of weights that are named among those that are left dense."""
+SMALLEST = 256
+"""Weights of the smallest matrix that is pruned. What is smaller mixes a few streams, as `altup` of
+Gemma 3n does, or gives a head one value. A step would take hardly a weight of it, its zeros save
+less than the file that lists them, and its few inputs would keep a whole model from 2:4."""
 
 
 @dataclass(frozen=True)
@@ -175,8 +179,9 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
     """What may be pruned in all blocks by its structure alone, in the model's order, by name.
 
     Linear and Conv1D weights and stacked matrices (experts) count; routers, gates of one output,
-    embeddings, norms and everything outside the blocks do not. A parameter that several modules
-    share is listed once, where it comes first, and not at all if the embeddings share it.
+    matrices below `SMALLEST`, embeddings, norms and everything outside the blocks do not. A
+    parameter that several modules share is listed once, where it comes first, and not at all if the
+    embeddings share it.
     `reach.used_layers` tells which of them a pass of the model uses, and how.
 
     Raises:
@@ -192,7 +197,7 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
     layers: dict[str, Layer] = {}
     for index, (prefix, block) in enumerate(named_blocks(model)):
         for layer, parameter in _block_layers(block, prefix, index, experts):
-            if id(parameter) not in taken:
+            if id(parameter) not in taken and layer.inputs * layer.outputs >= SMALLEST:
                 taken.add(id(parameter))
                 layers[layer.name] = layer
     if not layers:
@@ -289,6 +294,8 @@ def left_dense(
                 short = unnumbered(path.removesuffix(".weight"))
                 router = any(_is_router(part) for part in path.split("."))
                 reason = "routes tokens" if router else why.get(f"{prefix}.{path}")
+                if not reason and parameter.shape[-2:].numel() < SMALLEST:
+                    reason = f"fewer than {SMALLEST} weights"
                 lost += 0 if router else parameter.numel()
                 key = f"{short} ({reason})" if reason else short
                 left[key] = left.get(key, 0) + parameter.numel()
