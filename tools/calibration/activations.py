@@ -5,12 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prunewright.state import InputError
 from prunewright.tools.calibration.observed import (
     accumulators,
-    fill_unseen,
     finished,
-    unseen_words,
+    mean_squares,
 )
 from prunewright.tools.model.head import Progress
 from prunewright.tools.model.layers import Layer
@@ -22,8 +20,9 @@ class Activations:
     """Input statistics of all layers at one revision.
 
     Attributes:
-        input_square: E[x_j^2] by layer, float32 [inputs] or [experts, inputs].
-        notes: what a reader must know, such as experts that no token reached.
+        input_square: E[x_j^2] by layer, float32 [inputs] or [experts, inputs], over the tokens
+            that are routed to an expert (`mean_squares`).
+        notes: what a reader must know, such as experts that few tokens reached.
     """
 
     input_square: dict[str, Tensor]
@@ -59,14 +58,8 @@ def measure_activations(
     with execution.observe(on_product):
         for group in execution.groups("activations", windows, progress):
             execution.hidden_states(group)
-    means = {n: squares[n] / counts[n].clamp(min=1).unsqueeze(1) for n in loaded.layers}
-    seen = {name: count > 0 for name, count in counts.items()}
-    if orphans := fill_unseen(loaded, means, seen):
-        raise InputError(
-            f"{orphans[0]} took part in no product that could be observed while the model ran: "
-            "this model has a kind of layer that is not supported"
-        )
+    means, notes = mean_squares(loaded, squares, counts, windows.numel())
     return Activations(
         {name: finished(means[name], layer, "inputs") for name, layer in loaded.layers.items()},
-        unseen_words("{} saw no calibration token and count as the mean of their like", seen),
+        notes,
     )

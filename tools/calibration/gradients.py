@@ -14,7 +14,7 @@ from prunewright.tools.calibration.observed import (
     fill_from_afar,
     fill_unseen,
     finished,
-    unseen_words,
+    said_of,
 )
 from prunewright.tools.execution.base import Execution
 from prunewright.tools.model.head import TOKENS_AT_ONCE, Head, Progress
@@ -125,9 +125,9 @@ def measure_gradients(
         {name: float(value) for name, value in absolute.items()},
         {name: finished(means[name], ly, "gradients") for name, ly in loaded.layers.items()},
         {name: loaded.layers[name].matrix(values) for name, values in kept.items()},
-        unseen_words(
+        said_of(
             "{} got no gradient and count as the mean of their like",
-            {name: there & known[name] for name, there in reached.items()},
+            {name: ~(there & known[name]) for name, there in reached.items()},
         ),
     )
 

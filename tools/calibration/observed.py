@@ -9,6 +9,15 @@ from prunewright.tools.model.loading import LoadedModel
 
 NAMED = 6
 """Layers that a note names."""
+ENOUGH = 32
+"""Tokens from which on an expert's E[x^2] is its own alone.
+
+Measured on SmolLM2-135M (MLPs of three blocks, tokens routed to eight clusters, half of the weights
+pruned as Wanda does) by the saliency that is lost, against the least, which other tokens of the
+cluster give. 16 tokens lose 9 to 52 % more than the least, 32 about as much as all clusters' do (4
+to 48 %), 16 of the cluster and 16 of all 3 to 29 %. Where the clusters' inputs mean other things,
+as those of experts' second matrices do (shuffled by cluster), these are better in two of three.
+"""
 
 
 def accumulators(
@@ -23,6 +32,49 @@ def accumulators(
         squares[name] = torch.zeros(experts, width, dtype=wide_dtype(device), device=device)
         counts[name] = torch.zeros(experts, dtype=torch.int64, device=device)
     return squares, counts
+
+
+def mean_squares(
+    loaded: LoadedModel, squares: dict[str, Tensor], counts: dict[str, Tensor], tokens: int
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Means of squares of inputs, and notes on what saw few tokens, or none.
+
+    For the tokens that an expert lacks to `ENOUGH` stands the mean over all those that reached it
+    or its like: the other experts of its tensor, or of its block where each is a module.
+
+    Args:
+        loaded: the model.
+        squares: sums by layer [experts or 1, inputs].
+        counts: tokens by layer [experts or 1].
+        tokens: of the text; what saw all of them lacks none.
+
+    Raises:
+        InputError: a layer saw none, nor did its like.
+    """
+    alike: dict[tuple[int, tuple[int, ...], str], list[str]] = {}
+    for name, layer in loaded.layers.items():
+        alike.setdefault((layer.block, layer.form, layer.kind), []).append(name)
+    enough, means = min(ENOUGH, tokens), {}
+    for names in alike.values():
+        seen = torch.stack([counts[name].sum() for name in names]).sum()
+        if not seen:
+            raise InputError(
+                f"{names[0]} took part in no product that could be observed while the model ran: "
+                "this model has a kind of layer that is not supported"
+            )
+        like = torch.stack([squares[name].sum(dim=0) for name in names]).sum(dim=0) / seen
+        for name in names:
+            missing = (enough - counts[name]).clamp(min=0).unsqueeze(1)
+            means[name] = (squares[name] + missing * like) / (counts[name].unsqueeze(1) + missing)
+    none = {name: count == 0 for name, count in counts.items()}
+    few = {name: (count < enough) & ~none[name] for name, count in counts.items()}
+    words = (
+        f"{{}} saw fewer than {enough} calibration tokens: the mean of their like stands in for "
+    )
+    return means, [
+        *said_of("{} saw no calibration token and count as the mean of their like", none),
+        *said_of(f"{words}the missing ones", few),
+    ]
 
 
 def fill_unseen(
@@ -74,12 +126,12 @@ def fill_from_afar(
             means[name].fill_(sum(anywhere) / len(anywhere))
 
 
-def unseen_words(words: str, seen: dict[str, Tensor]) -> list[str]:
-    """One sentence on what was not seen; none where all was."""
+def said_of(words: str, which: dict[str, Tensor]) -> list[str]:
+    """One sentence on some layers and experts, True in [experts or 1]; none where it is of none."""
     parts = [
-        name if len(there) == 1 else f"{int((~there).sum())} of {len(there)} in {name}"
-        for name, there in seen.items()
-        if not bool(there.all())
+        name if len(ones) == 1 else f"{int(ones.sum())} of {len(ones)} in {name}"
+        for name, ones in which.items()
+        if bool(ones.any())
     ]
     more = f" and {len(parts) - NAMED} more" if len(parts) > NAMED else ""
     return [words.format(", ".join(parts[:NAMED]) + more)] if parts else []
