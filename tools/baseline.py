@@ -93,7 +93,12 @@ def prune_once(
                 layers=[LayerDelta(name=n, delta=s) for n, s in applied.items()],
             ),
             applied=applied,
-            notes=[*bench.loaded.notes, *notes, *bench.store.about(revision).get("notes", [])],
+            notes=[
+                *bench.loaded.notes,
+                *bench.statistics_notes(),
+                *notes,
+                *bench.store.about(revision).get("notes", []),
+            ],
             revision=revision,
             candidate=revision,
             sparsity_before=dense_sparsity,

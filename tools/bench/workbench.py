@@ -232,6 +232,11 @@ class Workbench:
         """Let statistics be taken, and their tokens be counted, again."""
         self._activations = self._gradients = None
 
+    def statistics_notes(self) -> list[str]:
+        """What a reader must know of the statistics as taken, such as experts short of tokens."""
+        taken = (self._activations, self._gradients)
+        return [note for one in taken if one is not None for note in one[1].notes]
+
     def profile(
         self,
         revision: str,
