@@ -89,8 +89,9 @@ PICO: dict[str, dict[str, Any]] = {
         "attention_chunk_size": 64,
     },
     "ZambaConfig": {
-        "num_hidden_layers": 4,
-        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "max_position_embeddings": 64,
+        "num_hidden_layers": 3,
+        "layers_block_type": ["mamba", "hybrid", "hybrid"],
         "num_key_value_heads": 4,
         "attention_hidden_size": 64,
         "attention_head_dim": 16,
@@ -98,8 +99,8 @@ PICO: dict[str, dict[str, Any]] = {
         "mamba_dt_rank": 8,
     },
     "Zamba2Config": {
-        "num_hidden_layers": 6,
-        "layers_block_type": ["mamba", "hybrid", "mamba", "mamba", "hybrid", "mamba"],
+        "num_hidden_layers": 3,
+        "layers_block_type": ["mamba", "hybrid", "hybrid"],
         "num_mem_blocks": 1,
         "num_key_value_heads": 4,
         "attention_hidden_size": 64,
@@ -128,6 +129,7 @@ PICO: dict[str, dict[str, Any]] = {
     "DeepseekV32Config": _SPARSE_ATTENTION,
     "GlmMoeDsaConfig": _SPARSE_ATTENTION,
     "DeepseekV4Config": {
+        "max_position_embeddings": 64,
         "layer_types": ["compressed_sparse_attention", "heavily_compressed_attention"],
         "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
         "mlp_layer_types": ["hash_moe", "moe"],
@@ -163,6 +165,7 @@ PICO: dict[str, dict[str, Any]] = {
         "head_dim": 8,
     },
     "Qwen4ExpTextConfig": {
+        "max_position_embeddings": 64,
         "num_key_value_heads": 2,
         "head_dim": 8,
         "layer_types": ["linear_attention", "indexed_attention"],

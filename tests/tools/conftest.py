@@ -13,7 +13,6 @@ from prunewright.tools.model.loading import LoadedModel, load_model
 FAMILIES = (
     "LlamaConfig",
     "Qwen3Config",
-    "MistralConfig",
     "Gemma2Config",
     "OPTConfig",
     "GPT2Config",

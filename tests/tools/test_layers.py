@@ -20,7 +20,6 @@ MLP = {"mlp.gate_proj": (64, 32), "mlp.up_proj": (64, 32), "mlp.down_proj": (32,
 EXPECTED: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
     "LlamaConfig": ("model.layers", ATTENTION | MLP),
     "Qwen3Config": ("model.layers", ATTENTION | MLP),
-    "MistralConfig": ("model.layers", ATTENTION | MLP),
     "Gemma2Config": ("model.layers", ATTENTION | MLP),
     "OPTConfig": (
         "model.decoder.layers",
