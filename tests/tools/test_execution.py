@@ -288,10 +288,12 @@ def test_blocks_that_cannot_take_windows_in_turn_are_refused(load: Load, windows
     ):
         loaded.execution.check_blocks(windows)
     loaded = load("LlamaConfig")
-    first = named_blocks(loaded.model)[0][1]
-    forward = first.forward
-    first.forward = lambda *args, **kw: (forward(*args, **kw),) * 2
-    with pytest.raises(InputError, match="hand on more than hidden states"):
+    handed: list[Tensor] = []
+    first, second = (block for _, block in named_blocks(loaded.model))
+    forwards = first.forward, second.forward
+    first.forward = lambda *args, **kw: (forwards[0](*args, **kw), handed.append(args[0]))[0]
+    second.forward = lambda x, *args, **kw: forwards[1](x + handed[-1][:1], *args, **kw)
+    with pytest.raises(InputError, match="change when windows take each block in turn"):
         loaded.execution.check_blocks(windows)
 
 

@@ -37,12 +37,19 @@ class _Batch:
 
     Attributes:
         windows: in the batch.
-        rows: by block, the rows that one window has of each tensor among the block's arguments, in
-            order; 0 where all windows share it.
+        places: by block, the dimension of each tensor among the block's arguments, in order, along
+            which windows lie, and how much of it one window has; None where all windows share the
+            tensor.
     """
 
     windows: int
-    rows: list[list[int]]
+    places: list[list[tuple[int, int] | None]]
+
+    def of(self, index: int, window: int, states: Tensor) -> Tensor:
+        """A window's part of the hidden states at a block: a view."""
+        place = self.places[index][0]
+        assert place is not None
+        return states.narrow(place[0], window * place[1], place[1])
 
     def part(self, index: int, window: int, call: Any, tensors: list[Tensor]) -> Any:
         """A block's arguments for one window.
@@ -50,11 +57,11 @@ class _Batch:
         Raises:
             SplitError: they are not those that the batch was divided by.
         """
-        if len(self.rows[index]) != len(tensors):
+        if len(self.places[index]) != len(tensors):
             raise SplitError("a block's arguments change from pass to pass")
         parts = (
-            tensor[window * rows : (window + 1) * rows] if rows else tensor
-            for tensor, rows in zip(tensors, self.rows[index], strict=True)
+            tensor if place is None else tensor.narrow(place[0], window * place[1], place[1])
+            for tensor, place in zip(tensors, self.places[index], strict=True)
         )
         return _replaced(call, parts)
 
@@ -74,8 +81,9 @@ class Splitter:
         self._model = model
         self._blocks = len(named_blocks(model))
         self._batches: dict[tuple[int, ...], _Batch] = {}
-        self._kinds: list[type | None] = []
-        """The sequence that each block puts its hidden states in; None where it gives them bare."""
+        self._kinds: list[tuple[type, int] | None] = []
+        """The sequence that each block puts its hidden states in, and its length; None where it
+        gives them bare."""
         self._shapes: list[list[tuple[int, ...]]] | None = None
         self._dry = False
         self._batch: _Batch | None = None
@@ -114,7 +122,8 @@ class Splitter:
             self.passed += len(_states(outputs))
         else:
             outputs = self._split(index, forward, (args, _in_order(keywords)), self._batch)
-        self.told()
+        if not self.trying:
+            self.told()
         return outputs
 
     def _split(self, index: int, forward: Forward, call: Any, batch: _Batch) -> Any:
@@ -130,8 +139,12 @@ class Splitter:
             states = self._visitor(index, lambda: self.forward(index, forward, call, batch))
         else:
             states = self.forward(index, forward, call, batch)
+        return self._returned(index, states)
+
+    def _returned(self, index: int, states: Tensor) -> Any:
+        """Hidden states as a block returns them; what it returns beside them is left out."""
         kind = self._kinds[index]
-        return states if kind is None else kind([states])
+        return states if kind is None else kind[0]([states, *[None] * (kind[1] - 1)])
 
     def forward(self, index: int, forward: Forward, call: Any, batch: _Batch) -> Tensor:
         """The hidden states [windows, length, width] that leave a block."""
@@ -139,7 +152,7 @@ class Splitter:
         leaving = torch.empty_like(tensors[0])
         for window in range(batch.windows):
             args, keywords = batch.part(index, window, call, tensors)
-            leaving[window] = _states(forward(*args, **keywords))[0]
+            batch.of(index, window, leaving).copy_(_states(forward(*args, **keywords)))
         self.passed += batch.windows
         return leaving
 
@@ -154,12 +167,13 @@ class Splitter:
         entering = torch.empty_like(gradients)
         for window in range(batch.windows):
             args, keywords = batch.part(index, window, call, tensors)
-            hidden = next(_tensors((args, keywords))).requires_grad_()
+            hidden = next(_tensors((args, keywords))).detach().requires_grad_()
+            args, keywords = _replaced((args, keywords), _first(hidden, (args, keywords)))
             with torch.enable_grad():
                 states = _states(forward(*args, **keywords))
-            torch.autograd.backward(states, gradients[window : window + 1])
+            torch.autograd.backward(states, batch.of(index, window, gradients))
             assert hidden.grad is not None
-            entering[window] = hidden.grad[0]
+            batch.of(index, window, entering).copy_(hidden.grad)
         self.told()
         return entering
 
@@ -170,8 +184,8 @@ class Splitter:
             if not self._kinds:
                 self._try(ids)
             one, all_ = self._pass(ids[:1], dry=True), self._pass(ids, dry=True)
-            rows = [_rows(a, b, len(ids)) for a, b in zip(one, all_, strict=True)]
-            self._batches[shape] = _Batch(len(ids), rows)
+            places = [_places(a, b, len(ids)) for a, b in zip(one, all_, strict=True)]
+            self._batches[shape] = _Batch(len(ids), places)
         return self._batches[shape]
 
     @torch.no_grad()
@@ -194,12 +208,10 @@ class Splitter:
         tensors = list(_tensors((args, _in_order(keywords))))
         self._shapes.append([tuple(tensor.shape) for tensor in tensors])
         if self._dry:
-            kind = self._kinds[index]
-            return tensors[0] if kind is None else kind([tensors[0]])
+            return self._returned(index, tensors[0])
         outputs = forward(*args, **keywords)
-        if any(True for _ in _tensors(outputs[1:] if isinstance(outputs, tuple | list) else ())):
-            raise SplitError("its blocks hand on more than hidden states")
-        self._kinds.append(None if isinstance(outputs, Tensor) else type(outputs))
+        bare = isinstance(outputs, Tensor)
+        self._kinds.append(None if bare else (type(outputs), len(outputs)))
         return outputs
 
     @torch.no_grad()
@@ -222,9 +234,14 @@ class Splitter:
             relative = 1e-4 if alone.dtype == torch.float32 else 0.02
             if not bool((alone - split).abs().max() <= relative * alone.abs().max() + 1e-6):
                 raise SplitError("its hidden states change when windows take each block in turn")
-        except SplitError:
-            self._kinds, self._batches = [], {}
+        except (torch.OutOfMemoryError, KeyboardInterrupt):
             raise
+        except Exception as error:  # each family fails its own way without what it hands on
+            self._kinds, self._batches = [], {}
+            if isinstance(error, SplitError):
+                raise
+            words = str(error).strip() or type(error).__name__
+            raise SplitError(f"its blocks hand on more than hidden states: {words}") from error
         finally:
             self.trying = False
 
@@ -281,18 +298,28 @@ def _states(outputs: Any) -> Tensor:
     return states
 
 
-def _rows(one: list[tuple[int, ...]], all_: list[tuple[int, ...]], windows: int) -> list[int]:
-    """The rows that a window has of each tensor, from its shapes for one window and for all."""
+def _first(hidden: Tensor, call: Any) -> Iterator[Tensor]:
+    """The tensors of a call with others in place of the hidden states."""
+    _, *others = _tensors(call)
+    return iter([hidden, *others])
+
+
+def _places(
+    one: list[tuple[int, ...]], all_: list[tuple[int, ...]], windows: int
+) -> list[tuple[int, int] | None]:
+    """Where windows lie in each tensor, from its shapes for one window and for all."""
     if len(one) != len(all_):
         raise SplitError("a block's arguments depend on the size of the batch")
-    rows = []
+    places: list[tuple[int, int] | None] = []
     for a, b in zip(one, all_, strict=True):
-        if a[:1] and b == (windows * a[0], *a[1:]):
-            rows.append(a[0])
-        elif a == b:
-            rows.append(0)
+        apart = [dim for dim in range(len(a)) if len(a) == len(b) and a[dim] != b[dim]]
+        if a == b:
+            # Of a single window the hidden states are all its own.
+            places.append((0, a[0]) if windows == 1 and not places else None)
+        elif len(apart) == 1 and b[apart[0]] == windows * a[apart[0]]:
+            places.append((apart[0], a[apart[0]]))
         else:
             raise SplitError("a block's arguments do not divide into windows")
-    if not rows or rows[0] != 1:
+    if not places or places[0] is None:
         raise SplitError("the hidden states do not divide into windows")
-    return rows
+    return places
