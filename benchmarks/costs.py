@@ -26,9 +26,9 @@ from prunewright.tools.bench import workbench
 from prunewright.tools.bench.workbench import Workbench
 from prunewright.tools.calibration import profile
 from prunewright.tools.execution.base import Execution
+from prunewright.tools.fast import unpack_bits
 from prunewright.tools.model import head as perplexity
 from prunewright.tools.model.loading import load_model
-from prunewright.tools.store.revisions import unpack_kept
 from prunewright.tools.store.rundir import RunDirectory
 
 FEW_LAYERS = 40
@@ -94,12 +94,12 @@ def fewer_layers(bench: Workbench, old: str, new: str) -> str:
     """The revision that differs from ``old`` as ``new`` does, in some evenly spread layers only."""
     before, after = bench.store.manifest(old), bench.store.manifest(new)
     names = [name for name in after if after[name] != before.get(name)]
-    masks = {}
-    for name in names[:: max(1, len(names) // FEW_LAYERS)][:FEW_LAYERS]:
-        layer = bench.loaded.layers[name]
-        kept = unpack_kept(bench.store.read(after[name], layer.shape).bits, layer.numel)
-        masks[name] = kept.reshape(layer.shape) == 0
-    return bench.store.put(before, masks)
+    with bench.store.writer(before) as writer:
+        for name in names[:: max(1, len(names) // FEW_LAYERS)][:FEW_LAYERS]:
+            layer = bench.loaded.layers[name]
+            bits = bench.store.read(after[name], layer.shape).bits
+            writer.add(name, unpack_bits(bits, layer.numel).bool())
+    return writer.revision
 
 
 def seconds_of(work: Callable[[], object]) -> float:

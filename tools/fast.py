@@ -8,10 +8,15 @@ against the plain ones.
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """What holds the bits of a number, by its bytes."""
+
+
+def on_processor(tensor: Tensor) -> bool:
+    """Whether the tricks for processors hold for a tensor; elsewhere torch does all, in place."""
+    return tensor.device.type == "cpu"
 
 
 def count_zeros(weight: Tensor) -> int:
@@ -31,7 +36,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     """
     integers = INTEGERS[one.dtype.itemsize]
     one, other = one.view(integers), other.view(integers)
-    if one.device.type == "cpu":
+    if on_processor(one):
         return np.array_equal(one.numpy(), other.numpy())
     return torch.equal(one, other)
 
@@ -51,7 +56,7 @@ def kth_lowest(values: Tensor, k: int) -> Tensor:
     By numpy's partition, two (over the whole matrix) to four times (in its rows) as fast as
     ``torch.kthvalue``.
     """
-    if values.device.type != "cpu":
+    if not on_processor(values):
         return values.kthvalue(k, dim=-1).values
     # numpy has no bfloat16; float32 holds its numbers exactly.
     numbers = values.float() if values.dtype == torch.bfloat16 else values
@@ -64,7 +69,7 @@ def ascending(values: Tensor) -> Tensor:
 
     By numpy, which keeps no index of the order: nine times as fast as ``torch.sort`` (2^16 values).
     """
-    if values.device.type == "cpu":
+    if on_processor(values):
         return torch.from_numpy(np.sort(values.numpy(), axis=-1))
     return values.sort(dim=-1).values
 
@@ -82,3 +87,50 @@ def write_masked(weight: Tensor, dense: Tensor, kept: Tensor) -> None:
     """
     integers = INTEGERS[weight.dtype.itemsize]
     torch.mul(dense.view(integers), kept, out=weight.view(integers))
+
+
+def pack_bits(flags: Tensor) -> Tensor:
+    """Flags as bits, eight a byte, the first the highest: numpy's packbits, on any device.
+
+    By numpy on a processor, thirty times as fast as by shifts.
+
+    Args:
+        flags: bool, of any shape.
+
+    Returns:
+        uint8 [bytes] on their device, the last byte filled up with zeros.
+    """
+    flat = flags.reshape(-1)
+    if on_processor(flat):
+        return torch.from_numpy(np.packbits(flat.numpy()))
+    eights = nn.functional.pad(flat.view(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)
+    return (eights << _places(eights)).sum(dim=1, dtype=torch.uint8)
+
+
+def unpack_bits(bits: Tensor, count: int) -> Tensor:
+    """The inverse of `pack_bits`, one byte a flag.
+
+    By numpy on a processor, fifteen times as fast as by shifts.
+
+    Args:
+        bits: uint8 [bytes].
+        count: of flags.
+
+    Returns:
+        uint8 [count] on their device: 0 or 1.
+    """
+    if on_processor(bits):
+        return torch.from_numpy(np.unpackbits(bits.numpy(), count=count))
+    return (bits.unsqueeze(1) >> _places(bits)).bitwise_and_(1).view(-1)[:count]
+
+
+def _places(bits: Tensor) -> Tensor:
+    return torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
+
+
+def count_bits(bits: Tensor) -> int:
+    """How many bits are set, of bytes on the processor.
+
+    Five times as fast as counting the flags.
+    """
+    return int(np.bitwise_count(bits.numpy()).sum())

@@ -2,28 +2,44 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor
 
 from prunewright.state import StoreError
 from prunewright.state.run import DENSE
-from prunewright.tools.store.revisions import RevisionStore, pack_layer, unpack_kept
+from prunewright.tools.fast import pack_bits
+from prunewright.tools.store import revisions
+from prunewright.tools.store.revisions import WRITERS, Manifest, RevisionStore
 
 
 def unpacked(bits: Tensor, *shape: int) -> Tensor:
-    kept = unpack_kept(bits, torch.Size(shape).numel())
-    assert kept.dtype == torch.uint8
-    assert set(kept.tolist()) <= {0, 1}
-    return kept.reshape(shape) == 0
+    flags = np.unpackbits(bits.numpy(), count=torch.Size(shape).numel())
+    return torch.from_numpy(flags.astype(bool)).reshape(shape)
+
+
+def put(
+    store: RevisionStore,
+    parent: Manifest,
+    masks: dict[str, Tensor] | Iterator[tuple[str, Tensor]],
+    about: dict[str, Any] | None = None,
+) -> str:
+    """The name of a revision."""
+    with store.writer(parent, about) as writer:
+        for name, one in masks.items() if isinstance(masks, dict) else masks:
+            writer.add(name, one)
+    return writer.revision
 
 
 def mask(seed: int, *shape: int) -> Tensor:
@@ -40,26 +56,33 @@ def files(store: RevisionStore) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(0, 999))
-def test_a_mask_survives_packing(shape: list[int], seed: int) -> None:
-    original = mask(seed, *shape)
-    assert torch.equal(unpacked(load(pack_layer(original))["mask"], *shape), original)
+def test_a_file_holds_the_bits_that_numpy_packs_and_the_kept_values(store: RevisionStore) -> None:
+    original, weight = mask(1, 5, 7).T, torch.randn(7, 5, dtype=torch.bfloat16)
+    with store.writer({}) as writer:
+        writer.add("a", original, weight)
+    found = load((store.directory / "masks" / store.manifest(writer.revision)["a"]).read_bytes())
+    assert found["mask"].numpy().tobytes() == np.packbits(original.numpy()).tobytes()
+    kept = [w for w, gone in zip(weight.flatten(), original.flatten(), strict=True) if not gone]
+    assert found["kept"].tolist() == kept
+    read = store.read(store.manifest(writer.revision)["a"], (7, 5))
+    assert torch.equal(unpacked(read.bits, 7, 5), original)
+    assert read.kept is not None
+    assert read.kept.tolist() == kept
 
 
-def test_a_mask_takes_one_bit_a_weight() -> None:
-    small, large = (len(pack_layer(mask(0, 64, n))) for n in (64, 128))
-    assert large - small == pytest.approx(64 * 64 / 8, abs=8)
-
-
-def test_a_view_is_packed_in_its_own_order() -> None:
-    original = mask(1, 5, 7)
-    assert torch.equal(unpacked(load(pack_layer(original.T))["mask"], 7, 5), original.T)
+def test_a_mask_of_no_more_than_the_layers_own_zeros_is_none(store: RevisionStore) -> None:
+    one = torch.zeros(5, 7, dtype=torch.bool)
+    first = put(store, {}, {"a": mask(1, 5, 7), "b": mask(2, 5, 7), "c": mask(3, 5, 7)})
+    with store.writer(store.manifest(first)) as writer:
+        writer.add("a", one)
+        writer.add("b", mask(4, 5, 7), own=int(mask(4, 5, 7).sum()))
+        writer.add("c", mask(4, 5, 7), own=int(mask(4, 5, 7).sum()) - 1)
+    assert set(store.manifest(writer.revision)) == {"c"}
 
 
 def test_masks_come_back_from_a_revision(store: RevisionStore) -> None:
     masks = {"a": mask(1, 5, 7), "b": mask(2, 3, 4, 5)}
-    revision = store.put({}, masks, {"criterion": "wanda"})
+    revision = put(store, {}, masks, {"criterion": "wanda"})
     manifest = RevisionStore(store.directory).manifest(revision)
     assert set(manifest) == {"a", "b"}
     for name, original in masks.items():
@@ -68,7 +91,7 @@ def test_masks_come_back_from_a_revision(store: RevisionStore) -> None:
 
 
 def test_names_are_hashes_of_the_content(store: RevisionStore) -> None:
-    revision = store.put({}, {"a": mask(1, 5, 7)})
+    revision = put(store, {}, {"a": mask(1, 5, 7)})
     [manifest] = (store.directory / "manifests").iterdir()
     layers = json.loads(manifest.read_bytes())["layers"]
     assert manifest.name == f"{revision}.json"
@@ -82,19 +105,19 @@ def test_equal_masks_have_equal_names_wherever_and_however_they_were_made(
     store: RevisionStore, tmp_path: Path
 ) -> None:
     a, b = mask(1, 5, 7), mask(2, 6, 6)
-    at_once = store.put({}, {"a": a, "b": b}, {"criterion": "wanda"})
+    at_once = put(store, {}, {"a": a, "b": b}, {"criterion": "wanda"})
     other = RevisionStore(tmp_path / "other")
-    first = other.put({}, {"b": b})
-    by_steps = other.put(other.manifest(first), {"a": a}, {"criterion": "magnitude"})
+    first = put(other, {}, {"b": b})
+    by_steps = put(other, other.manifest(first), {"a": a}, {"criterion": "magnitude"})
     assert at_once == by_steps
     assert first != by_steps
-    assert store.put({}, {"a": b, "b": b}) != at_once
+    assert put(store, {}, {"a": b, "b": b}) != at_once
 
 
 def test_layers_that_stay_are_stored_once_and_nothing_is_altered(store: RevisionStore) -> None:
-    first = store.put({}, {"a": mask(1, 5, 7), "b": mask(2, 5, 7), "c": mask(2, 5, 7)})
+    first = put(store, {}, {"a": mask(1, 5, 7), "b": mask(2, 5, 7), "c": mask(2, 5, 7)})
     before = files(store)
-    second = store.put(store.manifest(first), {"a": mask(3, 5, 7)})
+    second = put(store, store.manifest(first), {"a": mask(3, 5, 7)})
     after = files(store)
     assert {k: after[k] for k in before} == before
     new = set(after) - set(before)
@@ -102,30 +125,51 @@ def test_layers_that_stay_are_stored_once_and_nothing_is_altered(store: Revision
     assert len([k for k in after if k.startswith("masks")]) == 3
     one, two = store.manifest(first), store.manifest(second)
     assert {k for k in one if one[k] != two[k]} == {"a"}
-    store.put(one, {"a": mask(3, 5, 7)}, {"about": "something else"})
+    put(store, one, {"a": mask(3, 5, 7)}, {"about": "something else"})
     assert files(store) == after
 
 
 def test_the_dense_revision_needs_no_file(store: RevisionStore) -> None:
     assert store.manifest(DENSE) == {}
     assert not store.directory.exists()
-    assert store.put({}, {}) == DENSE
+    assert put(store, {}, {}) == DENSE
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
 def test_a_damaged_mask_is_named(damage: str, store: RevisionStore) -> None:
-    revision = store.put({}, {"a": mask(1, 50, 70)})
+    revision = put(store, {}, {"a": mask(1, 50, 70)})
     digest = store.manifest(revision)["a"]
     path = store.directory / "masks" / digest
     data = bytearray(path.read_bytes())
     data[-3] ^= 4
     path.write_bytes({"flip": bytes(data), "cut": bytes(data[:-9]), "empty": b""}[damage])
-    with pytest.raises(StoreError, match=rf"{digest} is damaged"):
-        store.read(digest, (50, 70))
+    for reading in (store, RevisionStore(store.directory)):
+        os.utime(path, ns=(0, 0))
+        with pytest.raises(StoreError, match=rf"{digest} is damaged"):
+            reading.read(digest, (50, 70))
+
+
+@pytest.mark.parametrize("reading", ["here", "elsewhere"])
+def test_a_file_is_hashed_once_by_who_writes_or_reads_it(
+    reading: str, store: RevisionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[int] = []
+
+    def counted(data: bytes) -> str:
+        hashed.append(len(data))
+        return hashlib.sha256(data).hexdigest()
+
+    digest = store.manifest(put(store, {}, {"a": mask(1, 50, 70)}))["a"]
+    reader = store if reading == "here" else RevisionStore(store.directory)
+    monkeypatch.setattr(revisions, "sha256_bytes", counted)
+    path = store.directory / "masks" / digest
+    for _ in range(3):
+        assert torch.equal(unpacked(reader.read(digest, (50, 70)).bits, 50, 70), mask(1, 50, 70))
+    assert hashed == ([] if reading == "here" else [path.stat().st_size])
 
 
 def test_a_missing_mask_or_revision_is_named(store: RevisionStore) -> None:
-    revision = store.put({}, {"a": mask(1, 5, 7)})
+    revision = put(store, {}, {"a": mask(1, 5, 7)})
     digest = store.manifest(revision)["a"]
     (store.directory / "masks" / digest).unlink()
     with pytest.raises(StoreError, match=rf"cannot read the mask .*{digest}: No such file"):
@@ -135,9 +179,27 @@ def test_a_missing_mask_or_revision_is_named(store: RevisionStore) -> None:
 
 
 def test_a_mask_of_another_shape_is_refused(store: RevisionStore) -> None:
-    digest = store.manifest(store.put({}, {"a": mask(1, 5, 7)}))["a"]
+    digest = store.manifest(put(store, {}, {"a": mask(1, 5, 7)}))["a"]
     with pytest.raises(StoreError, match=r"not the mask of a layer of shape \[50, 70\]"):
         store.read(digest, (50, 70))
+
+
+def test_kept_values_must_be_as_many_as_the_mask_leaves(store: RevisionStore) -> None:
+    bits = pack_bits(mask(1, 5, 7))
+    kept = torch.ones(int((~mask(1, 5, 7)).sum()))
+    filled = bits | torch.tensor([0, 0, 0, 0, 1], dtype=torch.uint8)  # beyond the last weight
+    (store.directory / "masks").mkdir(parents=True)
+    for tensors, good in (
+        ({"mask": bits, "kept": kept}, True),
+        ({"mask": bits, "kept": kept[1:]}, False),
+        ({"mask": filled, "kept": kept}, False),
+        ({"mask": filled, "kept": kept[1:]}, False),
+        ({"mask": bits.int(), "kept": kept}, False),
+    ):
+        digest = hashlib.sha256(save(tensors)).hexdigest()
+        (store.directory / "masks" / digest).write_bytes(save(tensors))
+        with nullcontext() if good else pytest.raises(StoreError, match="not the mask"):
+            store.read(digest, (5, 7))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +225,7 @@ TAMPERED: dict[str, Any] = {
 
 @pytest.mark.parametrize("how", TAMPERED)
 def test_a_tampered_manifest_is_named(how: str, store: RevisionStore) -> None:
-    revision = store.put({}, {"a": mask(1, 5, 7), "b": mask(2, 5, 7)})
+    revision = put(store, {}, {"a": mask(1, 5, 7), "b": mask(2, 5, 7)})
     path = store.directory / "manifests" / f"{revision}.json"
     content = json.loads(path.read_text())
     TAMPERED[how](content)
@@ -174,7 +236,7 @@ def test_a_tampered_manifest_is_named(how: str, store: RevisionStore) -> None:
 
 @pytest.mark.parametrize("content", ["[]", "3", "null", "{"])
 def test_a_manifest_of_another_form_is_named(content: str, store: RevisionStore) -> None:
-    revision = store.put({}, {"a": mask(1, 5, 7)})
+    revision = put(store, {}, {"a": mask(1, 5, 7)})
     (store.directory / "manifests" / f"{revision}.json").write_text(content)
     with pytest.raises(StoreError, match=rf"{revision}\.json is damaged"):
         store.manifest(revision)
@@ -194,7 +256,7 @@ def test_what_is_no_digest_never_becomes_a_path(name: str, store: RevisionStore)
 def test_a_failed_write_leaves_no_part_and_can_be_repeated(
     store: RevisionStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = store.put({}, {"a": mask(1, 5, 7)})
+    first = put(store, {}, {"a": mask(1, 5, 7)})
     before = files(store)
     calls = 0
 
@@ -207,11 +269,68 @@ def test_a_failed_write_leaves_no_part_and_can_be_repeated(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(StoreError, match="No space left"):
-            store.put(store.manifest(first), {"a": mask(2, 5, 7), "b": mask(3, 5, 7)})
+            put(store, store.manifest(first), {"a": mask(2, 5, 7), "b": mask(3, 5, 7)})
     after = files(store)
     assert {k: after[k] for k in before} == before
     assert all(name.startswith("masks/") for name in set(after) - set(before))
     for name in set(after) - set(before):
         assert hashlib.sha256(after[name]).hexdigest() == name.removeprefix("masks/")
-    second = store.put(store.manifest(first), {"a": mask(2, 5, 7), "b": mask(3, 5, 7)})
+    second = put(store, store.manifest(first), {"a": mask(2, 5, 7), "b": mask(3, 5, 7)})
     assert set(store.manifest(second)) == {"a", "b"}
+
+
+def test_an_error_is_told_by_a_later_layer_and_no_revision_is_left(
+    store: RevisionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    masks = {str(seed): mask(seed, 5, 7) for seed in range(3 * WRITERS)}
+    given = iter(masks.items())
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StoreError, match="No space left"):
+            put(store, {}, given)
+    assert len(list(given)) >= 2 * WRITERS - 1
+    assert files(store) == {}
+    assert len(store.manifest(put(store, {}, masks))) == len(masks)
+
+
+def test_what_is_given_up_in_the_middle_is_no_revision(store: RevisionStore) -> None:
+    def stopped() -> Iterator[tuple[str, Tensor]]:
+        for seed in range(2 * WRITERS):
+            yield str(seed), mask(seed, 5, 7)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        put(store, {}, stopped())
+    for name, data in files(store).items():
+        assert name == f"masks/{hashlib.sha256(data).hexdigest()}"
+    store.collect(set())
+    assert files(store) == {}
+
+
+def test_no_more_layers_are_held_than_are_being_written(
+    store: RevisionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed, calls = itertools.count(1), itertools.count()
+    beyond, done = threading.Event(), threading.Event()
+    early: list[bool] = []
+
+    def counted(flags: Tensor) -> Tensor:
+        if next(packed) > WRITERS:
+            beyond.set()
+        return pack_bits(flags)
+
+    def slow(_: int) -> None:
+        if next(calls) == 0:
+            early.append(beyond.wait(0.2))
+            done.set()
+        done.wait()
+
+    monkeypatch.setattr(revisions, "pack_bits", counted)
+    monkeypatch.setattr(os, "fsync", slow)
+    masks = {str(seed): mask(seed, 5, 7) for seed in range(3 * WRITERS)}
+    assert len(store.manifest(put(store, {}, masks))) == len(masks)
+    assert beyond.is_set()
+    assert early == [False]

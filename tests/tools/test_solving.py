@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from prunewright.tools.criteria import CRITERIA, sparsegpt
+from prunewright.tools.fast import pack_bits
 from prunewright.tools.model.loading import LoadedModel
 from prunewright.tools.solve import reconstruction
-from prunewright.tools.solve.solving import Wanted, solve_blocks
+from prunewright.tools.solve.solving import Solved, Wanted, solve_blocks
 
 Loader = Callable[..., LoadedModel]
 
@@ -26,6 +27,20 @@ def masks_of(loaded: LoadedModel, sparsity: float = 0.4, seed: int = 0) -> dict[
         name: torch.rand(layer.shape, generator=generator) < sparsity
         for name, layer in loaded.layers.items()
     }
+
+
+def solve(
+    loaded: LoadedModel, ids: Tensor, wanted: dict[str, Wanted], **options: Any
+) -> tuple[dict[str, Solved], list[str]]:
+    """All layers as they are when they are solved, and all notes."""
+    solved: dict[str, Solved] = {}
+
+    def take(found: Solved) -> None:
+        assert torch.equal(found.weight, loaded.weight(loaded.layers[found.name]))
+        solved[found.name] = dataclasses.replace(found, weight=found.weight.clone())
+
+    solve_blocks(loaded, ids, wanted, take, **options)
+    return solved, [note for found in solved.values() for note in found.notes]
 
 
 def weights(loaded: LoadedModel) -> dict[str, Tensor]:
@@ -53,8 +68,8 @@ def watch(loaded: LoadedModel, ids: Tensor, *names: str) -> dict[str, Tensor]:
 def test_blocks_that_return_a_list_are_solved(load: Loader) -> None:
     loaded = load("OpenAIGPTConfig")
     masks = masks_of(loaded)
-    wanted = {name: Wanted(mask=mask) for name, mask in masks.items()}
-    solved, *_ = solve_blocks(loaded, windows(), wanted, reconstruct=True)
+    wanted = {name: Wanted(bits=pack_bits(mask)) for name, mask in masks.items()}
+    solved, _ = solve(loaded, windows(), wanted, reconstruct=True)
     assert all(torch.equal(solved[name].weight == 0, mask) for name, mask in masks.items())
 
 
@@ -64,8 +79,8 @@ def test_reconstruction_solves_each_layer_on_what_the_pruned_blocks_give(load: L
     ids, masks = windows(8), masks_of(loaded)
     name = next(n for n in loaded.layers if loaded.layers[n].block == 1)
     dense = weights(loaded)
-    wanted = {n: Wanted(mask=mask) for n, mask in masks.items()}
-    solved, notes, _ = solve_blocks(loaded, ids, wanted, reconstruct=True)
+    wanted = {n: Wanted(bits=pack_bits(mask)) for n, mask in masks.items()}
+    solved, notes = solve(loaded, ids, wanted, reconstruct=True)
     assert notes == []
     x = watch(loaded, ids, name)[name].double()
     found, mask = solved[name].weight.double(), masks[name]
@@ -97,16 +112,17 @@ def test_masks_hold_and_the_live_model_has_what_is_returned(
     ids = windows()
     counts = {n: int(0.4 * layer.numel) for n, layer in loaded.layers.items()}
     wanted = {n: Wanted(pruned=count) for n, count in counts.items()}
+    masks = masks_of(loaded)
     if reconstruct:
-        wanted = {n: Wanted(mask=mask) for n, mask in masks_of(loaded).items()}
-    solved, *_ = solve_blocks(loaded, ids, wanted, reconstruct=reconstruct)
+        wanted = {n: Wanted(bits=pack_bits(mask)) for n, mask in masks.items()}
+    solved, _ = solve(loaded, ids, wanted, reconstruct=reconstruct)
     assert set(solved) == set(wanted)
     for name, layer in solved.items():
         live = loaded.weight(loaded.layers[name])
         assert torch.equal(live, layer.weight)
         assert not layer.weight[layer.mask].any()
         if reconstruct:
-            assert torch.equal(layer.mask, wanted[name].mask)
+            assert torch.equal(layer.mask, masks[name])
         else:
             assert int(layer.mask.sum()) == counts[name]
 
@@ -132,7 +148,7 @@ def test_sparsegpt_sees_dense_blocks_behind_pruned_ones(load: Loader, shrinkage:
         for name in part:
             loaded.weight(loaded.layers[name]).copy_(expected[name][1])
     wanted = {n: Wanted(pruned=counts[n], shrinkage=shrinkage) for n in names}
-    solved, *_ = solve_blocks(loaded, ids, wanted, reconstruct=False)
+    solved, _ = solve(loaded, ids, wanted, reconstruct=False)
     for name in names:
         same = (solved[name].mask == expected[name][0]).float().mean()
         assert float(same) > 0.999  # sums in another order may flip a near tie
@@ -150,7 +166,7 @@ def test_obs_weighs_outputs_by_the_mean_of_their_gradient_and_the_layers(
     dense = loaded.dense(layer)
     x = watch(loaded, windows(), name)[name].float()
     wanted = {name: Wanted(pruned=layer.numel // 2, gradient_square=squares)}
-    solved, notes, _ = solve_blocks(loaded, windows(), wanted, criterion="obs", reconstruct=False)
+    solved, notes = solve(loaded, windows(), wanted, criterion="obs", reconstruct=False)
     assert notes == []
     expected = sparsegpt.prune(
         dense,
@@ -174,7 +190,7 @@ def test_each_expert_is_swept_with_its_own_gradients(load: Loader) -> None:
     squares = torch.ones(experts, rows)
     squares[1, 0] = 1e6
     wanted = {name: Wanted(pruned=layer.numel // 2, gradient_square=squares)}
-    solved, *_ = solve_blocks(loaded, windows(8), wanted, criterion="obs", reconstruct=False)
+    solved, _ = solve(loaded, windows(8), wanted, criterion="obs", reconstruct=False)
     by_row = layer.matrix(solved[name].mask).sum(-1).tolist()
     assert {sum(pruned) for pruned in by_row} == {layer.numel // 2 // experts}
     usual = layer.numel // 2 // experts // rows
@@ -223,7 +239,7 @@ def test_layers_that_are_not_wanted_keep_their_weights(load: Loader) -> None:
     loaded = load()
     before = weights(loaded)
     name = "model.layers.1.mlp.down_proj"
-    solve_blocks(loaded, windows(), {name: Wanted(pruned=500)}, reconstruct=False)
+    solve(loaded, windows(), {name: Wanted(pruned=500)}, reconstruct=False)
     after = weights(loaded)
     assert [n for n in before if not torch.equal(before[n], after[n])] == [name]
 
@@ -231,9 +247,7 @@ def test_layers_that_are_not_wanted_keep_their_weights(load: Loader) -> None:
 def test_patterns_and_failures_of_the_solve(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load()
     name = "model.layers.0.mlp.up_proj"
-    solved, notes, _ = solve_blocks(
-        loaded, windows(), {name: Wanted(pattern=(2, 4))}, reconstruct=False
-    )
+    solved, notes = solve(loaded, windows(), {name: Wanted(pattern=(2, 4))}, reconstruct=False)
     kept = (~solved[name].mask).reshape(-1, 4).sum(-1)
     assert set(kept.tolist()) == {2}
     assert notes == []
@@ -241,9 +255,7 @@ def test_patterns_and_failures_of_the_solve(load: Loader, monkeypatch: pytest.Mo
     none = dataclasses.replace(CRITERIA["sparsegpt"], dampings=())
     monkeypatch.setitem(CRITERIA, "sparsegpt", none)
     dense = loaded.dense(loaded.layers[name])
-    solved, notes, _ = solve_blocks(
-        loaded, windows(), {name: Wanted(pruned=700)}, reconstruct=False
-    )
+    solved, notes = solve(loaded, windows(), {name: Wanted(pruned=700)}, reconstruct=False)
     assert notes == [f"{name}: cannot be solved with any damping, so its weights are not updated"]
     assert int(solved[name].mask.sum()) == 700
     assert torch.equal(solved[name].weight, dense.masked_fill(solved[name].mask, 0))

@@ -206,7 +206,10 @@ def test_any_sequence_of_masks_leaves_the_dense_bits_and_positive_zeros(
                 n: torch.rand(bench.loaded.layers[n].shape, generator=generator) < density
                 for n in names
             }
-            revisions[bench.store.put({}, masks)] = masks
+            with bench.store.writer({}) as writer:
+                for name, mask in masks.items():
+                    writer.add(name, mask)
+            revisions[writer.revision] = masks
     draws = random.Random(3)
     for revision in [*draws.choices(list(revisions), k=40), DENSE]:
         bench.sync(revision)

@@ -21,16 +21,16 @@ from prunewright.tools.calibration.activations import Activations, measure_activ
 from prunewright.tools.calibration.gradients import Gradients, measure_gradients
 from prunewright.tools.calibration.profile import build_profile, statistics_of
 from prunewright.tools.criteria import find_criterion, prune_mask
-from prunewright.tools.fast import count_zeros
+from prunewright.tools.fast import count_bits, count_zeros, pack_bits
 from prunewright.tools.masks import nm_count
 from prunewright.tools.model.continuations import answer_scores, continue_text, fact_tokens
 from prunewright.tools.model.head import Head, Progress, told
 from prunewright.tools.model.layers import Layer
 from prunewright.tools.model.loading import LoadedModel, load_model
 from prunewright.tools.model.tokens import embedding_rows
-from prunewright.tools.solve.solving import Wanted, solve_blocks, solves
+from prunewright.tools.solve.solving import Solved, Wanted, solve_blocks, solves
 from prunewright.tools.sources import first_line
-from prunewright.tools.store.revisions import Manifest, RevisionStore, StoredLayer, unpack_kept
+from prunewright.tools.store.revisions import Manifest, RevisionStore, StoredLayer
 from prunewright.tools.store.standing import setting_files
 from prunewright.tools.store.storage import sha256_file
 from prunewright.tools.texts.questions import hash_questions, load_facts
@@ -369,31 +369,38 @@ class Workbench:
         request = self.request
         manifest = self.store.manifest(revision)
         about = {"parent": revision, "criterion": request.criterion, "pattern": request.pattern}
+        writer = self.store.writer(manifest, about)
         if not solves(request):
-            masks = self._masks(revision, gradient_revision, counts, progress)
-            return self.store.put(manifest, masks, about)
+            with writer:
+                for name, mask in self._masks(revision, gradient_revision, counts, progress):
+                    writer.add(name, mask, own=self.dense_zeros[name])
+            return writer.revision
         wanted = self._wanted(revision, gradient_revision, counts, progress)
+        notes: list[str] = []
+        writer.about |= {"reconstruct": request.reconstruct, "notes": notes}
+
+        def take(layer: Solved) -> None:
+            writer.add(layer.name, layer.mask, layer.weight, self.dense_zeros[layer.name])
+            notes.extend(layer.notes)
+
         try:
             self._at |= dict.fromkeys(wanted, "")  # no revision's, so that the sync restores them
-            solved, notes, tokens = solve_blocks(
-                self.loaded,
-                self.windows.calibration,
-                wanted,
-                criterion=request.criterion,
-                reconstruct=request.reconstruct,
-                progress=progress,
-            )
+            with writer:
+                tokens = solve_blocks(
+                    self.loaded,
+                    self.windows.calibration,
+                    wanted,
+                    take,
+                    criterion=request.criterion,
+                    reconstruct=request.reconstruct,
+                    progress=progress,
+                )
         except ValueError as error:
             raise InputError(f"the layers cannot be pruned so: {error}") from error
         finally:
             self.sync(revision)
         self.tokens["solve"] += tokens
-        return self.store.put(
-            manifest,
-            {name: self._beyond(name, layer.mask) for name, layer in solved.items()},
-            about | {"reconstruct": request.reconstruct, "notes": notes},
-            {name: layer.weight for name, layer in solved.items()},
-        )
+        return writer.revision
 
     def _amount(
         self, name: str, counts: dict[str, int] | None
@@ -403,14 +410,6 @@ class Workbench:
         count = None if counts is None else counts[name]
         dense = count == self.dense_zeros[name]
         return (count, None) if pattern is None or dense else (None, pattern)
-
-    def _beyond(self, name: str, mask: Tensor) -> Tensor:
-        """A mask, or one of nothing if it holds no more than the layer's own zeros.
-
-        So a layer that is restored as far as it can be is the dense one, bit for bit and by name.
-        """
-        mine = int(mask.count_nonzero())
-        return mask if mine > self.dense_zeros[name] else torch.zeros_like(mask)
 
     def _wanted(
         self,
@@ -423,8 +422,12 @@ class Workbench:
         wanted = {}
         rule = find_criterion(self.request.criterion)
         if not rule.solves:
-            masks = self._masks(revision, gradient_revision, counts, progress)
-            wanted = {name: Wanted(mask=mask) for name, mask in masks.items()}
+            for name, mask in self._masks(revision, gradient_revision, counts, progress):
+                bits = pack_bits(mask).cpu()
+                # No more than its own zeros: it stays the dense layer, bit for bit.
+                if count_bits(bits) <= self.dense_zeros[name]:
+                    bits.zero_()
+                wanted[name] = Wanted(bits=bits)
         else:
             squares: dict[str, Tensor] = {}
             if rule.needs_gradients:
@@ -440,9 +443,7 @@ class Workbench:
         if self.request.reconstruct:
             for name, digest in self.store.manifest(revision).items():
                 if name not in wanted:
-                    layer = self.loaded.layers[name]
-                    kept = unpack_kept(self._stored(digest, layer).bits, layer.numel)
-                    wanted[name] = Wanted(mask=kept.view(layer.shape) == 0)
+                    wanted[name] = Wanted(bits=self._stored(digest, self.loaded.layers[name]).bits)
         self.sync(revision)
         return wanted
 
@@ -473,10 +474,9 @@ class Workbench:
         Returns:
             Mean loss of each window, nats a token.
         """
-        masks = self._masks(revision, gradient_revision, counts, progress)
         guard = self.windows.guard[:windows]
         try:
-            for name, mask in masks.items():
+            for name, mask in self._masks(revision, gradient_revision, counts, progress):
                 self.try_mask(name, mask, self.loaded.dense(self.loaded.layers[name]))
             self.tokens[use] += guard.numel()
             return self.loaded.execution.window_losses(self.head, guard, progress)
@@ -504,8 +504,8 @@ class Workbench:
         gradient_revision: str,
         counts: dict[str, int] | None,
         progress: Progress | None,
-    ) -> dict[str, Tensor]:
-        """The masks of `prune`: bool by layer, True where pruned."""
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The layers of `prune` with their masks: bool, True where pruned, on the device."""
         request = self.request
         rule = find_criterion(request.criterion)
         gradients = self.gradients(gradient_revision, progress) if rule.needs_gradients else None
@@ -513,7 +513,6 @@ class Workbench:
         self.sync(revision)
         names = self.loaded.layers if counts is None else counts
         layers = [self.loaded.layers[name] for name in names]
-        masks = {}
         pairs = zip(layers, self._dense_layers(layers), strict=True)
         for layer, dense in told("masks", pairs, len(names), progress):
             name = layer.name
@@ -528,8 +527,7 @@ class Workbench:
                 )
             except ValueError as error:
                 raise InputError(f"{name} cannot be pruned so: {error}") from error
-            masks[name] = self._beyond(name, layer.stored(mask).cpu())
-        return masks
+            yield name, layer.stored(mask)
 
 
 def _own_memory(loaded: LoadedModel, offload: str) -> None:

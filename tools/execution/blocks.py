@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel
 from prunewright.tools.execution.base import Execution
 from prunewright.tools.execution.splitting import SplitError
 from prunewright.tools.execution.weights import LiveWeights
-from prunewright.tools.fast import same_bits
+from prunewright.tools.fast import pack_bits, same_bits
 from prunewright.tools.model.head import Progress, hidden_states
 from prunewright.tools.model.layers import Layer, named_blocks
 from prunewright.tools.model.observe import OnProduct, ProductObserver
@@ -226,7 +225,7 @@ def _small(values: Tensor, moved: _Moved) -> StoredLayer | Tensor:
     """Weights in little memory: as their mask, where the kept ones are the dense ones."""
     kept = values != 0
     if same_bits(moved.home.to(moved.dtype).masked_fill(~kept, 0), values):
-        return StoredLayer(torch.from_numpy(np.packbits(~kept.reshape(-1).numpy())))
+        return StoredLayer(pack_bits(~kept))
     return values.clone()
 
 

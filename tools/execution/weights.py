@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunewright.tools.fast import INTEGERS, write_masked
+from prunewright.tools.fast import INTEGERS, on_processor, unpack_bits, write_masked
 from prunewright.tools.model.layers import Layer
-from prunewright.tools.store.revisions import StoredLayer, unpack_kept
+from prunewright.tools.store.revisions import StoredLayer
 
 
 class LiveWeights:
@@ -67,12 +67,14 @@ class LiveWeights:
         """Say that a layer's live weights are not read again before they are written."""
 
     def _write_stored(self, weight: Tensor, dense: Tensor, stored: StoredLayer) -> None:
-        # Used again for each layer, since fresh memory costs more time than the product.
-        if len(self._scratch) < weight.nbytes:
-            self._scratch = torch.empty(weight.nbytes, dtype=torch.uint8)
-        kept = self._scratch[: weight.nbytes].view(INTEGERS[weight.dtype.itemsize])
-        kept = kept.copy_(unpack_kept(stored.bits, weight.numel())).view(weight.shape)
-        write_masked(weight, dense, kept.to(weight.device))
+        integers = INTEGERS[weight.dtype.itemsize]
+        kept = unpack_bits(~stored.bits.to(weight.device), weight.numel())
+        if on_processor(weight):
+            # Used again for each layer, since fresh memory costs more time than the product.
+            if len(self._scratch) < weight.nbytes:
+                self._scratch = torch.empty(weight.nbytes, dtype=torch.uint8)
+            kept = self._scratch[: weight.nbytes].view(integers).copy_(kept)
+        kept = kept.to(integers).view(weight.shape)
+        write_masked(weight, dense, kept)
         if stored.kept is not None:
-            places = kept.bool().to(weight.device)
-            weight.masked_scatter_(places, stored.kept.to(weight.device))
+            weight.masked_scatter_(kept.bool(), stored.kept.to(weight.device))

@@ -1,5 +1,6 @@
 """Pruning block by block with an update of the kept weights, on what the pruned blocks give."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,7 @@ from prunewright.tools.criteria import (
     sparsegpt,
 )
 from prunewright.tools.execution.base import Run
+from prunewright.tools.fast import unpack_bits
 from prunewright.tools.model.head import Progress
 from prunewright.tools.model.layers import Layer
 from prunewright.tools.model.loading import LoadedModel
@@ -34,26 +36,42 @@ class Wanted:
     """What shall become of a layer: a mask that is given, or a number or pattern to choose one by.
 
     Attributes:
-        mask: True where pruned, of the parameter's shape; its kept weights are reconstructed.
+        bits: the packed mask of a layer whose kept weights are reconstructed, on the processor.
         pruned: weights that the criterion's sweep shall prune, the layer's own zeros included.
         pattern: ``(keep_n, group_m)`` for it.
         gradient_square: E[d_i^2] [outputs] or [experts, outputs], if the criterion weighs outputs.
         shrinkage: what the sweep adds of its own diagonal to X^T X (`sparsegpt.prune`).
     """
 
-    mask: Tensor | None = None
+    bits: Tensor | None = None
     pruned: int | None = None
     pattern: tuple[int, int] | None = None
     gradient_square: Tensor | None = None
     shrinkage: float = 0.0
 
+    def mask(self, layer: Layer, device: torch.device) -> Tensor | None:
+        """The mask that is given, True where pruned, of the parameter's shape; None: none is."""
+        if self.bits is None:
+            return None
+        flags = unpack_bits(self.bits.to(device), layer.numel)
+        return flags.view(torch.bool).view(layer.shape)
+
 
 @dataclass(frozen=True)
 class Solved:
-    """A layer's mask, True where pruned, and its weights, 0 there; of the parameter's shape."""
+    """What became of a layer.
 
+    Attributes:
+        name: the layer's.
+        mask: True where pruned, of the parameter's shape, on the device.
+        weight: its weights, 0 there, in the model's dtype, on the device.
+        notes: what must be told: that it needed more damping, or was left without an update.
+    """
+
+    name: str
     mask: Tensor
     weight: Tensor
+    notes: list[str]
 
 
 _Key = tuple[str, int]
@@ -132,11 +150,12 @@ def solve_blocks(
     loaded: LoadedModel,
     windows: Tensor,
     wanted: dict[str, Wanted],
+    take: Callable[[Solved], None],
     *,
     criterion: str = "sparsegpt",
     reconstruct: bool,
     progress: Progress | None = None,
-) -> tuple[dict[str, Solved], list[str], int]:
+) -> int:
     """Prune some layers block by block, each on what the blocks before it give once pruned.
 
     A layer whose mask is given is reconstructed: its outputs are drawn to what its dense weights
@@ -149,14 +168,14 @@ def solve_blocks(
         loaded: the model; layers that are not wanted keep their live weights.
         windows: calibration token ids [windows, length].
         wanted: what to prune.
+        take: is given each layer once it is solved.
         criterion: one that solves, for layers whose mask is not given.
         reconstruct: see above.
         progress: told after each block.
 
     Returns:
-        What was found by layer, in the model's dtype, on the processor; notes on layers that
-        needed more damping or were left without an update; and the tokens that went through the
-        model. The live weights of the wanted layers must be set before they are used again.
+        The tokens that went through the model. The live weights of the wanted layers must be set
+        before they are used again.
 
     Raises:
         InputError: this model's blocks cannot be run one by one.
@@ -166,10 +185,8 @@ def solve_blocks(
     for layer in loaded.layers.values():
         if layer.name in wanted:
             by_block.setdefault(layer.block, []).append(layer)
-    solved: dict[str, Solved] = {}
-    notes: list[str] = []
     if not by_block:
-        return solved, notes, 0
+        return 0
     weights, execution = loaded.execution.weights, loaded.execution
     last = max(by_block)
 
@@ -180,20 +197,19 @@ def solve_blocks(
         dense = {ly.name: d for ly, d in zip(layers, loaded.dense_layers(layers), strict=True)}
         grams = _Grams()
         for layer in layers:
-            mask = wanted[layer.name].mask
             values = dense[layer.name]
-            weights.write(layer, values if mask is None else _masked(values, mask))
+            mask = wanted[layer.name].mask(layer, values.device)
+            weights.write(layer, values if mask is None else values.masked_fill(mask, 0))
         with execution.observe(grams.see, layers):
             states = run()
         alike = _alike(layers, states.shape[-1])
         for layer in layers:
             beside = alike.get((layer.form, layer.kind), [])
-            found, words = _solve(
+            found = _solve(
                 layer, dense[layer.name], wanted[layer.name], grams, beside, criterion, reconstruct
             )
             weights.write(layer, found.weight)
-            solved[layer.name] = Solved(found.mask.cpu(), found.weight.cpu())
-            notes.extend(words)
+            take(found)
         # No block needs what leaves the last one.
         states = states if index == last else run()
         for layer in layers:
@@ -208,13 +224,7 @@ def solve_blocks(
 
     if progress is not None:
         progress("solving blocks", 0, last + 1)
-    tokens = execution.visit(windows, last + 1, counted)
-    return solved, notes, tokens
-
-
-def _masked(values: Tensor, mask: Tensor) -> Tensor:
-    """The weights that a block is first seen with where a mask is known."""
-    return values.masked_fill(mask.to(values.device), 0)
+    return execution.visit(windows, last + 1, counted)
 
 
 def _alike(layers: list[Layer], width: int) -> dict[tuple[tuple[int, ...], str], list[_Key]]:
@@ -238,12 +248,14 @@ def _solve(
     alike: list[_Key],
     criterion: str,
     reconstruct: bool,
-) -> tuple[Solved, list[str]]:
-    """One layer, expert by expert, of the parameter's shape; and what must be told of it."""
+) -> Solved:
+    """One layer, expert by expert, of the parameter's shape."""
     matrix = layer.matrix(dense)
     fused = matrix.ndim == 3
     experts = list(matrix) if fused else [matrix]
-    given = None if wanted.mask is None else layer.matrix(wanted.mask.to(dense.device))
+    given = wanted.mask(layer, dense.device)
+    if given is not None:
+        given = layer.matrix(given)
     shares = expert_shares(wanted.pruned, experts)
     masks, weights, notes, scarce = [], [], [], 0
     for index, weight in enumerate(experts):
@@ -287,7 +299,8 @@ def _solve(
             "mean of their like"
         )
     mask, found = (torch.stack(masks), torch.stack(weights)) if fused else (masks[0], weights[0])
-    return Solved(layer.stored(mask), layer.stored(found.to(dense.dtype))), notes
+    found = layer.stored(found.to(dense.dtype))
+    return Solved(layer.name, layer.stored(mask), found, notes)
 
 
 def _sweep(

@@ -7,12 +7,12 @@ wherever they were made, equal layers are stored once, and nothing is ever alter
 """
 
 import logging
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -21,19 +21,22 @@ from torch import Tensor
 
 from prunewright.state import StoreError
 from prunewright.state.run import DENSE
+from prunewright.tools.fast import count_bits, pack_bits, unpack_bits
 from prunewright.tools.store.storage import (
     canonical_json,
     put_into_words,
     read_json,
     sha256_bytes,
     share,
+    stamp,
     write_atomic,
 )
 
 _log = logging.getLogger("prunewright")
 
 WRITERS = 4
-"""Files of a revision that are written at once."""
+"""Files of a revision that are written at once: each is forced to the disk, and side by side they
+wait for it together."""
 
 Manifest = dict[str, str]
 """Digest of the mask of each layer that has one."""
@@ -44,7 +47,7 @@ class StoredLayer:
     """What a revision holds of a layer.
 
     Attributes:
-        bits: its mask, eight weights a byte.
+        bits: its mask, packed by `pack_bits`.
         kept: values of the weights that are left, in the parameter's order; None: the dense ones.
     """
 
@@ -52,50 +55,98 @@ class StoredLayer:
     kept: Tensor | None = None
 
 
+class RevisionWriter:
+    """Makes a revision layer by layer: a layer is hashed and written beside the next one's work.
+
+    The block in which it is used ends with the revision, or leaves none: masks that were written
+    before an error belong to no revision, and `RevisionStore.collect` deletes them.
+
+    Attributes:
+        about: what else to note in the revision's file; may be added to until the block ends.
+        revision: its name, once the block has ended.
+    """
+
+    def __init__(self, store: "RevisionStore", parent: Manifest, about: dict[str, Any]) -> None:
+        self.about, self.revision = about, ""
+        self._store, self._layers = store, dict(parent)
+        self._pool = ThreadPoolExecutor(WRITERS)
+        self._writing: deque[Future[None]] = deque()
+
+    def __enter__(self) -> "RevisionWriter":
+        return self
+
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        try:
+            while self._writing and failed is None:
+                self._writing.popleft().result()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+        if failed is None:
+            self.revision = self._store._write_manifest(self._layers, self.about)
+
+    def add(self, name: str, mask: Tensor, weight: Tensor | None = None, own: int = 0) -> None:
+        """Store a layer's mask in place of its parent's, unless that is too few weights.
+
+        Waits as long as `WRITERS` layers are being written, so that no more are held.
+
+        Args:
+            name: the layer's.
+            mask: bool, True where pruned, in the parameter's order, on any device.
+            weight: of its shape, where the kept weights are no longer the dense ones.
+            own: weights that are zero in the dense model. A layer with no more zeros than these
+                has no mask, so that equal models have equal names.
+
+        Raises:
+            StoreError: this layer or one before it cannot be written (disk full, no permission).
+        """
+        while self._writing and (len(self._writing) >= WRITERS or self._writing[0].done()):
+            self._writing.popleft().result()
+        self._layers.pop(name, None)
+        bits = pack_bits(mask)
+        kept = None if weight is None else weight.masked_select(~mask)
+        self._writing.append(self._pool.submit(self._write, name, bits, kept, own))
+
+    def _write(self, name: str, bits: Tensor, kept: Tensor | None, own: int) -> None:
+        tensors = {"mask": bits.cpu()}
+        if count_bits(tensors["mask"]) <= own:
+            return
+        if kept is not None:
+            tensors["kept"] = kept.cpu()
+        self._layers[name] = self._store._write_mask(save_tensors(tensors))
+
+
 class RevisionStore:
     """Revisions in a directory: ``masks/<digest>`` and ``manifests/<revision>.json``."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._checked: dict[str, tuple[int, int, int]] = {}
 
-    def put(
-        self,
-        parent: Manifest,
-        masks: dict[str, Tensor],
-        about: dict[str, Any] | None = None,
-        weights: dict[str, Tensor] | None = None,
-    ) -> str:
-        """Store ``parent`` with some layers' masks replaced, and return the revision's name.
+    def writer(self, parent: Manifest, about: dict[str, Any] | None = None) -> RevisionWriter:
+        """Make the revision that is ``parent`` with some layers' masks replaced.
 
         Args:
             parent: manifest of the revision that is changed.
-            masks: bool masks by layer, True where pruned.
             about: what else to note in the file (criterion, parent); not part of the name.
-            weights: the weights of those layers whose kept ones are no longer the dense ones.
-
-        Raises:
-            StoreError: cannot write (disk full, no permission).
         """
-        layers = dict(parent)
-        # Each file is forced to the disk: side by side they wait for it together.
-        with ThreadPoolExecutor(WRITERS) as pool:
-            writing = []
-            for name, mask in masks.items():
-                # A dense layer has no mask, so that equal models have equal names.
-                if not mask.cpu().numpy().any():
-                    layers.pop(name, None)
-                    continue
-                data = pack_layer(mask, (weights or {}).get(name))
-                layers[name] = sha256_bytes(data)
-                path = self._mask(layers[name])
-                if not path.exists():
-                    writing.append(pool.submit(write_atomic, path, data))
-            for written in writing:
-                written.result()
+        return RevisionWriter(self, parent, about or {})
+
+    def _write_mask(self, data: bytes) -> str:
+        """Write what a layer has, and return its digest."""
+        digest = sha256_bytes(data)
+        path = self._mask(digest)
+        if not path.exists():
+            write_atomic(path, data)
+            with put_into_words(path):
+                self._checked[digest] = stamp(path)
+        return digest
+
+    def _write_manifest(self, layers: Manifest, about: dict[str, Any]) -> str:
+        """Write the manifest of a revision whose masks are there, and return its name."""
         revision = sha256_bytes(canonical_json(layers))
         path = self._manifest(revision)
         if not path.exists():
-            write_atomic(path, canonical_json({"layers": layers, "about": about or {}}))
+            write_atomic(path, canonical_json({"layers": layers, "about": about}))
             _log.debug("revision %s stored, with masks of %d layers", revision, len(layers))
         return revision
 
@@ -128,16 +179,21 @@ class RevisionStore:
     def read(self, digest: str, shape: tuple[int, ...]) -> StoredLayer:
         """What a digest names, for a layer of a shape.
 
+        A file that this object has written, or found to match its name, is hashed again only when
+        it has been replaced or changed since.
+
         Raises:
             StoreError: missing, or its content does not match its name or the shape.
         """
         path = self._mask(digest)
         try:
-            data = path.read_bytes()
+            found, data = stamp(path), path.read_bytes()
         except OSError as error:
             raise StoreError(f"cannot read the mask {path}: {error.strerror}") from error
-        if sha256_bytes(data) != digest:
-            raise StoreError(f"{path} is damaged: its content does not match its name")
+        if self._checked.get(digest) != found:
+            if sha256_bytes(data) != digest:
+                raise StoreError(f"{path} is damaged: its content does not match its name")
+            self._checked[digest] = found
         try:
             tensors = load_tensors(data)
             bits, kept = tensors["mask"], tensors.get("kept")
@@ -145,8 +201,9 @@ class RevisionStore:
             raise StoreError(f"{path} is damaged: {error}") from error
         numel = torch.Size(shape).numel()
         fits = bits.dtype == torch.uint8 and bits.shape == ((numel + 7) // 8,)
-        if fits and kept is not None:
-            fits = kept.shape == (int(unpack_kept(bits, numel).count_nonzero()),)
+        if fits and kept is not None:  # bits beyond the last weight would be counted, too
+            last = unpack_bits(bits[-1:], 8)[8 - len(bits) * 8 + numel :]
+            fits = not last.any() and kept.shape == (numel - count_bits(bits),)
         if not fits:
             raise StoreError(f"{path} is not the mask of a layer of shape {list(shape)}")
         return StoredLayer(bits, kept)
@@ -196,16 +253,3 @@ def _hex(digest: str) -> str:
     if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
         raise StoreError(f"{digest[:80]!r} is not the name of a revision or mask")
     return digest
-
-
-def pack_layer(mask: Tensor, weight: Tensor | None = None) -> bytes:
-    """A bool mask as safetensors bytes, one bit a weight, and the weights it keeps, if given."""
-    tensors = {"mask": torch.from_numpy(np.packbits(mask.reshape(-1).cpu().numpy()))}
-    if weight is not None:
-        tensors["kept"] = weight.cpu().masked_select(~mask.cpu())
-    return save_tensors(tensors)
-
-
-def unpack_kept(bits: Tensor, numel: int) -> Tensor:
-    """Packed bits as one byte a weight: 0 where it is pruned, 1 where it is kept."""
-    return torch.from_numpy(np.unpackbits(~bits.numpy(), count=numel))
