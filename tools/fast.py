@@ -6,12 +6,16 @@ numbers are the same in all cases: these are other ways to the same result, and 
 against the plain ones.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """What holds the bits of a number, by its bytes."""
+SORTED = 2**22
+"""Values that are sorted elsewhere than on a processor: 64 MiB of index and copy."""
 
 
 def on_processor(tensor: Tensor) -> bool:
@@ -19,14 +23,20 @@ def on_processor(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def count_zeros(weight: Tensor) -> int:
-    """How many weights are zero, of either sign.
+def count_zeros(weight: Tensor) -> Tensor:
+    """How many weights are zero, of either sign: int64 [], on their device, for `read_at_once`.
 
     By their bits, shifted to drop the sign: four times as fast as ``(weight == 0).sum()``, and up
     to forty times where a processor has no instructions for bfloat16.
     """
     bits = weight.view(INTEGERS[weight.dtype.itemsize])
-    return weight.numel() - int(torch.count_nonzero(bits << 1))
+    return weight.numel() - torch.count_nonzero(bits << 1)
+
+
+def read_at_once(counts: Iterable[Tensor]) -> list[int]:
+    """Counts [] that are on devices: it is waited for them once, and not for each of them."""
+    found = list(counts)
+    return torch.stack([count.to(found[0].device) for count in found]).tolist() if found else []
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
@@ -50,18 +60,56 @@ def is_finite(values: Tensor) -> bool:
     return not values.numel() or all(map(torch.isfinite, torch.aminmax(values)))
 
 
-def kth_lowest(values: Tensor, k: int) -> Tensor:
-    """The ``k``-th lowest along the last dimension, which is dropped; ``k`` counts from 1.
+def has_nan(values: Tensor) -> Tensor:
+    """Whether a value is not a number: bool [], on their device.
 
-    By numpy's partition, two (over the whole matrix) to four times (in its rows) as fast as
-    ``torch.kthvalue``.
+    By their largest, to which NaN spreads: twenty times as fast as ``isnan().any()``.
     """
-    if not on_processor(values):
-        return values.kthvalue(k, dim=-1).values
-    # numpy has no bfloat16; float32 holds its numbers exactly.
-    numbers = values.float() if values.dtype == torch.bfloat16 else values
-    found = np.partition(numbers.numpy(), k - 1, axis=-1)[..., k - 1].copy()
-    return torch.from_numpy(found).to(values.dtype)
+    return values.amax().isnan()
+
+
+def kth_lowest(values: Tensor, ranks: Tensor) -> Tensor:
+    """The value of a rank in each row.
+
+    By numpy's partition, two (one row) to four times (many) as fast as ``torch.kthvalue``, which on
+    a GPU gives a row to one of its processors and takes one rank for all rows. There few values are
+    sorted; for many the index of a sort is too large, and the value is found bit by bit.
+
+    Args:
+        values: floats [rows, columns], none of them NaN.
+        ranks: counted from 1, int64 [rows], on the processor.
+
+    Returns:
+        [rows, 1], of the values' dtype.
+    """
+    if on_processor(values):
+        # numpy has no bfloat16; float32 holds its numbers exactly.
+        numbers = values.float() if values.dtype == torch.bfloat16 else values
+        found = numbers.new_empty(len(numbers), 1)
+        for rank in ranks.unique().tolist():
+            rows = ranks == rank
+            part = numbers if bool(rows.all()) else numbers[rows]
+            placed = np.partition(part.numpy(), rank - 1, axis=1)[:, rank - 1 : rank]
+            found[rows] = torch.from_numpy(placed)
+        return found.to(values.dtype)
+    wanted = ranks.to(values.device, non_blocking=True).unsqueeze(1)
+    if values.numel() <= SORTED:
+        return values.sort(dim=1).values.gather(1, wanted - 1)
+    integers = INTEGERS[values.dtype.itemsize]
+    least, most = torch.iinfo(integers).min, torch.iinfo(integers).max
+    sign = 8 * values.dtype.itemsize - 1
+
+    def ordered(bits: Tensor) -> Tensor:
+        """Integers in the order of the floats whose bits they are, and back."""
+        return bits ^ ((bits >> sign) & most)
+
+    keys = ordered(values.view(integers))
+    low = torch.full((len(keys), 1), least, dtype=integers, device=keys.device)
+    for place in range(sign, -1, -1):
+        higher = low ^ (least if place == sign else 1 << place)
+        below = (keys < higher).sum(dim=1, keepdim=True)
+        low = torch.where(below < wanted, higher, low)
+    return ordered(low).view(values.dtype)
 
 
 def ascending(values: Tensor) -> Tensor:

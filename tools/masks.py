@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prunewright.tools.fast import count_zeros, kth_lowest
+from prunewright.tools.fast import count_zeros, has_nan, kth_lowest, on_processor
 
 Group = Literal["row", "layer"]
 """Which weights compete: those of one output (Wanda), or those of the whole layer."""
@@ -38,19 +38,29 @@ def unstructured_mask(
     Raises:
         ValueError: ``pruned`` out of range, or a score is not a number.
     """
-    _refuse_nan(scores)
+    broken = has_nan(scores).long().unsqueeze(0)
     least = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
     if own is not None:
         least = own.sum(dim=1)
         scores = scores.masked_fill(own, -torch.inf)
-    zeros = int(least.sum())
-    if not zeros <= pruned <= scores.numel():
-        words = f", {zeros} of which are zero already" if zeros else ""
-        raise ValueError(f"cannot prune {pruned} of {scores.numel()} weights{words}")
+    # All that must be known of a device's values comes at once, so that it is waited for once.
+    broken, least = torch.cat([broken, least]).cpu().split([1, len(scores)])
+    _refuse_nan(broken)
+    check_count(pruned, int(least.sum()), scores.numel())
     if group == "layer":
-        flat = scores.reshape(1, -1)
-        return _lowest(flat, torch.tensor([pruned], device=scores.device)).reshape(scores.shape)
-    return _lowest(scores, even_shares(pruned, least))
+        return lowest(scores.reshape(1, -1), torch.tensor([pruned])).reshape(scores.shape)
+    return lowest(scores, even_shares(pruned, least))
+
+
+def check_count(pruned: int, zeros: int, weights: int) -> None:
+    """Refuse a number of weights to prune that is out of range.
+
+    Raises:
+        ValueError: it is below the number of ``zeros`` that are there, or above all ``weights``.
+    """
+    if not zeros <= pruned <= weights:
+        words = f", {zeros} of which are zero already" if zeros else ""
+        raise ValueError(f"cannot prune {pruned} of {weights} weights{words}")
 
 
 def even_shares(total: int, least: Tensor, sizes: Tensor | None = None) -> Tensor:
@@ -60,7 +70,7 @@ def even_shares(total: int, least: Tensor, sizes: Tensor | None = None) -> Tenso
 
     Args:
         total: at least the sum of ``least``.
-        least: what each part gives in any case [parts], int64.
+        least: what each part gives in any case [parts], int64, on the processor.
         sizes: of the parts [parts], int64; None: all are of one size.
 
     Returns:
@@ -84,26 +94,24 @@ def even_shares(total: int, least: Tensor, sizes: Tensor | None = None) -> Tenso
         open_[open_.nonzero().squeeze(1)[short]] = False
 
 
-def _lowest(scores: Tensor, counts: Tensor) -> Tensor:
-    """The ``counts[i]`` lowest of each row i; ties go to the lower index."""
-    mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    for count in counts.unique().tolist():
-        if count == 0:
-            continue
-        rows = counts == count
-        whole = bool(rows.all())
-        part = scores if whole else scores[rows]
-        threshold = kth_lowest(part, count).unsqueeze(1)
-        chosen = part < threshold
-        missing = count - chosen.sum(dim=1, keepdim=True)
-        ties = part == threshold
-        if bool((ties.sum(dim=1, keepdim=True) > missing).any()):
-            ties &= ties.cumsum(dim=1, dtype=torch.int32) <= missing
-        chosen |= ties
-        if whole:
-            return chosen
-        mask[rows] = chosen
-    return mask
+def lowest(scores: Tensor, counts: Tensor) -> Tensor:
+    """The lowest scores of each row; ties go to the lower index.
+
+    Args:
+        scores: [rows, inputs], none of them NaN.
+        counts: how many of each row, int64 [rows], on the processor.
+
+    Returns:
+        bool [rows, inputs], True for these.
+    """
+    threshold = kth_lowest(scores, counts.clamp(min=1))
+    chosen = scores < threshold
+    missing = counts.to(scores.device, non_blocking=True).unsqueeze(1) - chosen.sum(1, keepdim=True)
+    ties = scores == threshold
+    # To look whether any are too many saves time on a processor; elsewhere it would be waited for.
+    if not on_processor(scores) or bool((ties.sum(1, keepdim=True) > missing).any()):
+        ties &= ties.cumsum(dim=1, dtype=torch.int32) <= missing
+    return chosen.logical_or_(ties)
 
 
 def nm_mask(scores: Tensor, keep_n: int, group_m: int, own: Tensor | None = None) -> Tensor:
@@ -120,7 +128,7 @@ def nm_mask(scores: Tensor, keep_n: int, group_m: int, own: Tensor | None = None
     Raises:
         ValueError: the inputs do not divide into groups, or a score is not a number.
     """
-    _refuse_nan(scores)
+    _refuse_nan(has_nan(scores))
     rows, inputs = scores.shape
     if inputs % group_m:
         raise ValueError(f"{inputs} inputs do not divide into groups of {group_m}")
@@ -147,10 +155,13 @@ def nm_count(weight: Tensor, keep_n: int, group_m: int) -> int:
 
 
 def zero_places(weight: Tensor) -> Tensor | None:
-    """True where a weight is zero, of its shape; None, at little cost, where none is."""
-    return weight == 0 if count_zeros(weight) else None
+    """True where a weight is zero, of its shape.
+
+    None, at little cost, where none is; but only on a processor, since to look is to wait.
+    """
+    return None if on_processor(weight) and not count_zeros(weight) else weight == 0
 
 
-def _refuse_nan(scores: Tensor) -> None:
-    if bool(scores.isnan().any()):
+def _refuse_nan(broken: Tensor) -> None:
+    if bool(broken):
         raise ValueError("some scores are not numbers: the weights or the statistics are broken")

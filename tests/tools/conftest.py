@@ -1,13 +1,14 @@
 """What the tests of `prunewright.tools` share: loaded pico models of every family."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from prunewright.tools import fast, masks
 from prunewright.tools.model.loading import LoadedModel, load_model
 
 FAMILIES = (
@@ -64,3 +65,19 @@ def copy(pico_models: Callable[..., Path], tmp_path: Path) -> Callable[..., Path
         return Path(shutil.copytree(pico_models(family), tmp_path / name))
 
     return get
+
+
+@pytest.fixture(scope="module", params=["processor", "elsewhere"])
+def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways to a result: what a device other than the processor does runs here, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "elsewhere":
+            go_elsewhere(patch)
+        yield
+
+
+def go_elsewhere(patch: pytest.MonkeyPatch) -> None:
+    """Let tensors be taken for those of another device; all of its code runs on a processor."""
+    for module in (fast, masks):
+        patch.setattr(module, "on_processor", lambda _: False)
+    patch.setattr(fast, "SORTED", 1000)

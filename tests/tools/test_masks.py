@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prunewright.tools.fast import count_zeros, kth_lowest
 from prunewright.tools.masks import even_shares, nm_mask, unstructured_mask
+
+pytestmark = pytest.mark.usefixtures("both_ways")
 
 
 def lowest(values: list[float], count: int) -> set[int]:
@@ -29,16 +30,6 @@ matrices = st.integers(1, 6).flatmap(
         )
     )
 )
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_the_kth_lowest_is_that_of_the_sorted_values(dtype: torch.dtype) -> None:
-    values = torch.randn(3, 4, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
-    for k in (1, 7, 50):
-        found = kth_lowest(values, k)
-        assert found.dtype == dtype
-        for i, matrix in enumerate(values.tolist()):
-            assert found[i].tolist() == [sorted(row)[k - 1] for row in matrix]
 
 
 @settings(max_examples=150, deadline=None)
@@ -181,15 +172,3 @@ def test_scores_that_are_not_numbers_are_refused() -> None:
 def test_infinite_scores_go_last() -> None:
     scores: Tensor = torch.tensor([[torch.inf, 1.0, 2.0, torch.inf]])
     assert unstructured_mask(scores, 3, "row").tolist() == [[True, True, True, False]]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_zeros_of_either_sign_are_counted_and_nothing_else(dtype: torch.dtype) -> None:
-    least = torch.tensor(torch.finfo(dtype).smallest_normal, dtype=dtype)
-    values = [0.0, -0.0, 1.0, -1.0, float("inf"), float("-inf"), float("nan")]
-    weight = torch.tensor(values, dtype=dtype).repeat(3, 1)
-    weight[1, 2], weight[1, 3] = least, -least
-    weight[2, 2] = 0
-    assert count_zeros(weight) == 7
-    assert count_zeros(weight.T) == 7
-    assert count_zeros(weight.T.contiguous()[0]) == 3

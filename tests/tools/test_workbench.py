@@ -23,6 +23,7 @@ from prunewright.tools.model.head import Head
 from prunewright.tools.model.layers import Layer
 from prunewright.tools.store.revisions import RevisionStore
 from prunewright.tools.texts.windows import load_windows
+from tests.tools.conftest import go_elsewhere
 
 GATE, DOWN = "model.layers.0.mlp.gate_proj", "model.layers.1.mlp.down_proj"
 
@@ -131,6 +132,35 @@ def test_masks_follow_the_criterion_from_the_dense_weights(
         worst_gone = groups.masked_fill(~flags, -1).amax(dim=-1)
         best_kept = groups.masked_fill(flags, torch.inf).amin(dim=-1)
         assert bool((worst_gone <= best_kept * (1 + 1e-5)).all())
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"criterion": "wanda"},
+        {"criterion": "fisher"},
+        {"criterion": "wanda", "pattern": "2:4"},
+        {"criterion": "obs", "dtype": "bfloat16"},
+        {"criterion": "wanda", "reconstruct": True},
+    ],
+)
+def test_what_is_done_elsewhere_than_on_a_processor_makes_the_same_revisions(
+    bench_of: Bench, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, live = [], []
+    for store in ("here", "elsewhere"):
+        if store == "elsewhere":
+            go_elsewhere(monkeypatch)
+        bench = bench_of("Qwen3MoeConfig", store=store, **asked)
+        counts = None if "pattern" in asked else counts_at(bench, 0.4)
+        attention = next(iter(bench.loaded.layers))
+        first = bench.prune(DENSE, DENSE, counts)
+        second = bench.prune(first, DENSE, {attention: 0} if counts else None)
+        bench.sync(second)
+        found.append((first, second, bench.zeros()))
+        live.append(weights(bench))
+    assert found[0] == found[1]
+    assert_same(*live)
 
 
 def test_only_layers_that_differ_are_touched(

@@ -21,7 +21,7 @@ from prunewright.tools.calibration.activations import Activations, measure_activ
 from prunewright.tools.calibration.gradients import Gradients, measure_gradients
 from prunewright.tools.calibration.profile import build_profile, statistics_of
 from prunewright.tools.criteria import find_criterion, prune_mask
-from prunewright.tools.fast import count_bits, count_zeros, pack_bits
+from prunewright.tools.fast import count_bits, count_zeros, pack_bits, read_at_once
 from prunewright.tools.masks import nm_count
 from prunewright.tools.model.continuations import answer_scores, continue_text, fact_tokens
 from prunewright.tools.model.head import Head, Progress, told
@@ -67,9 +67,10 @@ class Workbench:
         self.head = Head(self.loaded.model)
         self.store = RevisionStore(Path())
         self._at: Manifest = {}
-        self._zeros = {
-            name: count_zeros(self.loaded.weight(ly)) for name, ly in self.loaded.layers.items()
-        }
+        zeros = read_at_once(
+            count_zeros(self.loaded.weight(ly)) for ly in self.loaded.layers.values()
+        )
+        self._zeros = dict(zip(self.loaded.layers, zeros, strict=True))
         self.dense_zeros = dict(self._zeros)
         """Number of exact zeros that each layer has in the dense model: no mask takes them away."""
         self._pattern_gains: dict[str, int] | None = None
@@ -134,14 +135,18 @@ class Workbench:
         }
         weights = self.loaded.execution.weights
         dense_layers = self._dense_layers(layers, home=True)
+        fresh: dict[tuple[str, str | None], Tensor] = {}
         for layer, dense in zip(layers, dense_layers, strict=True):
             digest = target.get(layer.name)
             self._at[layer.name] = ""  # should this be interrupted, the next sync mends it
             weights.restore(layer, dense, stored.pop(layer.name, None))
             key = (layer.name, digest)
             if key not in self._counted:
-                self._counted[key] = count_zeros(weights.read(layer))
-            self._zeros[layer.name] = self._counted[key]
+                fresh[key] = count_zeros(weights.read(layer))
+        self._counted |= zip(fresh, read_at_once(fresh.values()), strict=True)
+        for layer in layers:
+            digest = target.get(layer.name)
+            self._zeros[layer.name] = self._counted[layer.name, digest]
             if digest is None:
                 self._at.pop(layer.name)
             else:

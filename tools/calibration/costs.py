@@ -7,7 +7,7 @@ from torch import Tensor
 from prunewright.tools.calibration.observed import wide_dtype
 from prunewright.tools.calibration.sample import even_spread, sampled_rows
 from prunewright.tools.criteria import LayerStatistics, find_criterion, fisher, split_experts
-from prunewright.tools.fast import ascending, count_zeros
+from prunewright.tools.fast import ascending, count_zeros, read_at_once
 from prunewright.tools.masks import nm_mask
 
 CROWDING = 2.0
@@ -77,7 +77,8 @@ def predict_losses(
     totals = [0.0] * len(levels)
     wide = wide_dtype(weight.device)
     experts = split_experts(weight, statistics)
-    zeros = [count_zeros(matrix) / matrix.numel() for matrix, _ in experts]
+    counts = read_at_once(count_zeros(matrix) for matrix, _ in experts)
+    zeros = [count / matrix.numel() for count, (matrix, _) in zip(counts, experts, strict=True)]
     shares = [even_level(zeros, level) for level in levels]
     rule = find_criterion(criterion)
     for matrix, stats in experts:

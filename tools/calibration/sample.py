@@ -76,4 +76,4 @@ def salience_percentile(weight: Tensor, input_square: Tensor, fraction: float = 
         return 0.0
     # The weights that are gone score zero, so they come first.
     rank = len(values) - active + 1 + math.floor(fraction * (active - 1))
-    return float(kth_lowest(values * norms, rank))
+    return float(kth_lowest((values * norms).unsqueeze(0), torch.tensor([rank])))

@@ -10,9 +10,10 @@ from torch import Tensor
 from prunewright.state import InputError
 from prunewright.state.plugins import Registry
 from prunewright.tools.criteria import fisher, gblm, magnitude, obs, sparsegpt, wanda
-from prunewright.tools.fast import count_zeros
+from prunewright.tools.fast import count_zeros, read_at_once
 from prunewright.tools.masks import (
     Group,
+    check_count,
     even_shares,
     nm_mask,
     unstructured_mask,
@@ -201,14 +202,11 @@ def expert_shares(pruned: int | None, experts: list[Tensor]) -> list[int | None]
     Raises:
         ValueError: more are zero already than shall be pruned.
     """
-    if pruned is None:
-        return [None] * len(experts)
-    least = torch.tensor([count_zeros(expert) for expert in experts])
-    if pruned < (zeros := int(least.sum())):
-        total = sum(expert.numel() for expert in experts)
-        words = f", {zeros} of which are zero already" if zeros else ""
-        raise ValueError(f"cannot prune {pruned} of {total} weights{words}")
-    return list(even_shares(pruned, least).tolist())
+    if pruned is None or len(experts) == 1:
+        return [pruned] * len(experts)
+    zeros = read_at_once(count_zeros(expert) for expert in experts)
+    check_count(pruned, sum(zeros), sum(expert.numel() for expert in experts))
+    return list(even_shares(pruned, torch.tensor(zeros)).tolist())
 
 
 def split_experts(

@@ -12,7 +12,7 @@ from prunewright.state.config import Offload
 from prunewright.tools.evaluation.harness import Quiz, ask
 from prunewright.tools.evaluation.kept import Kept
 from prunewright.tools.evaluation.scores import Comparison, TaskScore, compare
-from prunewright.tools.fast import count_zeros
+from prunewright.tools.fast import count_zeros, read_at_once
 from prunewright.tools.losses import perplexity
 from prunewright.tools.model.head import Head, Progress
 from prunewright.tools.model.loading import LoadedModel, load_model
@@ -196,5 +196,5 @@ def _score(source: str, losses: list[float], length: int) -> TextScore:
 
 
 def _sparsity(loaded: LoadedModel) -> float:
-    zeros = sum(count_zeros(loaded.weight(layer)) for layer in loaded.layers.values())
-    return zeros / loaded.prunable
+    zeros = read_at_once(count_zeros(loaded.weight(layer)) for layer in loaded.layers.values())
+    return sum(zeros) / loaded.prunable
