@@ -45,11 +45,24 @@ def unstructured_mask(
         scores = scores.masked_fill(own, -torch.inf)
     # All that must be known of a device's values comes at once, so that it is waited for once.
     broken, least = torch.cat([broken, least]).cpu().split([1, len(scores)])
-    _refuse_nan(broken)
+    check_numbers(broken)
     check_count(pruned, int(least.sum()), scores.numel())
     if group == "layer":
         return lowest(scores.reshape(1, -1), torch.tensor([pruned])).reshape(scores.shape)
     return lowest(scores, even_shares(pruned, least))
+
+
+def check_numbers(broken: Tensor) -> None:
+    """Refuse scores some of which are not numbers.
+
+    Args:
+        broken: whether they are, of one value.
+
+    Raises:
+        ValueError: they are.
+    """
+    if bool(broken):
+        raise ValueError("some scores are not numbers: the weights or the statistics are broken")
 
 
 def check_count(pruned: int, zeros: int, weights: int) -> None:
@@ -128,10 +141,15 @@ def nm_mask(scores: Tensor, keep_n: int, group_m: int, own: Tensor | None = None
     Raises:
         ValueError: the inputs do not divide into groups, or a score is not a number.
     """
-    _refuse_nan(has_nan(scores))
+    check_numbers(has_nan(scores))
+    if scores.shape[1] % group_m:
+        raise ValueError(f"{scores.shape[1]} inputs do not divide into groups of {group_m}")
+    return nm_lowest(scores, keep_n, group_m, own)
+
+
+def nm_lowest(scores: Tensor, keep_n: int, group_m: int, own: Tensor | None) -> Tensor:
+    """`nm_mask` of scores that need no check, so that no device is waited for."""
     rows, inputs = scores.shape
-    if inputs % group_m:
-        raise ValueError(f"{inputs} inputs do not divide into groups of {group_m}")
     if own is not None:
         scores = scores.masked_fill(own, -torch.inf)
     groups = scores.reshape(rows, inputs // group_m, group_m)
@@ -160,8 +178,3 @@ def zero_places(weight: Tensor) -> Tensor | None:
     None, at little cost, where none is; but only on a processor, since to look is to wait.
     """
     return None if on_processor(weight) and not count_zeros(weight) else weight == 0
-
-
-def _refuse_nan(broken: Tensor) -> None:
-    if bool(broken):
-        raise ValueError("some scores are not numbers: the weights or the statistics are broken")

@@ -1,6 +1,7 @@
 """SparseGPT against Optimal Brain Surgeon with inverses taken again for every weight."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -54,13 +55,19 @@ def surgeon(
     return mask, w
 
 
-@pytest.mark.parametrize("panel", [20, 8, 5])
-@pytest.mark.parametrize("pruned", [0, 1, 53, 60, 120])
+@pytest.mark.parametrize(("panel", "strip"), [(20, 32), (20, 6), (8, 3), (5, 5)])
+@pytest.mark.parametrize("pruned", [0, 1, 53, 120])
 @pytest.mark.parametrize("weighed", [False, True])
 @pytest.mark.parametrize("shrinkage", [0.0, 0.7])
 def test_masks_and_weights_are_those_of_optimal_brain_surgeon(
-    pruned: int, panel: int, weighed: bool, shrinkage: float
+    pruned: int,
+    panel: int,
+    strip: int,
+    weighed: bool,
+    shrinkage: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(sparsegpt, "STRIP", strip)
     weight, x = layer()
     x *= torch.linspace(0.3, 3, 20)  # so that its own diagonal is another thing than the mean
     gram = x.T @ x
@@ -93,6 +100,40 @@ def test_patterns_hold_exactly(keep_n: int, group_m: int) -> None:
     assert found is not None
     kept = (~found[0]).reshape(7, 40 // group_m, group_m).sum(-1)
     assert set(kept.reshape(-1).tolist()) == {keep_n}
+
+
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+def test_zeros_that_were_there_are_of_the_mask_and_change_no_other_weight(
+    pattern: tuple[int, int] | None,
+) -> None:
+    weight, x = layer(rows=7, inputs=40)
+    weight[1:3], weight[:, 5], weight[4, 8:12] = 0, 0, -0.0
+    own = weight == 0
+    before = weight.clone()
+    pruned = None if pattern else 160
+    found = sparsegpt.prune(weight, x.T @ x, pruned=pruned, pattern=pattern, panel=16)
+    assert found is not None
+    mask, weights, _ = found
+    assert torch.equal(weight, before)
+    assert bool(mask[own].all())
+    assert torch.equal(weights == 0, mask)
+    by_group = own.reshape(7, 10, 4).sum(-1).clamp(min=2)
+    assert int(mask.sum()) == (160 if pattern is None else int(by_group.sum()))
+    if pattern is not None:
+        assert torch.equal(mask.reshape(7, 10, 4).sum(-1), by_group)
+    assert sparsegpt.prune(weight, x.T @ x, pruned=int(own.sum())) is not None
+    with pytest.raises(ValueError, match="of which are zero already"):
+        sparsegpt.prune(weight, x.T @ x, pruned=int(own.sum()) - 1)
+
+
+@pytest.mark.parametrize("asked", [{"pruned": 60}, {"pattern": (2, 4)}])
+def test_weights_that_are_not_numbers_are_refused(asked: dict[str, Any]) -> None:
+    weight, x = layer()
+    weight[2, 19] = torch.nan
+    with pytest.raises(ValueError, match="not numbers"):
+        sparsegpt.prune(weight, x.T @ x, **asked)
+    with pytest.raises(ValueError, match="cannot prune 121 of 120 weights"):
+        sparsegpt.prune(weight, x.T @ x, pruned=121)
 
 
 @pytest.mark.parametrize("seed", range(5))

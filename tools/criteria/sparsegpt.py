@@ -13,11 +13,22 @@ changes nothing. With 0 it is SparseGPT as published.
 import torch
 from torch import Tensor
 
-from prunewright.tools.masks import Group, even_shares, nm_mask, unstructured_mask, zero_places
+from prunewright.tools.fast import has_nan, is_finite, read_at_once
+from prunewright.tools.masks import (
+    Group,
+    check_count,
+    check_numbers,
+    even_shares,
+    lowest,
+    nm_lowest,
+    zero_places,
+)
 
 GROUP: Group = "layer"
 PANEL = 128
 """Inputs whose masks are chosen together."""
+STRIP = 32
+"""Inputs of a panel that are updated one by one; what is right of them is updated once a strip."""
 DAMPINGS = (0.01, 0.1, 1.0)
 """Shares of the mean diagonal that are added to it, one after another until it can be factored."""
 
@@ -60,47 +71,64 @@ def prune(
         needed. None if no damping made the matrix positive definite.
 
     Raises:
-        ValueError: neither or both of ``pruned`` and ``pattern``, or the inputs do not divide.
+        ValueError: neither or both of ``pruned`` and ``pattern``, a count out of range, inputs that
+            do not divide, or weights that are not numbers.
     """
     if (pruned is None) == (pattern is None):
         raise ValueError("give the number of weights to prune, or a pattern")
-    inputs = weight.shape[1]
-    work = weight.float().clone()
+    outputs, inputs = weight.shape
+    group = pattern[1] if pattern else 1
+    if inputs % group:
+        raise ValueError(f"{inputs} inputs do not divide into groups of {group}")
+    panels = _runs(inputs, max(panel // group, 1) * group)
+    own = zero_places(weight)
+    shares: list[int] = []
+    if pruned is not None:
+        zeros = [0] * len(panels)
+        if own is not None:
+            zeros = read_at_once(own[:, start:end].sum() for start, end in panels)
+        check_count(pruned, sum(zeros), weight.numel())
+        sizes = torch.tensor([end - start for start, end in panels])
+        shares = even_shares(pruned, torch.tensor(zeros), sizes).tolist()
     found = inverse_factor(gram.float(), dampings, shrinkage)
     if found is None:
         return None
     factor, damping = found
-    mask = torch.zeros(work.shape, dtype=torch.bool, device=work.device)
-    group = pattern[1] if pattern else 1
-    if inputs % group:
-        raise ValueError(f"{inputs} inputs do not divide into groups of {group}")
-    panel = max(panel // group, 1) * group
-    own = zero_places(weight)
-    panels = [(start, min(start + panel, inputs)) for start in range(0, inputs, panel)]
-    shares: list[int] = []
-    if pruned is not None:
-        least = [0 if own is None else int(own[:, start:end].sum()) for start, end in panels]
-        sizes = torch.tensor([end - start for start, end in panels])
-        shares = even_shares(pruned, torch.tensor(least), sizes).tolist()
+    # [inputs, outputs]: what a step reads and writes lies together, which makes it four times as
+    # fast. No step waits for a device: what it has found is looked at when all is done.
+    work = weight.new_empty(inputs, outputs, dtype=torch.float32).copy_(weight.T)
+    mask = torch.zeros_like(work, dtype=torch.bool)
     for index, (start, end) in enumerate(panels):
-        part, corner = work[:, start:end], factor[start:end, start:end]
-        scale = corner.diagonal()
+        part, gone, corner = work[start:end], mask[start:end], factor[start:end, start:end]
+        scale = corner.diagonal().unsqueeze(1)
         if pruned is not None:
-            price = (part / scale).square()
+            price = (part / scale).square_()
             if factors is not None:
-                price *= factors.unsqueeze(1)
-            zero = None if own is None else own[:, start:end]
-            mask[:, start:end] = unstructured_mask(price, shares[index], "layer", zero)
-        errors = torch.empty_like(part)
-        for j in range(end - start):
-            if pattern is not None and j % group == 0:
-                now = (part[:, j : j + group] / scale[j : j + group]).square()
-                at = slice(start + j, start + j + group)
-                mask[:, at] = nm_mask(now, *pattern, None if own is None else own[:, at])
-            errors[:, j] = part[:, j] * mask[:, start + j] / scale[j]
-            part[:, j:].addr_(errors[:, j], corner[j, j:], alpha=-1)
-        work[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
-    return mask, work.masked_fill_(mask, 0.0), damping
+                price *= factors
+            if own is not None:
+                price.masked_fill_(own.T[start:end], -torch.inf)
+            cheapest = lowest(price.T.reshape(1, -1), torch.tensor([shares[index]]))
+            gone.copy_(cheapest.view(outputs, -1).T)
+        taken, errors = gone / scale, torch.empty_like(part)
+        for first, last in _runs(end - start, max(STRIP // group, 1) * group):
+            for j in range(first, last):
+                if pattern is not None and j % group == 0:
+                    at = slice(j, j + group)
+                    price = (part[at] / scale[at]).square_()
+                    zero = None if own is None else own[:, start + j : start + j + group]
+                    gone[at] = nm_lowest(price.T, *pattern, zero).T
+                    torch.div(gone[at], scale[at], out=taken[at])
+                torch.mul(part[j], taken[j], out=errors[j])
+                part[j + 1 : last].addr_(corner[j, j + 1 : last], errors[j], alpha=-1)
+            part[last:].addmm_(corner[first:last, last:].T, errors[first:last], alpha=-1)
+        work[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    check_numbers(has_nan(work))
+    return mask.T.contiguous(), work.masked_fill_(mask, 0.0).T.contiguous(), damping
+
+
+def _runs(length: int, size: int) -> list[tuple[int, int]]:
+    """Start and end of runs of a size, and of what is left."""
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def inverse_factor(
@@ -117,7 +145,7 @@ def inverse_factor(
         U with U^T U = (gram + shrinkage * diag(gram) + damping * mean diagonal * I)^-1, and the
         damping; None if the matrix is not positive definite with any of them.
     """
-    if not bool(gram.isfinite().all()):
+    if not is_finite(gram):
         return None
     mean = gram.diagonal().mean()
     for damping in dampings:
@@ -126,6 +154,6 @@ def inverse_factor(
         lower, failed = torch.linalg.cholesky_ex(damped)
         if int(failed) == 0:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if int(failed) == 0 and bool(upper.isfinite().all()):
+            if int(failed) == 0 and is_finite(upper):
                 return upper, damping
     return None
