@@ -127,19 +127,24 @@ class Workbench:
                 f"{self.request.model} does not have"
             )
         layers = [ly for n, ly in self.loaded.layers.items() if target.get(n) != self._at.get(n)]
-        # All of them read and checked before any weight changes.
-        stored = {
-            layer.name: self._stored(target[layer.name], layer)
-            for layer in layers
-            if layer.name in target
-        }
+        # All of them read and checked before any weight changes. Values are as large as the model,
+        # and read again.
+        stored = {}
+        for layer in layers:
+            if layer.name in target:
+                found = self._stored(target[layer.name], layer)
+                if found.kept is None:
+                    stored[layer.name] = found
         weights = self.loaded.execution.weights
         dense_layers = self._dense_layers(layers, home=True)
         fresh: dict[tuple[str, str | None], Tensor] = {}
         for layer, dense in zip(layers, dense_layers, strict=True):
             digest = target.get(layer.name)
             self._at[layer.name] = ""  # should this be interrupted, the next sync mends it
-            weights.restore(layer, dense, stored.pop(layer.name, None))
+            held = stored.pop(layer.name, None)
+            if held is None and digest is not None:
+                held = self._stored(digest, layer)
+            weights.restore(layer, dense, held)
             key = (layer.name, digest)
             if key not in self._counted:
                 fresh[key] = count_zeros(weights.read(layer))

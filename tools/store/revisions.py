@@ -85,7 +85,7 @@ class RevisionWriter:
             self.revision = self._store._write_manifest(self._layers, self.about)
 
     def add(self, name: str, mask: Tensor, weight: Tensor | None = None, own: int = 0) -> None:
-        """Store a layer's mask in place of its parent's, unless that is too few weights.
+        """Store a layer's mask in place of its parent's, or take that away if it prunes nothing.
 
         Waits as long as `WRITERS` layers are being written, so that no more are held.
 
