@@ -76,7 +76,7 @@ def prune(
     """
     if (pruned is None) == (pattern is None):
         raise ValueError("give the number of weights to prune, or a pattern")
-    outputs, inputs = weight.shape
+    inputs = weight.shape[1]
     group = pattern[1] if pattern else 1
     if inputs % group:
         raise ValueError(f"{inputs} inputs do not divide into groups of {group}")
@@ -94,14 +94,44 @@ def prune(
     if found is None:
         return None
     factor, damping = found
+    mask, work = sweep(weight, factor, panels, shares, pattern, factors, own)
+    check_numbers(has_nan(work))
+    return mask, work, damping
+
+
+def sweep(
+    weight: Tensor,
+    factor: Tensor,
+    panels: list[tuple[int, int]],
+    shares: list[int],
+    pattern: tuple[int, int] | None,
+    factors: Tensor | None,
+    own: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Masks and updates from the first input to the last; no step waits for a device.
+
+    Args:
+        weight: dense [outputs, inputs].
+        factor: of `inverse_factor` [inputs, inputs].
+        panels: first input and the one after the last of each, in order.
+        shares: weights that each panel prunes; empty with a pattern.
+        pattern: as for `prune`.
+        factors: likewise.
+        own: True where a weight is zero in the dense model [outputs, inputs]; None: nowhere.
+
+    Returns:
+        The mask, True where pruned, and the weights in float32, 0 there.
+    """
+    outputs, inputs = weight.shape
+    group = pattern[1] if pattern else 1
     # [inputs, outputs]: what a step reads and writes lies together, which makes it four times as
-    # fast. No step waits for a device: what it has found is looked at when all is done.
-    work = weight.new_empty(inputs, outputs, dtype=torch.float32).copy_(weight.T)
+    # fast.
+    work = torch.empty(inputs, outputs, device=weight.device).copy_(weight.T)
     mask = torch.zeros_like(work, dtype=torch.bool)
     for index, (start, end) in enumerate(panels):
         part, gone, corner = work[start:end], mask[start:end], factor[start:end, start:end]
         scale = corner.diagonal().unsqueeze(1)
-        if pruned is not None:
+        if pattern is None:
             price = (part / scale).square_()
             if factors is not None:
                 price *= factors
@@ -122,8 +152,7 @@ def prune(
                 part[j + 1 : last].addr_(corner[j, j + 1 : last], errors[j], alpha=-1)
             part[last:].addmm_(corner[first:last, last:].T, errors[first:last], alpha=-1)
         work[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
-    check_numbers(has_nan(work))
-    return mask.T.contiguous(), work.masked_fill_(mask, 0.0).T.contiguous(), damping
+    return mask.T.contiguous(), work.masked_fill_(mask, 0.0).T.contiguous()
 
 
 def _runs(length: int, size: int) -> list[tuple[int, int]]:
