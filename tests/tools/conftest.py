@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prunewright.tools import fast, masks
+from prunewright.tools.execution import weights
 from prunewright.tools.model.loading import LoadedModel, load_model
 
 FAMILIES = (
@@ -78,6 +79,6 @@ def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def go_elsewhere(patch: pytest.MonkeyPatch) -> None:
     """Let tensors be taken for those of another device; all of its code runs on a processor."""
-    for module in (fast, masks):
+    for module in (fast, masks, weights):
         patch.setattr(module, "on_processor", lambda _: False)
     patch.setattr(fast, "SORTED", 1000)
