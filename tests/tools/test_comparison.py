@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import altair
 import numpy as np
 import pytest
 from comparisons import BROKE, CONTROL, NAME, SEEDS, make_comparison, make_config
@@ -177,6 +178,8 @@ def test_the_page_holds_hostile_names_as_text_and_loads_nothing(tmp_path: Path) 
     assert "window.hacked" not in "".join(page.scripts[1:])
     charts = json.loads(page.scripts[0])
     assert list(charts) == ["1-web-i-sparsity", "1-web-i-tokens", "1-web-i-seconds"]
+    for chart in charts.values():
+        altair.Chart.from_dict(chart)  # raises where it does not keep to Vega-Lite's schema
 
     write_pages(found, tmp_path)
     assert sorted(path.stem for path in (tmp_path / "plots").iterdir()) == sorted(charts)

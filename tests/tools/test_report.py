@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import altair
 import pytest
 from page import HOSTILE, Page, make_runs
 from typer.testing import CliRunner
@@ -123,6 +124,14 @@ def test_the_plots_have_the_numbers_of_the_trace(runs: tuple[Path, Path]) -> Non
     sizes = {layer["name"]: layer["parameters"] for layer in profile["layers"]}
     total = sum(final[name] * size for name, size in sizes.items()) / sum(sizes.values())
     assert total / 100 == pytest.approx(read(runs[0] / "metrics.json")["sparsity"])
+
+
+def test_every_plot_keeps_to_the_schema_of_vega_lite(runs: tuple[Path, Path]) -> None:
+    for shown in ([runs[0]], list(runs)):
+        charts = json.loads(Page(build_report(shown)).scripts[0])
+        assert {"sparsity", "perplexity", "prediction", "heat-sparsity", "heat-z_s"} <= set(charts)
+        for chart in charts.values():
+            altair.Chart.from_dict(chart)  # raises where it does not
 
 
 def test_the_pages_own_run_comes_first_in_every_legend(runs: tuple[Path, Path]) -> None:
