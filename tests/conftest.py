@@ -7,8 +7,9 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["LANGGRAPH_STRICT_MSGPACK"] = "true"
 
+import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 torch.set_num_threads(1)
 # A shell's background job, and what nohup starts, ignores it; tests press Ctrl-C.
@@ -302,3 +304,33 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("GOOGLE_API_KEY", "GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LANGSMITH_TRACING", "false")
+
+
+class _Deprecations(logging.Handler):
+    """Keeps the records that tell of a deprecation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        words = record.getMessage()
+        if "deprecat" in words.lower():
+            self.found.append(f"{record.name}: {words}")
+
+
+@pytest.fixture(autouse=True)
+def _no_logged_deprecation() -> Iterator[None]:
+    """What is logged of a deprecated call fails the test, too: transformers warns by its log."""
+    # A test of the command line has silenced it for the process; and it says a thing only once.
+    transformers_logging.set_verbosity_warning()
+    transformers_logging.warning_once.cache_clear()
+    handler = _Deprecations()
+    # The last two pass nothing on to the root.
+    loggers = [logging.getLogger(name) for name in (None, "torch", "transformers")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield
+    for logger in loggers:
+        logger.removeHandler(handler)
+    assert handler.found == []
