@@ -298,6 +298,14 @@ def pico_config(pico_models: Callable[..., Path]) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """No test turns the power off. Processes that tests start write through, as ever."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No key of the machine reaches a test, and nothing is cached outside its directory."""
