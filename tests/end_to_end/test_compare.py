@@ -18,11 +18,13 @@ from typer.testing import CliRunner, Result
 
 from prunewright.graph import baseline, run
 from prunewright.graph.cli import app
-from prunewright.state.study import Comparison
+from prunewright.graph.running.study import plan_experiments
+from prunewright.state.study import Comparison, validate_comparison
 from prunewright.tools.evaluation import evaluate
 from prunewright.tools.evaluation.harness import evaluate_tasks
 from prunewright.tools.model.loading import load_model
 from prunewright.tools.store.rundir import RunDirectory
+from prunewright.tools.study import Digests
 
 HOSTILE = "greedy <b>|`x`"
 AGENTS = '''
@@ -87,6 +89,7 @@ def study(
                 {"name": "own", "source": str(folder / "scored.txt"), "windows": 5},
                 {"name": "embedded", "source": "embedded", "windows": 3},
             ],
+            "tasks": [{"name": "facts", "task": "facts", "shots": 1, "limit": 6}],
         },
     }
 
@@ -181,6 +184,16 @@ def test_every_experiment_is_what_run_and_baseline_come_to(
             assert mine.perplexity == pytest.approx(score.perplexity)
             assert len(mine.losses) == text["windows"]
             scored[experiment.method, text["name"]] = mine.perplexity
+        answered = own.scores.tasks
+        assert answered == pytest.approx(ask_facts(str(result.model_directory)), abs=1e-4)
+        assert found.dense.scores is not None
+        assert answered != found.dense.scores.tasks
+    assert found.dense.scores is not None
+    dense = ask_facts(study["base"]["model"])
+    # An experiment counts with as many threads as there are cores, this process with one.
+    assert found.dense.scores.tasks == pytest.approx(dense, abs=1e-4)
+    table = (out / "comparison.md").read_text()
+    assert f"{found.summary[0].tasks['facts, log p'].mean:.3f}" in table
     assert method.ratio == {
         name: pytest.approx(scored[HOSTILE, name] / scored["uniform wanda", name])
         for name in ("own", "embedded")
@@ -194,6 +207,27 @@ def test_every_experiment_is_what_run_and_baseline_come_to(
     assert len(list((out / "plots").glob("*.svg"))) == 6
     assert HOSTILE in printed
     assert f"experiment   2 of 3  done    {HOSTILE}, 20 %, seed 1" in " ".join(printed.split(" "))
+
+
+def ask_facts(model: str) -> dict[str, float]:
+    loaded = load_model(model, dtype="float32", device="cpu")
+    (asked,) = evaluate_tasks(loaded, ["facts"], shots=1, limit=6)
+    return {"facts": asked.accuracy, "facts, log p": asked.log_probability}
+
+
+def test_another_question_is_another_experiment(
+    finished: tuple[Path, str], study: dict[str, Any]
+) -> None:
+    def keys(limit: int) -> set[str]:
+        (task,) = study["evaluation"]["tasks"]
+        evaluation = study["evaluation"] | {"tasks": [task | {"limit": limit}]}
+        config = validate_comparison(study | {"evaluation": evaluation})
+        return {experiment.key for experiment in plan_experiments(config, Digests())}
+
+    made = {experiment.key for experiment in read_comparison(finished[0]).experiments}
+    assert keys(6) == made
+    assert len(keys(7)) == len(made)
+    assert keys(7).isdisjoint(made)
 
 
 def test_a_second_call_computes_nothing(copy: Path, study: dict[str, Any], tmp_path: Path) -> None:
@@ -357,36 +391,3 @@ def wait_for(condition: Callable[[], bool]) -> None:
             return
         time.sleep(0.02)
     raise AssertionError("it did not come")
-
-
-def test_questions_are_asked_of_every_model(study: dict[str, Any], tmp_path: Path) -> None:
-    task = {"name": "facts", "task": "facts", "shots": 1, "limit": 6}
-    evaluation = study["evaluation"] | {"tasks": [task]}
-    path = write(study, tmp_path, methods=study["methods"][:1], seeds=[0], evaluation=evaluation)
-    result = invoke(path, "--out", tmp_path / "out", "--keep-models")
-    assert result.exit_code == 0, result.output
-    found = read_comparison(tmp_path / "out")
-    experiment = found.experiments[0]
-    for model, scores in (
-        (study["base"]["model"], found.dense.scores),
-        (
-            str(tmp_path / "out" / "experiments" / experiment.key / "model"),
-            experiment.result and experiment.result.scores,
-        ),
-    ):
-        assert scores is not None
-        loaded = load_model(model, dtype="float32", device="cpu")
-        (asked,) = evaluate_tasks(loaded, ["facts"], shots=1, limit=6)
-        expected = {"facts": asked.accuracy, "facts, log p": asked.log_probability}
-        # An experiment counts with as many threads as there are cores, this process with one.
-        assert scores.tasks == pytest.approx(expected, abs=1e-4)
-    assert found.dense.scores != (experiment.result and experiment.result.scores)
-    table = (tmp_path / "out" / "comparison.md").read_text()
-    assert f"{found.summary[0].tasks['facts, log p'].mean:.3f}" in table
-
-    # Another question more is another experiment.
-    task["limit"] = 7
-    evaluation = study["evaluation"] | {"tasks": [task]}
-    write(study, tmp_path, methods=study["methods"][:1], seeds=[0], evaluation=evaluation)
-    assert invoke(path, "--out", tmp_path / "out").exit_code == 0
-    assert read_comparison(tmp_path / "out").experiments[0].key != experiment.key
