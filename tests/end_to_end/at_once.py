@@ -18,14 +18,15 @@ import torch
 import transformers.models.llama.modeling_llama
 import transformers.models.llama.tokenization_llama  # noqa: F401
 
-import prunewright.graph.nodes  # noqa: F401
+import prunewright.graph.nodes
+import prunewright.tools.report.charts  # noqa: F401
 from prunewright.graph import baseline, fork, resume, run
 from prunewright.graph.running.runner import collect_garbage
 from prunewright.graph.running.study import compare
 
 torch.set_num_threads(1)
 
-TRIES = {"run": 4, "baseline": 3, "resume": 2, "gc": 3, "fork": 3, "compare": 3}
+TRIES = {"run": 3, "baseline": 2, "resume": 2, "gc": 2, "fork": 2, "compare": 2}
 STUDY: dict[str, Any] = {
     "methods": [{"name": "wanda", "kind": "baseline"}],
     "seeds": [0],

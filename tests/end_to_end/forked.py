@@ -31,6 +31,7 @@ import transformers.models.llama.tokenization_llama  # noqa: F401
 import prunewright.graph
 import prunewright.graph.nodes
 import prunewright.graph.running.runner
+import prunewright.tools.report.charts
 from prunewright.graph.running.study import compare
 
 torch.set_num_threads(1)
