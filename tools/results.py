@@ -72,14 +72,16 @@ def finish(
     control = sample = None
     # Each revision is asked for all at once: going from one to the other writes every layer.
     dense = perplexity(bench.test_losses(DENSE, progress))
-    dense_text = bench.sample(DENSE, PROMPT, progress) if saved else ""
+    # Block by block each of its tokens would take as long as all windows together.
+    sampled = saved and bench.request.offload == "none"
+    dense_text = bench.sample(DENSE, PROMPT, progress) if sampled else ""
     losses = bench.test_losses(outcome.revision, progress)
     final = perplexity(losses)
     if not math.isfinite(final):
         raise PrunewrightError(
             "the pruned model's perplexity is not finite: it is broken and was not saved"
         )
-    if saved:
+    if sampled:
         pruned_text = bench.sample(outcome.revision, PROMPT, progress)
         sample = Sample(prompt=PROMPT, dense=dense_text, pruned=pruned_text)
     tokens = {k: v - tokens_before.get(k, 0) for k, v in bench.tokens.items()}

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from prunewright.tools.model.continuations import answer_scores, fact_tokens
+from prunewright.tools.model.continuations import answer_scores, continue_text, fact_tokens
 from prunewright.tools.model.head import Head
 from prunewright.tools.model.loading import LoadedModel
 from prunewright.tools.texts.questions import load_facts, shown_form
@@ -33,3 +33,22 @@ def test_batched_answers_are_those_of_single_passes(load: Load, family: str) -> 
         expected = reference(loaded, context, answer)
         assert score == pytest.approx(sum(expected) / len(expected), abs=2e-4)
     assert told == [("factual recall", 16, 20), ("factual recall", 20, 20)]
+
+
+@pytest.mark.parametrize("family", ["LlamaConfig", "OpenAIGPTConfig", "MambaConfig"])
+def test_a_text_goes_on_with_the_likeliest_token_of_each_whole_pass(
+    load: Load, family: str
+) -> None:
+    """GPT-1 ignores caches, so its own generation is wrong."""
+    loaded = load(family)
+    prompt = "The text of"
+    text = continue_text(loaded.model, loaded.tokenizer, prompt, rows=500, most=12)
+    ids = loaded.tokenizer(prompt).input_ids
+    expected: list[int] = []
+    with torch.no_grad():
+        for _ in range(12):
+            logits = loaded.model(torch.tensor([ids + expected]), use_cache=False).logits
+            expected.append(int(logits[0, -1, :500].argmax()))
+    end = loaded.tokenizer.eos_token_id
+    expected = expected[: expected.index(end)] if end in expected else expected
+    assert text == loaded.tokenizer.decode(expected, skip_special_tokens=True)

@@ -1,9 +1,11 @@
 """Log-probabilities of answers after their questions."""
 
 from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prunewright.tools.model.head import Head, Progress, hidden_states
 from prunewright.tools.model.tokens import check_ids, start_tokens
@@ -11,6 +13,8 @@ from prunewright.tools.texts.questions import FactQuestion, shown_form
 
 AT_ONCE = 16
 """Questions of fact that are scored in one batch."""
+GUESSES = 2
+"""Times that a model's own generation is asked, before its text is made by whole passes."""
 SAMPLED = 40
 """Tokens of a text that a model writes by itself."""
 
@@ -68,15 +72,45 @@ def continue_text(
         most = min(most, limit - len(context))
     if not context or most < 1:
         return ""
+    end = tokenizer.eos_token_id
+    written: list[int] = []
+    guesses = GUESSES
+    while len(written) < most:
+        known = context + written
+        guess: list[int] = []
+        if guesses:
+            guesses -= 1
+            guess = _guess(model, known, most - len(written), end)
+        # A whole pass, without a cache, decides: that every family that can be scored can do.
+        ids = torch.tensor([known + guess], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(known) - 1 :, :rows]
+        for token, guessed in zip_longest(logits.argmax(-1).tolist(), guess):
+            if token == end or len(written) == most:
+                return str(tokenizer.decode(written, skip_special_tokens=True))
+            written.append(token)
+            if token != guessed:
+                break
+    return str(tokenizer.decode(written, skip_special_tokens=True))
 
-    ids = torch.tensor([context], device=model.device)
-    for _ in range(most):
-        # Whole passes, without a cache: every family that can be scored can do this.
-        token = model(input_ids=ids, use_cache=False).logits[0, -1, :rows].argmax()
-        if token == tokenizer.eos_token_id:
-            break
-        ids = torch.cat([ids, token.view(1, 1)], dim=1)
-    return str(tokenizer.decode(ids[0, len(context) :], skip_special_tokens=True))
+
+def _guess(model: PreTrainedModel, known: list[int], most: int, end: int | None) -> list[int]:
+    """What the model's own generation, with a cache, writes next; nothing where it fails.
+
+    Some families ignore caches or take none: it is a guess that saves passes.
+    """
+    ids = torch.tensor([known], device=model.device)
+    settings = GenerationConfig(
+        max_new_tokens=most, do_sample=False, eos_token_id=end, pad_token_id=end
+    )
+    generate: Any = model.generate
+    try:
+        found = generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # each family fails its own way
+        return []
+    guess: list[int] = found[0, len(known) :].tolist()
+    return guess
 
 
 def answer_scores(
