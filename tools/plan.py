@@ -7,13 +7,17 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import get_args
 
 import psutil
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from prunewright.state import InputError, PruneRequest
+from prunewright.state.config import Offload
 from prunewright.tools.criteria import find_criterion
+from prunewright.tools.execution.base import TOKENS
+from prunewright.tools.execution.blocks import STATES
 from prunewright.tools.model.checkpoint import Stored, read_tensors
 from prunewright.tools.model.head import TOKENS_AT_ONCE, Head
 from prunewright.tools.model.layers import Layer, find_layers, left_dense, named_blocks
@@ -57,12 +61,13 @@ class Plan(BaseModel):
             transformers renames or fuses while loading; as far as the files' index says),
             ``total`` (masks of all steps included).
         disk_free: free where the run directory would be.
-        memory: ``weights``, ``profile`` (backward pass), ``masks``, ``apply`` (on a processor,
-            the weights of the step before beside the map of the dense ones), ``finish`` (the
-            saved model is reloaded beside the live one) and ``peak``, the largest in all, all on
-            the device. ``host`` is what the machine itself holds throughout, a processor's
-            ``peak`` includes it: ``texts``, and ``gradients`` of each weight, where the criterion
-            keeps them.
+        memory: of the run as it is configured, beyond files that are mapped. ``weights`` that are
+            live, ``passes``, ``profile`` (the backward pass), ``masks`` and ``solve`` are the
+            device's, and so is ``peak``, the largest of them beside the weights. ``host`` is what
+            the machine itself holds, on a processor all of it: ``texts`` and ``gradients`` of each
+            weight, where the criterion keeps them, are part of it.
+        ways: ``device`` and ``host`` at their peaks by ``offload``.
+        recommended: the ``offload`` that fits and is fastest; None if none fits.
         memory_available: of the device or, on the processor, of the machine.
         host_available: of the machine.
         flops: by what is done in a step, and ``finish``.
@@ -88,6 +93,8 @@ class Plan(BaseModel):
     disk: dict[str, int]
     disk_free: int
     memory: dict[str, int]
+    ways: dict[str, dict[str, int]]
+    recommended: str | None
     memory_available: int
     host_available: int
     flops: dict[str, float]
@@ -104,6 +111,8 @@ class _Shape(BaseModel):
     inner: int
     vocabulary: int
     parameters: int
+    inside: int
+    """Parameters of the blocks."""
     prunable: int
     active: float
     largest: int
@@ -127,11 +136,11 @@ def make_plan(request: PruneRequest, out: Path = Path(), *, timed: bool = False)
     operations more. Loading and saving, ordering the weights by their scores, and what an LLM
     takes to answer are not counted.
 
-    Memory: this process now, the weights, and the largest of a backward pass (activations of
-    every block, or with checkpointing every block's input and one block's activations; 256
-    tokens' logits three times in float32; one layer's gradient and two temporaries), of a mask
-    (scores, order and mask of the largest layer), of a solve, and of the reload at the end. Texts,
-    and 8 bytes a weight where a criterion keeps the gradient of each (GBLM), are the machine's.
+    Memory: this process now, the live weights, and the largest of a pass, of a backward pass
+    (activations of every block, or with checkpointing every block's input and one block's
+    activations; 256 tokens' logits three times in float32; one layer's gradient), of a mask (scores
+    and mask of the largest layer), and of a solve. Block by block as many windows go together as
+    have room in `STATES`.
 
     Args:
         request: what would be run.
@@ -148,11 +157,13 @@ def make_plan(request: PruneRequest, out: Path = Path(), *, timed: bool = False)
     shape = _shape(model, layers)
     flops = _flops(request, shape)
     steps = math.ceil(request.target / min(request.step, request.target))
-    memory = _memory(request, shape, dtype, device)
     tensors = _tensors(directory)
     stored = _stored(tensors.values())
-    saved = sum(stored.values()) or shape.parameters * dtype.itemsize
     copy = _copied(layers, directory, tensors) * dtype.itemsize
+    mapped = not copy and set(stored) <= {str(dtype).removeprefix("torch.")}
+    memory = _memory(request, shape, dtype, device, mapped=mapped)
+    ways = _ways(request, shape, dtype, device, mapped=mapped)
+    saved = sum(stored.values()) or shape.parameters * dtype.itemsize
     disk = _disk(request, shape, dtype, steps, saved, copy)
     available, free = _available(device), _free(out)
     host = _available(torch.device("cpu"))
@@ -171,12 +182,14 @@ def make_plan(request: PruneRequest, out: Path = Path(), *, timed: bool = False)
         disk=disk,
         disk_free=free,
         memory=memory,
+        ways=ways,
+        recommended=_recommended(ways, available, host),
         memory_available=available,
         host_available=host,
         flops=flops,
         steps=steps,
         seconds=_seconds(request, flops, steps) if timed else {},
-        warnings=_warnings(memory, available, host, disk["total"], free),
+        warnings=_warnings(request, ways, available, host, disk["total"], free),
     )
 
 
@@ -234,6 +247,7 @@ def _shape(model: torch.nn.Module, layers: dict[str, Layer]) -> _Shape:
         inner=max(max(_outputs_inputs(layer)) for layer in layers.values()),
         vocabulary=config.vocab_size,
         parameters=sum(p.numel() for p in model.parameters()),
+        inside=sum(p.numel() for _, block in named_blocks(model) for p in block.parameters()),
         prunable=prunable,
         active=prunable - routed + routed * share,
         largest=max(layer.numel for layer in layers.values()),
@@ -264,40 +278,95 @@ def _flops(request: PruneRequest, shape: _Shape) -> dict[str, float]:
 
 
 def _memory(
-    request: PruneRequest, shape: _Shape, dtype: torch.dtype, device: torch.device
+    request: PruneRequest, shape: _Shape, dtype: torch.dtype, device: torch.device, *, mapped: bool
 ) -> dict[str, int]:
+    """Bytes of a run, at most; see `Plan.memory`.
+
+    Args:
+        request: what would be run; its ``offload`` says how.
+        shape: the model's sizes.
+        dtype: what would be computed in.
+        device: where.
+        mapped: whether the weights are stored as they are computed with, so that a processor reads
+            them where they lie.
+    """
     length, size = request.texts.windows.length, dtype.itemsize
-    inputs = length * shape.width * size
+    windows, offload = request.texts.windows, request.offload
+    away, processor = offload != "none", device.type == "cpu"
+    state = length * shape.width * size
     # Queries, keys, values, output, residuals, norms; gate, up, activation and product.
     block = length * size * (8 * shape.width + 4 * shape.inner)
-    kept = inputs * shape.blocks + 2 * block
-    if not request.profile.gradient_checkpointing:
-        kept = block * shape.blocks + block
     logits = 3 * 4 * min(TOKENS_AT_ONCE, length) * shape.vocabulary
-    weights = shape.parameters * size
+    weights, outside = shape.parameters * size, (shape.parameters - shape.inside) * size
+    one_block = shape.inside * size // shape.blocks
+    if not away or (processor and offload == "cpu"):
+        live = weights
+    elif processor:
+        # Masked weights of the block at work, and what lies beside the blocks if it is converted.
+        live = one_block + (0 if mapped else outside + one_block)
+    else:
+        live = one_block + outside
+
+    def at_once(wanted: int, each: int) -> int:
+        """Hidden states of as many windows as go through the blocks together."""
+        return min(wanted, max(1, STATES // each)) * each
+
+    back = state * (shape.blocks + 3)
+    if away:
+        passed, kept = at_once(windows.calibration, 3 * state), at_once(windows.gradient, back)
+    else:
+        passed = state * (1 if processor else max(1, TOKENS // length)) * 3
+        kept = back if request.profile.gradient_checkpointing else block * shape.blocks
+    largest = shape.largest
     parts = {
-        "weights": weights,
-        "profile": kept + logits + 3 * shape.largest * size,
-        # Dense values, scores in float32, their order in int64, masks of all layers by then.
-        "masks": shape.largest * (size + 4 + 8 + 2) + shape.prunable,
-        # What enters and leaves a block by window; X^T X, its factor and the weights in float32.
-        "solve": (2 * inputs * request.texts.windows.calibration + block)
-        + 4 * (2 * shape.inner**2 + 4 * shape.largest),
-        "finish": weights + 2 * block + logits,
+        "passes": passed + block + logits,
+        # A layer's gradient, its absolute values, and which weights are there.
+        "profile": kept + 2 * block + logits + largest * (2 * size + 1),
+        # Dense values if they are copied, scores twice in float32, their part in order, masks.
+        "masks": largest * ((0 if mapped and processor else size) + 12 + 3),
     }
-    if not solves(request):
-        del parts["solve"]
-    held = psutil.Process().memory_info().rss
-    texts = TEXTS
+    if solves(request):
+        entering = 2 * state * windows.calibration
+        # X^T X, its factor, the weights in float32 and what the sweep keeps of them; the solved
+        # layers of a block.
+        parts["solve"] = entering + block + 4 * (3 * shape.inner**2 + 4 * largest) + one_block
+    held = psutil.Process().memory_info()
+    base = held.rss - getattr(held, "shared", 0)
     # The mean squares of each weight's gradient, in float32, and those of the newest, too, while
     # the older are let go.
     gradients = 8 * shape.prunable if find_criterion(request.criterion).by_weight else 0
-    host = {"texts": texts, "gradients": gradients, "host": texts + gradients}
-    if device.type == "cpu":
-        parts["apply"] = 2 * shape.prunable * size
-        held += HELD + host["host"]
-    peak = held + weights + max(size for name, size in parts.items() if name != "weights")
-    return parts | host | {"peak": peak}
+    texts = TEXTS
+    if processor:
+        host = base + HELD + texts + gradients + live + max(parts.values())
+        peak = host
+    else:
+        # What of the weights the machine holds: the blocks, or the masks of two revisions.
+        here = {"none": 0, "cpu": shape.inside * size, "disk": 2 * shape.prunable // 8}[offload]
+        host = base + texts + gradients + here
+        peak = live + max(parts.values())
+    return {
+        "weights": live,
+        **parts,
+        "texts": texts,
+        "gradients": gradients,
+        "host": host,
+        "peak": peak,
+    }
+
+
+def _ways(
+    request: PruneRequest, shape: _Shape, dtype: torch.dtype, device: torch.device, *, mapped: bool
+) -> dict[str, dict[str, int]]:
+    """Peaks of the device and of the machine by ``offload``, for those that a device has."""
+    found = {}
+    for offload in get_args(Offload):
+        if device.type == "cpu" and offload == "cpu":
+            continue  # the weights are in memory either way
+        memory = _memory(
+            request.model_copy(update={"offload": offload}), shape, dtype, device, mapped=mapped
+        )
+        found[offload] = {"device": memory["peak"], "host": memory["host"]}
+    return found
 
 
 def _tensors(directory: Path) -> dict[str, Stored]:
@@ -359,19 +428,41 @@ def _free(out: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def _warnings(memory: dict[str, int], available: int, host: int, disk: int, free: int) -> list[str]:
-    found, peak = [], memory["peak"]
-    if memory["host"] > host:
-        found.append(
-            f"the run keeps about {memory['host'] / 2**30:.1f} GiB beside the model in the "
-            f"machine's own memory and {host / 2**30:.1f} GiB are available: choose a criterion "
-            "that keeps no gradient of each weight"
+def _fits(way: dict[str, int], available: int, host: int) -> bool:
+    return way["device"] <= available and way["host"] <= host
+
+
+def _recommended(ways: dict[str, dict[str, int]], available: int, host: int) -> str | None:
+    """The first of the ways, which are in the order of their speed, that fits."""
+    return next((name for name, way in ways.items() if _fits(way, available, host)), None)
+
+
+def _warnings(
+    request: PruneRequest,
+    ways: dict[str, dict[str, int]],
+    available: int,
+    host: int,
+    disk: int,
+    free: int,
+) -> list[str]:
+    found = []
+    # On a processor the weights are in memory, whether none of them or all are sent there.
+    way = ways.get(request.offload, ways["none"])
+    if not _fits(way, available, host):
+        better = _recommended(ways, available, host)
+        less = "lower texts.windows.length, or choose dtype bfloat16"
+        if find_criterion(request.criterion).by_weight:
+            less += ", or a criterion that keeps no gradient of each weight"
+        on_device = max(way["device"] - available, 0) >= max(way["host"] - host, 0)
+        needed, there, where = (
+            (way["device"], available, "of the device's")
+            if on_device
+            else (way["host"], host, "of the machine's")
         )
-    if peak > available:
         found.append(
-            f"the run needs about {peak / 2**30:.1f} GiB of memory and {available / 2**30:.1f} "
-            "GiB are available: lower texts.windows.length, keep "
-            "profile.gradient_checkpointing on, or choose dtype bfloat16"
+            f"the run needs about {needed / 2**30:.1f} GiB {where} memory and "
+            f"{there / 2**30:.1f} GiB are available: "
+            + (f"set offload={better}" if better else less)
         )
     if disk > free:
         found.append(

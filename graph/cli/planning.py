@@ -101,12 +101,17 @@ def _print_plan(screen: Screen, config: PruneConfig, plan: "Plan", agent: str) -
                 "memory",
                 f"about {size(memory['peak'])} at most, {size(plan.memory_available)} available",
             ),
-            (
-                "of machine",
-                f"about {size(memory['host'])} for texts"
-                f"{' and the gradient of each weight' if memory['gradients'] else ''}, "
-                f"{size(plan.host_available)} available",
+            *(
+                []
+                if plan.device == "cpu"
+                else [
+                    (
+                        "of machine",
+                        f"about {size(memory['host'])}, {size(plan.host_available)} available",
+                    )
+                ]
             ),
+            ("offload", _offload_words(config, plan)),
             (
                 "disk",
                 f"about {size(plan.disk['total'])} (model "
@@ -118,6 +123,16 @@ def _print_plan(screen: Screen, config: PruneConfig, plan: "Plan", agent: str) -
     )
     for words in plan.warnings:
         screen.warn(words)
+
+
+def _offload_words(config: PruneConfig, plan: "Plan") -> str:
+    """The peak of each way of running the model, and which one to take."""
+    ways = ", ".join(
+        f"{name} {size(way['device'])}"
+        + ("" if plan.device == "cpu" else f" and {size(way['host'])} of the machine")
+        for name, way in plan.ways.items()
+    )
+    return f"{ways}; recommended: {plan.recommended or 'a smaller model, since no way fits'}"
 
 
 def _time_words(plan: "Plan") -> str:
