@@ -330,8 +330,7 @@ def _memory(
         # X^T X, its factor, the weights in float32 and what the sweep keeps of them; the solved
         # layers of a block.
         parts["solve"] = entering + block + 4 * (3 * shape.inner**2 + 4 * largest) + one_block
-    held = psutil.Process().memory_info()
-    base = held.rss - getattr(held, "shared", 0)
+    base = _base()
     # The mean squares of each weight's gradient, in float32, and those of the newest, too, while
     # the older are let go.
     gradients = 8 * shape.prunable if find_criterion(request.criterion).by_weight else 0
@@ -352,6 +351,12 @@ def _memory(
         "host": host,
         "peak": peak,
     }
+
+
+def _base() -> int:
+    """Bytes that this process has by itself, beyond files that are mapped."""
+    held = psutil.Process().memory_info()
+    return int(held.rss - getattr(held, "shared", 0))
 
 
 def _ways(
