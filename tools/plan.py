@@ -35,6 +35,8 @@ from prunewright.tools.solve.solving import PASSES, solves
 _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 TEXTS = 160 * 2**20
 """Bytes that reading and tokenizing texts takes, at most: of a long text 124 MiB were measured."""
+PRODUCT = 1024
+"""Rows and columns of the product that is timed."""
 HELD = 384 * 2**20
 """Bytes on a processor beyond what is counted: libraries that a run loads later, and freed memory
 that the allocator keeps by thread. The demo's peak is 369 MiB above the rest (two threads)."""
@@ -130,11 +132,11 @@ def make_plan(request: PruneRequest, out: Path = Path(), *, timed: bool = False)
     taken. A backward pass takes two forward passes, and a third to recompute activations with
     ``gradient_checkpointing``. Experts count by the share of them that a token is routed to.
     Where weights are solved for, the calibration windows go through the blocks `PASSES` times
-    more, with 2 inputs squared a layer and token for X^T X, and the solve itself.
+    more, and in float32 come 2 inputs squared a layer and token for X^T X, and the solve itself.
 
     Time: one window is scored by the loaded model, and all else takes as much longer as it has
-    operations more. Loading and saving, ordering the weights by their scores, and what an LLM
-    takes to answer are not counted.
+    operations more, but for solves, whose float32 products are timed by themselves. Loading and
+    saving, ordering the weights by their scores, and what an LLM takes to answer are not counted.
 
     Memory: this process now, the live weights, and the largest of a pass, of a backward pass
     (activations of every block, or with checkpointing every block's input and one block's
@@ -196,11 +198,26 @@ def make_plan(request: PruneRequest, out: Path = Path(), *, timed: bool = False)
 def _seconds(request: PruneRequest, flops: dict[str, float], steps: int) -> dict[str, float]:
     """Seconds of a run's parts, from those that one window takes."""
     window = time_window(request)
-    windows = {name: n * request.texts.windows.guard / flops["guard"] for name, n in flops.items()}
-    step = window * sum(n for name, n in windows.items() if name != "finish")
-    finish = window * windows["finish"]
-    run = window * windows["guard"] + steps * step + finish
+    rate = flops["guard"] / request.texts.windows.guard / window
+    parts = {name: n / rate for name, n in flops.items()}
+    if flops["solve"]:
+        parts["solve"] = flops["solve"] / time_products(resolve_device(request.device))
+    finish = parts.pop("finish")
+    step = sum(parts.values())
+    run = window * request.texts.windows.guard + steps * step + finish
     return {"window": window, "step": step, "finish": finish, "run": run}
+
+
+def time_products(device: torch.device) -> float:
+    """Operations a second in products of float32, as solves make them."""
+    matrix = torch.rand(PRODUCT, PRODUCT, device=device)
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        # A number of Python: a device that computes on its own is waited for.
+        float((matrix @ matrix)[0, 0])
+        seconds.append(time.perf_counter() - began)
+    return 2 * PRODUCT**3 / min(seconds)
 
 
 def time_window(request: PruneRequest) -> float:
@@ -262,15 +279,17 @@ def _flops(request: PruneRequest, shape: _Shape) -> dict[str, float]:
     head = 2.0 * shape.vocabulary * shape.width
     passes = 4 if request.profile.gradient_checkpointing else 3
     scored = windows.length * (blocks + head)
-    solve = 0.0
+    solve = passed = 0.0
     if solves(request):
         rounds = reconstruction.ITERATIONS if request.reconstruct else 1
         tokens = windows.calibration * windows.length
-        solve = tokens * (PASSES * blocks + 2 * shape.squares) + rounds * 2 * shape.cubes
+        passed = tokens * PASSES * blocks
+        solve = tokens * 2 * shape.squares + rounds * 2 * shape.cubes
     return {
         "activations": windows.calibration * windows.length * blocks,
         "gradients": windows.gradient * windows.length * (passes * blocks + 3 * head)
         / request.profile.gradient_every,
+        "solve passes": passed,
         "solve": solve,
         "guard": windows.guard * scored,
         "finish": 2 * windows.test * scored,

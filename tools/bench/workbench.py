@@ -596,11 +596,19 @@ def workbench(request: PruneRequest, run_directory: Path) -> Iterator[Workbench]
             if _current.store.directory != store.directory:
                 _current.store = store
             yield _current
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not _no_room(error):
+                raise
             _current = None  # whoever goes on loads it anew, perhaps elsewhere
             raise InputError(_no_room_words(request, error)) from error
         finally:
             _release_memory()
+
+
+def _no_room(error: Exception) -> bool:
+    """Whether an error says that there is no memory, in the words of a device or of a processor."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "can't allocate memory" in str(error)
 
 
 def _no_room_words(request: PruneRequest, error: Exception) -> str:
