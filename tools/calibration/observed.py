@@ -116,7 +116,7 @@ def fill_from_afar(
     for name in names:
         layer = loaded.layers[name]
         like = [
-            means[n][seen[n]]
+            means[n][seen[n]].to(means[name].device)
             for n, other in loaded.layers.items()
             if (other.form, other.kind) == (layer.form, layer.kind)
         ]
