@@ -15,6 +15,8 @@ from prunewright.state import InputError
 from prunewright.state.config import Offload
 from prunewright.tools.calibration.activations import measure_activations
 from prunewright.tools.calibration.gradients import measure_gradients
+from prunewright.tools.evaluation import evaluate
+from prunewright.tools.evaluation.harness import prepare_quizzes
 from prunewright.tools.execution.base import Execution
 from prunewright.tools.execution.blocks import OffloadedWeights
 from prunewright.tools.model.head import Head, hidden_states
@@ -308,3 +310,20 @@ def test_an_allocation_tries_masks_on_a_model_that_is_elsewhere(
     ]
     assert found[0] == found[1]
     assert RevisionStore(tmp_path / "disk" / "revisions").manifest(found[1])
+
+
+def test_texts_and_questions_are_scored_block_by_block(pico_models: Callable[..., Path]) -> None:
+    quizzes = prepare_quizzes(["facts"], data={}, examples={}, shots=0, limit=4)
+    found = [
+        evaluate(
+            str(pico_models()),
+            [("embedded", 2)],
+            quizzes,
+            length=32,
+            dtype="float32",
+            device="cpu",
+            offload=how,
+        )
+        for how in ("none", "disk")
+    ]
+    assert found[0] == found[1]

@@ -83,7 +83,7 @@ class OffloadedWeights(LiveWeights):
         """What layers have in place of the dense weights in their files."""
         self.block: int | None = None
         owners = {id(model.get_parameter(ly.parameter)): ly for ly in layers.values()}
-        computing = {id(p): dtypes[name] for name, p in model.named_parameters()}
+        computing = {id(p): dtypes.get(name, p.dtype) for name, p in model.named_parameters()}
         blocks = [list(block.parameters()) for _, block in named_blocks(model)]
         uses = Counter(id(parameter) for block in blocks for parameter in block)
         self._moved: list[list[_Moved]] = []
