@@ -34,9 +34,15 @@ def count_zeros(weight: Tensor) -> Tensor:
 
 
 def read_at_once(counts: Iterable[Tensor]) -> list[int]:
-    """Counts [] that are on devices: it is waited for them once, and not for each of them."""
-    found = list(counts)
-    return torch.stack([count.to(found[0].device) for count in found]).tolist() if found else []
+    """Counts [] that are on devices: it is waited for them once, and not for each of them.
+
+    A processor's are read one by one. Kept, they would lie in its heap between large temporaries,
+    whose room could not be used again: 0.9 GiB for 600M weights in bf16.
+    """
+    found = [int(count) if on_processor(count) else count for count in counts]
+    there = [count for count in found if isinstance(count, Tensor)]
+    read = iter(torch.stack([c.to(there[0].device) for c in there]).tolist() if there else [])
+    return [next(read) if isinstance(count, Tensor) else count for count in found]
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

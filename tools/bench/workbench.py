@@ -137,18 +137,22 @@ class Workbench:
                     stored[layer.name] = found
         weights = self.loaded.execution.weights
         dense_layers = self._dense_layers(layers, home=True)
-        fresh: dict[tuple[str, str | None], Tensor] = {}
-        for layer, dense in zip(layers, dense_layers, strict=True):
-            digest = target.get(layer.name)
-            self._at[layer.name] = ""  # should this be interrupted, the next sync mends it
-            held = stored.pop(layer.name, None)
-            if held is None and digest is not None:
-                held = self._stored(digest, layer)
-            weights.restore(layer, dense, held)
-            key = (layer.name, digest)
-            if key not in self._counted:
-                fresh[key] = count_zeros(weights.read(layer))
-        self._counted |= zip(fresh, read_at_once(fresh.values()), strict=True)
+        fresh: list[tuple[str, str | None]] = []
+
+        def restored() -> Iterator[Tensor]:
+            for layer, dense in zip(layers, dense_layers, strict=True):
+                digest = target.get(layer.name)
+                self._at[layer.name] = ""  # should this be interrupted, the next sync mends it
+                held = stored.pop(layer.name, None)
+                if held is None and digest is not None:
+                    held = self._stored(digest, layer)
+                weights.restore(layer, dense, held)
+                if (layer.name, digest) not in self._counted:
+                    fresh.append((layer.name, digest))
+                    yield count_zeros(weights.read(layer))
+
+        counts = read_at_once(restored())
+        self._counted |= zip(fresh, counts, strict=True)
         for layer in layers:
             digest = target.get(layer.name)
             self._zeros[layer.name] = self._counted[layer.name, digest]
