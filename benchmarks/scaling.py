@@ -42,7 +42,7 @@ class Row:
         seconds: by node, and ``total``.
         resident: most that the process had in memory, mapped files included.
         anonymous: most of it beyond the page cache.
-        planned: the plan's peak of memory.
+        planned: the plan's memory of the machine, mapped files left out.
         planned_seconds: the plan's time of steps and end.
     """
 
@@ -102,14 +102,14 @@ def measure(model: Path, shape: str, offload: str, settings: list[str], steps: i
         seconds=metrics["seconds"],
         resident=peak.resident,
         anonymous=peak.anonymous,
-        planned=plan["memory"]["peak"],
+        planned=plan["memory"]["host"],
         planned_seconds=plan["seconds"]["run"],
     )
 
 
 HEAD = [
-    "model", "parameters", "offload", "weights", "resident", "anonymous", "plan", "resident / plan",
-    "seconds", "plan, seconds", "seconds / plan", "by node",
+    "model", "parameters", "offload", "weights", "resident", "anonymous", "plan",
+    "anonymous / plan", "seconds", "plan, seconds", "seconds / plan", "by node",
 ]  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def cells(row: Row) -> list[str]:
         f"{row.parameters:,}",
         row.offload,
         *(f"{n:.3f}" for n in gib),
-        f"{row.resident / row.planned:.2f}",
+        f"{row.anonymous / row.planned:.2f}",
         f"{total:.1f}",
         f"{row.planned_seconds:.1f}",
         f"{total / row.planned_seconds:.2f}",
@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help=f"each adds a sparsity of {SHARE}")
     parser.add_argument("--config", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--folder", type=Path, help="where models are written; default: temporary")
-    parser.add_argument("--plot", type=Path, metavar="FILE.svg")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="extra notebooks")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="the rows as JSON")
     options = parser.parse_args()
     print(line(HEAD), line(["---"] * len(HEAD)), sep="\n", flush=True)
