@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from prunewright.tools.store.storage import (
     put_into_words,
     read_json,
     sha256_bytes,
+    sha256_file,
     share,
     stamp,
     write_atomic,
@@ -187,17 +187,18 @@ class RevisionStore:
         """
         path = self._mask(digest)
         try:
-            found, data = stamp(path), path.read_bytes()
+            found = stamp(path)
+            if self._checked.get(digest) != found:
+                if sha256_file(path) != digest:
+                    raise StoreError(f"{path} is damaged: its content does not match its name")
+                self._checked[digest] = found
+            # Mapped: kept values of a whole model that lies in files must not fill the memory.
+            with safe_open(path, framework="pt") as file:
+                bits = file.get_tensor("mask")
+                kept = file.get_tensor("kept") if "kept" in file.keys() else None  # noqa: SIM118
         except OSError as error:
-            raise StoreError(f"cannot read the mask {path}: {error.strerror}") from error
-        if self._checked.get(digest) != found:
-            if sha256_bytes(data) != digest:
-                raise StoreError(f"{path} is damaged: its content does not match its name")
-            self._checked[digest] = found
-        try:
-            tensors = load_tensors(data)
-            bits, kept = tensors["mask"], tensors.get("kept")
-        except (SafetensorError, KeyError) as error:
+            raise StoreError(f"cannot read the mask {path}: {error.strerror or error}") from error
+        except SafetensorError as error:
             raise StoreError(f"{path} is damaged: {error}") from error
         numel = torch.Size(shape).numel()
         fits = bits.dtype == torch.uint8 and bits.shape == ((numel + 7) // 8,)
