@@ -228,14 +228,14 @@ def load_model(
     place = resolve_device(device)
     _compute_alike(place)
     chosen = resolve_dtype(dtype, directory, place)
-    # Beside all that follows, which does not need it.
-    digest = _background(lambda: weights_digest(weight_files(directory)) if keep_dense else "")
     tokenizer = _tokenizer(directory, trust_remote_code=trust_remote_code)
     spread = {"device_map": "balanced"} if device == ALL else {}
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code} | spread
     # As they are stored, weights stay in their files; converted, they would all be in memory.
     first = "auto" if offload == "disk" else chosen
     model, stored, extras = _from_files(directory, dtype=first, **options)
+    # Beside all that follows, which does not need it.
+    digest = _background(lambda: weights_digest(weight_files(directory)) if keep_dense else "")
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     if offload == "disk":
         meta = _from_files(directory, dtype=chosen, device_map="meta", **options)[0]
