@@ -282,7 +282,7 @@ def test_a_run_goes_only_into_a_new_or_empty_directory(
     assert run(config, out=tmp_path / "empty").metrics.status == "target_reached"
 
 
-PUT = {"at": "prunewright.tools.store.revisions:RevisionStore.put", "nth": 2, "bytes": 60}
+PUT = {"at": "prunewright.tools.bench.workbench:Workbench.prune", "nth": 2, "bytes": 60}
 SAVE = {"at": "prunewright.tools.saving.model:rewrite", "bytes": 5_000}
 STATE = {"at": "prunewright.graph.nodes.decide:ask", "nth": 2, "bytes": 5_000}
 

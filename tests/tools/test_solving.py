@@ -212,7 +212,7 @@ def test_the_mean_of_its_like_stands_in_for_the_tokens_that_an_expert_lacks(load
     name = "model.layers.0.mlp.experts.gate_up_proj"
     dense = loaded.dense(loaded.layers[name])
     wanted = {name: Wanted(pruned=dense.numel() // 2)}
-    solved, notes, _ = solve_blocks(loaded, windows(2), wanted, reconstruct=False)
+    solved, notes = solve(loaded, windows(2), wanted, reconstruct=False)
     routed = [
         torch.cat([x[(index == e).nonzero()[:, 0]] for x, index in seen[-2:]]) for e in range(4)
     ]  # the last two are the windows as the block was solved on them

@@ -228,7 +228,6 @@ def load_model(
     place = resolve_device(device)
     _compute_alike(place)
     chosen = resolve_dtype(dtype, directory, place)
-    tokenizer = _tokenizer(directory, trust_remote_code=trust_remote_code)
     spread = {"device_map": "balanced"} if device == ALL else {}
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code} | spread
     # As they are stored, weights stay in their files; converted, they would all be in memory.
@@ -240,6 +239,7 @@ def load_model(
     if offload == "disk":
         meta = _from_files(directory, dtype=chosen, device_map="meta", **options)[0]
         dtypes = {name: parameter.dtype for name, parameter in meta.named_parameters()}
+    tokenizer = _tokenizer(directory, trust_remote_code=trust_remote_code)
     if offload == "none" and not spread:
         nn.Module.to(model, place)
     model.eval()
