@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from prunewright.state import InputError, PruneRequest
-from prunewright.state.config import Offload
+from prunewright.state.config import EMBEDDED, Offload
 from prunewright.tools.criteria import find_criterion
 from prunewright.tools.execution.base import TOKENS
 from prunewright.tools.execution.blocks import STATES
@@ -37,6 +37,8 @@ TEXTS = 160 * 2**20
 """Bytes that reading and tokenizing texts takes, at most: of a long text 124 MiB were measured."""
 PRODUCT = 1024
 """Rows and columns of the product that is timed."""
+SHORT = 32 * 2**20
+"""The same of the embedded texts."""
 HELD = 384 * 2**20
 """Bytes on a processor beyond what is counted: libraries that a run loads later, and freed memory
 that the allocator keeps by thread. The demo's peak is 369 MiB above the rest (two threads)."""
@@ -353,9 +355,11 @@ def _memory(
     # The mean squares of each weight's gradient, in float32, and those of the newest, too, while
     # the older are let go.
     gradients = 8 * shape.prunable if find_criterion(request.criterion).by_weight else 0
-    texts = TEXTS
+    sources = request.texts.model_dump(include={"calibration", "guard", "test"}).values()
+    texts = SHORT if {*sources} <= {EMBEDDED, None} else TEXTS
     if processor:
-        host = base + HELD + texts + gradients + live + max(parts.values())
+        # A small model leaves small holes.
+        host = base + min(HELD, weights) + texts + gradients + live + max(parts.values())
         peak = host
     else:
         # What of the weights the machine holds: the blocks, or the masks of two revisions.
