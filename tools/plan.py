@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from prunewright.state import InputError, PruneRequest
 from prunewright.state.config import EMBEDDED, Offload
-from prunewright.tools.criteria import find_criterion
+from prunewright.tools.criteria import LayerStatistics, find_criterion, prune_mask
 from prunewright.tools.execution.base import TOKENS
 from prunewright.tools.execution.blocks import STATES
 from prunewright.tools.model.checkpoint import Stored, read_tensors
@@ -76,8 +76,9 @@ class Plan(BaseModel):
         host_available: of the machine.
         flops: by what is done in a step, and ``finish``.
         steps: fewest steps that reach the target.
-        seconds: ``window`` (measured), and from it ``step`` (mean), ``finish`` and ``run`` (with
-            the fewest steps); empty if nothing was timed.
+        seconds: ``window`` (measured) and ``masks`` of all layers (from one that is measured), and
+            from them ``step`` (mean), ``finish`` and ``run`` (with the fewest steps); empty if
+            nothing was timed.
         warnings: what will not fit.
     """
 
@@ -137,8 +138,8 @@ def make_plan(request: PruneRequest, out: Path = Path(), *, timed: bool = False)
     more, and in float32 come 2 inputs squared a layer and token for X^T X, and the solve itself.
 
     Time: one window is scored by the loaded model, and all else takes as much longer as it has
-    operations more, but for solves, whose float32 products are timed by themselves. Loading and
-    saving, ordering the weights by their scores, and what an LLM takes to answer are not counted.
+    operations more. But for solves, whose float32 products are timed by themselves, and for masks,
+    of which one is timed. Loading, saving, and what an LLM takes to answer are not counted.
 
     Memory: this process now, the live weights, and the largest of a pass, of a backward pass
     (activations of every block, or with checkpointing every block's input and one block's
@@ -192,22 +193,26 @@ def make_plan(request: PruneRequest, out: Path = Path(), *, timed: bool = False)
         host_available=host,
         flops=flops,
         steps=steps,
-        seconds=_seconds(request, flops, steps) if timed else {},
+        seconds=_seconds(request, flops, steps, shape.prunable, dtype) if timed else {},
         warnings=_warnings(request, ways, available, host, disk["total"], free),
     )
 
 
-def _seconds(request: PruneRequest, flops: dict[str, float], steps: int) -> dict[str, float]:
+def _seconds(
+    request: PruneRequest, flops: dict[str, float], steps: int, prunable: int, dtype: torch.dtype
+) -> dict[str, float]:
     """Seconds of a run's parts, from those that one window takes."""
     window = time_window(request)
     rate = flops["guard"] / request.texts.windows.guard / window
     parts = {name: n / rate for name, n in flops.items()}
+    device = resolve_device(request.device)
     if flops["solve"]:
-        parts["solve"] = flops["solve"] / time_products(resolve_device(request.device))
+        parts["solve"] = flops["solve"] / time_products(device)
+    masks = prunable * time_mask(request.criterion, dtype, device)
     finish = parts.pop("finish")
-    step = sum(parts.values())
+    step = sum(parts.values()) + masks
     run = window * request.texts.windows.guard + steps * step + finish
-    return {"window": window, "step": step, "finish": finish, "run": run}
+    return {"window": window, "masks": masks, "step": step, "finish": finish, "run": run}
 
 
 def time_products(device: torch.device) -> float:
@@ -220,6 +225,20 @@ def time_products(device: torch.device) -> float:
         float((matrix @ matrix)[0, 0])
         seconds.append(time.perf_counter() - began)
     return 2 * PRODUCT**3 / min(seconds)
+
+
+def time_mask(criterion: str, dtype: torch.dtype, device: torch.device) -> float:
+    """Seconds a weight that masks of half of a matrix take, its scores included."""
+    weight = torch.randn(PRODUCT, PRODUCT, device=device).to(dtype)
+    ones = torch.ones(PRODUCT, device=device)
+    statistics = LayerStatistics(ones, ones, torch.ones_like(weight, dtype=torch.float32))
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        mask = prune_mask(weight, statistics, criterion, pruned=weight.numel() // 2)
+        int(mask.sum())  # likewise
+        seconds.append(time.perf_counter() - began)
+    return min(seconds) / weight.numel()
 
 
 def time_window(request: PruneRequest) -> float:

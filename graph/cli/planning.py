@@ -143,5 +143,5 @@ def _time_words(plan: "Plan") -> str:
     window, step, run = (duration(plan.seconds[k]) for k in ("window", "step", "run"))
     return (
         f"about {step} a step, {steps}, {run} in all, by a window of {window}; to it come loading, "
-        "saving, ordering the weights, and what the agent takes to answer"
+        "saving, and what the agent takes to answer"
     )

@@ -646,8 +646,9 @@ def test_plan_predicts_the_time_from_one_window(config_file: Path) -> None:
     seconds, flops = plan["seconds"], plan["flops"]
     windows = yaml.safe_load(config_file.read_text())["texts"]["windows"]["guard"]
     each = seconds["window"] * windows / flops["guard"]
-    step = sum(n for name, n in flops.items() if name != "finish")
+    step = sum(n for name, n in flops.items() if name != "finish") + seconds["masks"] / each
     assert seconds["window"] > 0
+    assert seconds["masks"] > 0
     assert seconds["step"] == pytest.approx(step * each)
     assert seconds["finish"] == pytest.approx(flops["finish"] * each)
     whole = flops["guard"] + 3 * step + flops["finish"]
