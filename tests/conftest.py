@@ -170,7 +170,7 @@ PICO: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 64,
         "num_key_value_heads": 2,
         "head_dim": 8,
-        "layer_types": ["linear_attention", "indexed_attention"],
+        "layer_types": ["linear_attention", "full_attention"],
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 8,
         "linear_num_key_heads": 4,
