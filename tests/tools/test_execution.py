@@ -52,13 +52,14 @@ def close(one: dict[str, Any], other: dict[str, Any]) -> None:
         torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize("offload", ["cpu", "disk"])
 def test_block_by_block_everything_measured_is_that_of_the_whole_model(
-    pico_models: Callable[..., Path], family: str, windows: Tensor, offload: Offload
+    pico_models: Callable[..., Path], family: str, windows: Tensor
 ) -> None:
     directory = pico_models(family)
     whole = measured(loaded_as(directory, "none"), windows)
-    close(whole, measured(loaded_as(directory, offload), windows))
+    close(whole, measured(loaded_as(directory, "disk"), windows))
+    if family == "LlamaConfig":
+        close(whole, measured(loaded_as(directory, "cpu"), windows))
 
 
 @pytest.mark.parametrize("family", MORE)
