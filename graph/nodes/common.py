@@ -1,6 +1,7 @@
 """What every node needs: its request, its run, who watches, and how long it takes."""
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from prunewright.tools.model.head import Progress
 
 _log = logging.getLogger("prunewright")
+
+_IMPORTING = threading.Lock()
 
 INTERVAL = 0.1
 """Seconds between two reports of progress: each wakes other threads."""
@@ -58,7 +61,10 @@ class Work:
         Raises:
             StoreError: it, a text or the request is another.
         """
-        from prunewright.tools.bench.workbench import workbench  # torch takes seconds
+        # Not at the top: torch takes seconds. One thread at a time: of what two runs of a server
+        # import at once one may find parts, transformers' among them, half made.
+        with _IMPORTING:
+            from prunewright.tools.bench.workbench import workbench
 
         with workbench(self.request, self.run.path) as bench:
             if self.run.manifest_file.exists():

@@ -25,9 +25,9 @@ def profile(state: PruneState, work: Work) -> PruneUpdate:
         gradient_step = state.get("gradient_step", 0)
     if fresh and work.thread == NO_THREAD and run.trace_file.exists():
         raise InputError(f"{run.path} holds another run: give another `out`, or a thread_id")
-    from prunewright.tools.saving.model import try_saving  # torch takes seconds
-
     with work.live_model() as bench:
+        from prunewright.tools.saving.model import try_saving  # torch takes seconds
+
         values = ""
         if fresh:
             check_pattern(bench)
