@@ -23,9 +23,11 @@ from prunewright.tools.model.head import Head, hidden_states
 from prunewright.tools.model.layers import Layer, named_blocks
 from prunewright.tools.model.loading import LoadedModel, load_model
 from prunewright.tools.store.revisions import RevisionStore
+from tests.tools.conftest import FAMILIES
 
 Load = Callable[[str], LoadedModel]
-MORE = ("JetMoeConfig", "MambaConfig", "OpenAIGPTConfig", "Zamba2Config")
+# Blocks that share weights, hand on more, or cannot take windows in turn among them.
+MORE = ("JetMoeConfig", "MambaConfig", "OpenAIGPTConfig", "Zamba2Config", "ZayaConfig")
 
 
 def loaded_as(directory: Path, offload: Offload, dtype: str = "float32") -> LoadedModel:
@@ -52,6 +54,7 @@ def close(one: dict[str, Any], other: dict[str, Any]) -> None:
         torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-9, msg=name)
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
 def test_block_by_block_everything_measured_is_that_of_the_whole_model(
     pico_models: Callable[..., Path], family: str, windows: Tensor
 ) -> None:
@@ -60,15 +63,6 @@ def test_block_by_block_everything_measured_is_that_of_the_whole_model(
     close(whole, measured(loaded_as(directory, "disk"), windows))
     if family == "LlamaConfig":
         close(whole, measured(loaded_as(directory, "cpu"), windows))
-
-
-@pytest.mark.parametrize("family", MORE)
-def test_so_it_is_where_blocks_are_shared_or_cannot_take_windows_in_turn(
-    pico_models: Callable[..., Path], family: str, windows: Tensor
-) -> None:
-    directory = pico_models(family)
-    whole = measured(loaded_as(directory, "none"), windows)
-    close(whole, measured(loaded_as(directory, "disk"), windows))
 
 
 def test_windows_go_through_each_block_before_the_next_one_comes(

@@ -175,7 +175,7 @@ class Execution:
             except SplitError as error:
                 raise InputError(_no_blocks_words(error)) from error
         passed = self._splitter.passed - before
-        return round(passed * windows.shape[1] / len(named_blocks(self.model)))
+        return round(passed * windows.shape[1] / self._splitter.blocks)
 
     def check_blocks(self, windows: Tensor) -> None:
         """Refuse a model whose blocks cannot be run one by one, as `visit` does.

@@ -54,6 +54,7 @@ class OffloadedWeights(LiveWeights):
     """Live weights that are on the device only while their block is.
 
     Attributes:
+        device: where the model computes.
         block: the block that is on the device now, if any.
         staying: layers that several blocks share, with their weights, which stay on the device.
     """
@@ -77,7 +78,7 @@ class OffloadedWeights(LiveWeights):
             dtypes: of every parameter where it computes, by name.
         """
         super().__init__(model)
-        self._device = device
+        self.device = device
         self._mapped = mapped is not None
         self._changed: dict[str, StoredLayer | Tensor] = {}
         """What layers have in place of the dense weights in their files."""
@@ -115,7 +116,7 @@ class OffloadedWeights(LiveWeights):
     ) -> Tensor:
         if mapped is not None:
             return parameter.data if layer is None else mapped[layer.name]
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             return parameter.data.pin_memory()
         return parameter.data.clone()
 
@@ -141,10 +142,10 @@ class OffloadedWeights(LiveWeights):
 
     def _made(self, moved: _Moved) -> Tensor:
         """A parameter's live values, on the device; they may be those of its home itself."""
-        values = moved.home.to(device=self._device, dtype=moved.dtype, non_blocking=True)
+        values = moved.home.to(device=self.device, dtype=moved.dtype, non_blocking=True)
         changed = self._changed.get(moved.layer.name) if moved.layer is not None else None
         if isinstance(changed, Tensor):
-            return changed.to(self._device, non_blocking=True)
+            return changed.to(self.device, non_blocking=True)
         if changed is not None:
             made = torch.empty_like(values)
             self._write_stored(made, values, changed)
@@ -159,7 +160,7 @@ class OffloadedWeights(LiveWeights):
     def place(self, layer: Layer) -> tuple[torch.device, torch.dtype]:
         """As for weights that lie in the model's parameters."""
         moved = self._homes.get(layer.name)
-        return super().home(layer) if moved is None else (self._device, moved.dtype)
+        return super().home(layer) if moved is None else (self.device, moved.dtype)
 
     def read(self, layer: Layer) -> Tensor:
         """As for weights that lie in the model's parameters."""
@@ -233,17 +234,17 @@ class BlockByBlock(Execution):
     """Runs a model that has only one block's weights on the device at a time."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        layers: dict[str, Layer],
-        device: torch.device,
-        mapped: Mapping[str, Tensor] | None,
-        dtypes: Mapping[str, torch.dtype],
+        self, model: PreTrainedModel, layers: dict[str, Layer], weights: OffloadedWeights
     ) -> None:
-        """Send the blocks away; see `OffloadedWeights`, whose arguments these are."""
-        super().__init__(model, layers, device)
-        self._offloaded = OffloadedWeights(model, layers, device, mapped, dtypes)
-        self.weights = self._offloaded
+        """Make it.
+
+        Args:
+            model: the model, its blocks sent away.
+            layers: its prunable layers, by name.
+            weights: who brings a block to the device.
+        """
+        super().__init__(model, layers, weights.device)
+        self.weights = self._offloaded = weights
         self._observers: list[tuple[ProductObserver, set[str]]] = []
         self._hooks = ExitStack()
         self._hooks.enter_context(super()._hooked())
@@ -277,8 +278,7 @@ class BlockByBlock(Execution):
     ) -> Iterator[Tensor]:
         """As of a whole model; progress counts the blocks of all passes."""
         groups = windows.split(self._at_most(windows, gradients=gradients))
-        blocks = len(self._offloaded._moved)
-        each = blocks * (2 if gradients else 1)
+        each = self._splitter.blocks * (2 if gradients else 1)
         done = 0
 
         def told() -> None:
@@ -332,7 +332,7 @@ class BlockByBlock(Execution):
         state = windows.shape[1] * config.hidden_size * self.model.dtype.itemsize
         # What enters and what leaves a block; in a backward pass what enters each of them, and
         # gradients.
-        held = state * (len(self._offloaded._moved) + 3 if gradients else 3)
+        held = state * (self._splitter.blocks + 3 if gradients else 3)
         return max(1, int(self._room() // held))
 
     def _room(self) -> int:

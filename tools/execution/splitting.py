@@ -70,6 +70,7 @@ class Splitter:
     """Stands in for the forward methods of a model's blocks: see `run`.
 
     Attributes:
+        blocks: how many the model has.
         trying: whether what runs now only tries how batches can be split.
         recompute: make activations again in the backward pass instead of keeping them, where a
             batch is not split.
@@ -79,7 +80,7 @@ class Splitter:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._blocks = len(named_blocks(model))
+        self.blocks = len(named_blocks(model))
         self._batches: dict[tuple[int, ...], _Batch] = {}
         self._kinds: list[tuple[type, int] | None] = []
         """The sequence that each block puts its hidden states in, and its length; None where it
@@ -197,8 +198,8 @@ class Splitter:
             hidden_states(self._model, ids)
         finally:
             self._shapes = None
-        if len(shapes) != self._blocks:
-            raise SplitError(f"{self._blocks} blocks are called {len(shapes)} times in one pass")
+        if len(shapes) != self.blocks:
+            raise SplitError(f"{self.blocks} blocks are called {len(shapes)} times in one pass")
         return shapes
 
     def _recorded(self, index: int, forward: Forward, args: Any, keywords: Any) -> Any:

@@ -30,7 +30,7 @@ from transformers import (
 from prunewright.state import InputError, StoreError
 from prunewright.state.config import ALL, EMBEDDED, Offload
 from prunewright.tools.execution.base import Execution
-from prunewright.tools.execution.blocks import BlockByBlock
+from prunewright.tools.execution.blocks import BlockByBlock, OffloadedWeights
 from prunewright.tools.fast import is_finite, same_bits
 from prunewright.tools.model.checkpoint import (
     Stored,
@@ -236,7 +236,7 @@ def load_model(
     # Beside all that follows, which does not need it.
     digest = _background(lambda: weights_digest(weight_files(directory)) if keep_dense else "")
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    if offload == "disk":
+    if offload == "disk" and {*dtypes.values()} != {chosen}:
         meta = _from_files(directory, dtype=chosen, device_map="meta", **options)[0]
         dtypes = {name: parameter.dtype for name, parameter in meta.named_parameters()}
     tokenizer = _tokenizer(directory, trust_remote_code=trust_remote_code)
@@ -288,7 +288,8 @@ def load_model(
             loaded._dense = _nearer(loaded)
     else:
         mapped = loaded.mapped() if offload == "disk" else None
-        loaded.execution = BlockByBlock(model, layers, place, mapped, dtypes)
+        weights = OffloadedWeights(model, layers, place, mapped, dtypes)
+        loaded.execution = BlockByBlock(model, layers, weights)
     _check_causal(loaded)
     return loaded
 
