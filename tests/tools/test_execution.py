@@ -88,6 +88,9 @@ def test_windows_go_through_each_block_before_the_next_one_comes(
     came.clear()
     measure_gradients(loaded, head, windows)
     assert came == [0, 1, 0]  # and back
+    told.clear()
+    measure_gradients(loaded, head, windows[:1], progress=lambda *step: told.append(step))
+    assert told == [("gradients", n, 4) for n in range(5)]
 
 
 def test_only_one_blocks_weights_are_in_memory_and_the_others_in_their_file(

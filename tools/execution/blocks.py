@@ -301,7 +301,8 @@ class BlockByBlock(Execution):
 
     def hidden_states(self, ids: Tensor) -> Tensor:
         """As of a whole model."""
-        if len(ids) == 1:
+        # As for `_at_most`: a weight that blocks share is reached once by a plain backward pass.
+        if not self._splits or (len(ids) == 1 and self._offloaded.staying):
             return hidden_states(self.model, ids)
         with self._splitter.splitting(ids):
             return hidden_states(self.model, ids)
