@@ -23,6 +23,7 @@ EMBEDDED = "embedded"
 ALL = "all"
 """The name that stands for all GPUs of a machine."""
 Offload = Literal["none", "cpu", "disk"]
+Reconstruct = Literal["none", "layer", "block"]
 BASELINE = "baseline"
 """The name that stands for "no agent" in a run directory's config and trace."""
 
@@ -127,6 +128,14 @@ class ProfileOptions(Options):
     )
 
 
+class FitOptions(Options):
+    """How blocks are fitted to the dense ones."""
+
+    epochs: int = Field(3, ge=1, description="times that each calibration window is used")
+    learning_rate: float = Field(3e-4, gt=0, description="Adam's at the start; falls on a cosine")
+    batch: int = Field(2, ge=1, description="windows of one step")
+
+
 class GuardOptions(Options):
     """When a step is rolled back."""
 
@@ -213,10 +222,13 @@ class PruneRequest(Options):
         description="criterion sparsegpt: share of its own diagonal added to X^T X, which is known "
         "from few tokens; 0: as published",
     )
-    reconstruct: bool = Field(
-        False,
-        description="update the kept weights so that each layer's outputs stay near the dense ones",
+    reconstruct: Reconstruct = Field(
+        "none",
+        description="what is done to the kept weights after the last step, without training: none; "
+        "layer, each matrix by least squares; block, after that each block fitted to the dense one "
+        "(true and false are read as layer and none)",
     )
+    fit: FitOptions = Field(FitOptions(), description="how reconstruct block fits each block")
     profile: ProfileOptions = Field(ProfileOptions(), description="how the profile is taken")
     texts: TextOptions = Field(
         TextOptions(), description="texts to calibrate on, to judge steps on and to report on"
@@ -240,7 +252,9 @@ class PruneRequest(Options):
     def criterion_words(self) -> str:
         """Criterion, pattern, and whether weights are reconstructed, for people to read."""
         words = f"{self.criterion}, {self.pattern}"
-        return f"{words}, kept weights reconstructed" if self.reconstruct else words
+        if self.reconstruct == "none":
+            return words
+        return f"{words}, kept weights reconstructed by {self.reconstruct}"
 
     @field_validator("target", mode="before")
     @classmethod
@@ -251,6 +265,11 @@ class PruneRequest(Options):
         if 1 < number <= 95:
             raise ValueError(f"a fraction is asked for: {number:g} % is {number / 100:g}")
         return value
+
+    @field_validator("reconstruct", mode="before")
+    @classmethod
+    def _as_named(cls, value: object) -> object:
+        return {True: "layer", False: "none"}[value] if isinstance(value, bool) else value
 
     @field_validator("pattern", mode="before")
     @classmethod

@@ -30,7 +30,8 @@ from prunewright.tools.model.loading import (
 from prunewright.tools.model.tokens import embedding_rows
 from prunewright.tools.saving.model import revision_bytes
 from prunewright.tools.solve import reconstruction
-from prunewright.tools.solve.solving import PASSES, solves
+from prunewright.tools.solve.fit import HELD_OUT
+from prunewright.tools.solve.solving import solves
 
 _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 TEXTS = 160 * 2**20
@@ -134,8 +135,9 @@ def make_plan(request: PruneRequest, out: Path = Path(), *, timed: bool = False)
     token pair for attention; the head 2 a vocabulary entry, width and token where losses are
     taken. A backward pass takes two forward passes, and a third to recompute activations with
     ``gradient_checkpointing``. Experts count by the share of them that a token is routed to.
-    Where weights are solved for, the calibration windows go through the blocks `PASSES` times
-    more, and in float32 come 2 inputs squared a layer and token for X^T X, and the solve itself.
+    Where weights are solved for, the calibration windows go through the blocks some times more
+    (`_solve_passes`), and in float32 come 2 inputs squared a layer and token for X^T X, and the
+    solve itself.
 
     Time: one window is scored by the loaded model, and all else takes as much longer as it has
     operations more. But for solves, whose float32 products are timed by themselves, and for masks,
@@ -302,9 +304,9 @@ def _flops(request: PruneRequest, shape: _Shape) -> dict[str, float]:
     scored = windows.length * (blocks + head)
     solve = passed = 0.0
     if solves(request):
-        rounds = reconstruction.ITERATIONS if request.reconstruct else 1
+        rounds = reconstruction.ITERATIONS if request.reconstruct != "none" else 1
         tokens = windows.calibration * windows.length
-        passed = tokens * PASSES * blocks
+        passed = tokens * _solve_passes(request) * blocks
         solve = tokens * 2 * shape.squares + rounds * 2 * shape.cubes
     return {
         "activations": windows.calibration * windows.length * blocks,
@@ -315,6 +317,19 @@ def _flops(request: PruneRequest, shape: _Shape) -> dict[str, float]:
         "guard": windows.guard * scored,
         "finish": 2 * windows.test * scored,
     }  # fmt: skip
+
+
+def _solve_passes(request: PruneRequest) -> float:
+    """Times that the calibration windows go through the blocks when kept weights are solved for.
+
+    The sweep sees a block's inputs and makes its outputs. Least squares sees the inputs of the
+    first layers, of the output projection, of the first and the second half of the MLP, which is
+    some 1.7 passes. A fit makes the dense outputs, and goes forwards and backwards.
+    """
+    if request.reconstruct == "none":
+        return 2
+    fit = 1 + request.fit.epochs * (3 + 1 / HELD_OUT) if request.reconstruct == "block" else 0
+    return 2.7 + fit
 
 
 def _memory(
@@ -366,10 +381,16 @@ def _memory(
         "masks": largest * ((0 if mapped and processor else size) + 12 + 3),
     }
     if solves(request):
-        entering = 2 * state * windows.calibration
+        # What enters and leaves a block; what the dense model gives to both, if it is fitted.
+        fitted = request.reconstruct == "block"
+        entering = (4 if fitted else 2) * state * windows.calibration
         # X^T X, its factor, the weights in float32 and what the sweep keeps of them; the solved
         # layers of a block.
-        parts["solve"] = entering + block + 4 * (3 * shape.inner**2 + 4 * largest) + one_block
+        solved = 4 * (3 * shape.inner**2 + 4 * largest)
+        # Of a block's weights: float32 copies, their gradients and two moments; those at work,
+        # their gradients, and the best so far.
+        fit = one_block // size * (16 + 3 * size) + block
+        parts["solve"] = entering + block + max(solved, fit if fitted else 0) + one_block
     base = _base()
     # The mean squares of each weight's gradient, in float32, and those of the newest, too, while
     # the older are let go.

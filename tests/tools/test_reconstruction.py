@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from prunewright.tools.solve import reconstruction
 from prunewright.tools.solve.reconstruction import solve
 
 
@@ -42,7 +43,7 @@ def test_every_row_reaches_its_least_squares(damping: float) -> None:
     weight, mask, x = problem()
     mask[3] = True  # a row with nothing left
     mask[4] = False
-    found = solve(weight, mask, x.T @ x, damping=damping, iterations=100)
+    found = solve(weight, mask, x.T @ x, ridge=damping, iterations=100)
     expected = rowwise(weight, mask, x, damping)
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
     assert not found[mask].any()
@@ -71,3 +72,25 @@ def test_inputs_that_are_all_zero_leave_the_masked_weights() -> None:
     weight, mask, _ = problem()
     found = solve(weight, mask, torch.zeros(24, 24))
     assert torch.equal(found, weight.masked_fill(mask, 0))
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_rows_make_up_for_one_another_as_the_gradients_say(diagonal: bool) -> None:
+    """Against the normal equations of all kept weights at once, G (x) A written out."""
+    weight, mask, x = problem(rows=5, inputs=9)
+    d = torch.randn(200, 5, generator=torch.Generator().manual_seed(1))
+    d = d @ torch.randn(5, 5, generator=torch.Generator().manual_seed(2))
+    gram, outputs = (x.T @ x).double() / len(x), (d.T @ d).double() / len(d)
+    given = outputs.diagonal().float() if diagonal else outputs.float()
+    found = solve(weight, mask, gram.float(), given, ridge=0.1, iterations=200)
+
+    if diagonal:
+        outputs = outputs.diagonal().diag()
+    outputs = outputs + reconstruction.DAMPING * outputs.diagonal().mean() * torch.eye(5)
+    ridge = 0.1 * gram.diagonal().mean() * outputs.diagonal().mean()
+    whole = torch.kron(outputs, gram) + ridge * torch.eye(45)
+    kept = ~mask.flatten()
+    right = (whole @ weight.double().flatten())[kept]
+    best = torch.zeros(45, dtype=torch.float64)
+    best[kept] = torch.linalg.solve(whole[kept][:, kept], right)
+    torch.testing.assert_close(found.double().flatten(), best, rtol=1e-3, atol=1e-4)

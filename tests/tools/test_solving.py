@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from prunewright.state.config import Reconstruct
 from prunewright.tools.criteria import CRITERIA, sparsegpt
 from prunewright.tools.fast import pack_bits
 from prunewright.tools.model.loading import LoadedModel
 from prunewright.tools.solve import reconstruction
-from prunewright.tools.solve.solving import Solved, Wanted, solve_blocks
+from prunewright.tools.solve.solving import BlockSolver, Solved, Wanted
 
 Loader = Callable[..., LoadedModel]
 
@@ -35,11 +36,12 @@ def solve(
     """All layers as they are when they are solved, and all notes."""
     solved: dict[str, Solved] = {}
 
-    def take(found: Solved) -> None:
-        assert torch.equal(found.weight, loaded.weight(loaded.layers[found.name]))
-        solved[found.name] = dataclasses.replace(found, weight=found.weight.clone())
+    def take(block: list[Solved]) -> None:
+        for found in block:
+            assert torch.equal(found.weight, loaded.weight(loaded.layers[found.name]))
+            solved[found.name] = dataclasses.replace(found, weight=found.weight.clone())
 
-    solve_blocks(loaded, ids, wanted, take, **options)
+    BlockSolver(loaded, wanted, **options).solve(ids, take)
     return solved, [note for found in solved.values() for note in found.notes]
 
 
@@ -69,7 +71,7 @@ def test_blocks_that_return_a_list_are_solved(load: Loader) -> None:
     loaded = load("OpenAIGPTConfig")
     masks = masks_of(loaded)
     wanted = {name: Wanted(bits=pack_bits(mask)) for name, mask in masks.items()}
-    solved, _ = solve(loaded, windows(), wanted, reconstruct=True)
+    solved, _ = solve(loaded, windows(), wanted, reconstruct="layer")
     assert all(torch.equal(solved[name].weight == 0, mask) for name, mask in masks.items())
 
 
@@ -80,12 +82,12 @@ def test_reconstruction_solves_each_layer_on_what_the_pruned_blocks_give(load: L
     name = next(n for n in loaded.layers if loaded.layers[n].block == 1)
     dense = weights(loaded)
     wanted = {n: Wanted(bits=pack_bits(mask)) for n, mask in masks.items()}
-    solved, notes = solve(loaded, ids, wanted, reconstruct=True)
+    solved, notes = solve(loaded, ids, wanted, reconstruct="layer")
     assert notes == []
     x = watch(loaded, ids, name)[name].double()
     found, mask = solved[name].weight.double(), masks[name]
 
-    ridge = reconstruction.DAMPING * float((x.T @ x).diagonal().mean())
+    ridge = reconstruction.RIDGE * float((x.T @ x).diagonal().mean())
 
     def objective(values: Tensor) -> float:
         fit = ((values - dense[name].double()) @ x.T).square().sum()
@@ -104,16 +106,16 @@ def test_reconstruction_solves_each_layer_on_what_the_pruned_blocks_give(load: L
     assert best <= objective(found) < best + 0.02 * (start - best)
 
 
-@pytest.mark.parametrize("reconstruct", [False, True])
+@pytest.mark.parametrize("reconstruct", ["none", "layer", "block"])
 def test_masks_hold_and_the_live_model_has_what_is_returned(
-    load: Loader, family: str, reconstruct: bool
+    load: Loader, family: str, reconstruct: Reconstruct
 ) -> None:
     loaded = load(family)
     ids = windows()
     counts = {n: int(0.4 * layer.numel) for n, layer in loaded.layers.items()}
     wanted = {n: Wanted(pruned=count) for n, count in counts.items()}
     masks = masks_of(loaded)
-    if reconstruct:
+    if reconstruct != "none":
         wanted = {n: Wanted(bits=pack_bits(mask)) for n, mask in masks.items()}
     solved, _ = solve(loaded, ids, wanted, reconstruct=reconstruct)
     assert set(solved) == set(wanted)
@@ -121,7 +123,7 @@ def test_masks_hold_and_the_live_model_has_what_is_returned(
         live = loaded.weight(loaded.layers[name])
         assert torch.equal(live, layer.weight)
         assert not layer.weight[layer.mask].any()
-        if reconstruct:
+        if reconstruct != "none":
             assert torch.equal(layer.mask, masks[name])
         else:
             assert int(layer.mask.sum()) == counts[name]
@@ -148,7 +150,7 @@ def test_sparsegpt_sees_dense_blocks_behind_pruned_ones(load: Loader, shrinkage:
         for name in part:
             loaded.weight(loaded.layers[name]).copy_(expected[name][1])
     wanted = {n: Wanted(pruned=counts[n], shrinkage=shrinkage) for n in names}
-    solved, _ = solve(loaded, ids, wanted, reconstruct=False)
+    solved, _ = solve(loaded, ids, wanted)
     for name in names:
         same = (solved[name].mask == expected[name][0]).float().mean()
         assert float(same) > 0.999  # sums in another order may flip a near tie
@@ -166,7 +168,7 @@ def test_obs_weighs_outputs_by_the_mean_of_their_gradient_and_the_layers(
     dense = loaded.dense(layer)
     x = watch(loaded, windows(), name)[name].float()
     wanted = {name: Wanted(pruned=layer.numel // 2, gradient_square=squares)}
-    solved, notes = solve(loaded, windows(), wanted, criterion="obs", reconstruct=False)
+    solved, notes = solve(loaded, windows(), wanted, criterion="obs")
     assert notes == []
     expected = sparsegpt.prune(
         dense,
@@ -190,7 +192,7 @@ def test_each_expert_is_swept_with_its_own_gradients(load: Loader) -> None:
     squares = torch.ones(experts, rows)
     squares[1, 0] = 1e6
     wanted = {name: Wanted(pruned=layer.numel // 2, gradient_square=squares)}
-    solved, _ = solve(loaded, windows(8), wanted, criterion="obs", reconstruct=False)
+    solved, _ = solve(loaded, windows(8), wanted, criterion="obs")
     by_row = layer.matrix(solved[name].mask).sum(-1).tolist()
     assert {sum(pruned) for pruned in by_row} == {layer.numel // 2 // experts}
     usual = layer.numel // 2 // experts // rows
@@ -212,7 +214,7 @@ def test_the_mean_of_its_like_stands_in_for_the_tokens_that_an_expert_lacks(load
     name = "model.layers.0.mlp.experts.gate_up_proj"
     dense = loaded.dense(loaded.layers[name])
     wanted = {name: Wanted(pruned=dense.numel() // 2)}
-    solved, notes = solve(loaded, windows(2), wanted, reconstruct=False)
+    solved, notes = solve(loaded, windows(2), wanted)
     routed = [
         torch.cat([x[(index == e).nonzero()[:, 0]] for x, index in seen[-2:]]) for e in range(4)
     ]  # the last two are the windows as the block was solved on them
@@ -239,7 +241,7 @@ def test_layers_that_are_not_wanted_keep_their_weights(load: Loader) -> None:
     loaded = load()
     before = weights(loaded)
     name = "model.layers.1.mlp.down_proj"
-    solve(loaded, windows(), {name: Wanted(pruned=500)}, reconstruct=False)
+    solve(loaded, windows(), {name: Wanted(pruned=500)})
     after = weights(loaded)
     assert [n for n in before if not torch.equal(before[n], after[n])] == [name]
 
@@ -247,7 +249,7 @@ def test_layers_that_are_not_wanted_keep_their_weights(load: Loader) -> None:
 def test_patterns_and_failures_of_the_solve(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load()
     name = "model.layers.0.mlp.up_proj"
-    solved, notes = solve(loaded, windows(), {name: Wanted(pattern=(2, 4))}, reconstruct=False)
+    solved, notes = solve(loaded, windows(), {name: Wanted(pattern=(2, 4))})
     kept = (~solved[name].mask).reshape(-1, 4).sum(-1)
     assert set(kept.tolist()) == {2}
     assert notes == []
@@ -255,7 +257,7 @@ def test_patterns_and_failures_of_the_solve(load: Loader, monkeypatch: pytest.Mo
     none = dataclasses.replace(CRITERIA["sparsegpt"], dampings=())
     monkeypatch.setitem(CRITERIA, "sparsegpt", none)
     dense = loaded.dense(loaded.layers[name])
-    solved, notes = solve(loaded, windows(), {name: Wanted(pruned=700)}, reconstruct=False)
+    solved, notes = solve(loaded, windows(), {name: Wanted(pruned=700)})
     assert notes == [f"{name}: cannot be solved with any damping, so its weights are not updated"]
     assert int(solved[name].mask.sum()) == 700
     assert torch.equal(solved[name].weight, dense.masked_fill(solved[name].mask, 0))

@@ -33,7 +33,7 @@ def allocate(bench: Workbench, _: GreedyOptions, progress: Progress | None = Non
     layers = bench.loaded.layers
     steps = math.ceil(request.max_layer_sparsity / WIDTH - 1e-9)
     levels = [min(WIDTH * step, request.max_layer_sparsity) for step in range(steps + 1)]
-    exponent = crowding_exponent(request.reconstruct)
+    exponent = crowding_exponent(request.reconstruct != "none")
     slices = []
     for name, layer in told("allocation", layers.items(), len(layers), progress):
         statistics = statistics_of(name, activations, gradients)

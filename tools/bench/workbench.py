@@ -16,23 +16,31 @@ from torch import Tensor
 from prunewright.state import InputError, PruneRequest, StoreError, parse_pattern
 from prunewright.state.config import EMBEDDED
 from prunewright.state.profile import ModelProfile
+from prunewright.state.run import DENSE
 from prunewright.tools import criteria
 from prunewright.tools.calibration.activations import Activations, measure_activations
 from prunewright.tools.calibration.gradients import Gradients, measure_gradients
 from prunewright.tools.calibration.profile import build_profile, statistics_of
 from prunewright.tools.criteria import find_criterion, prune_mask
-from prunewright.tools.fast import count_bits, count_zeros, pack_bits, read_at_once
+from prunewright.tools.fast import count_bits, count_zeros, read_at_once
 from prunewright.tools.masks import nm_count
 from prunewright.tools.model.continuations import answer_scores, continue_text, fact_tokens
 from prunewright.tools.model.head import Head, Progress, told
 from prunewright.tools.model.layers import Layer
 from prunewright.tools.model.loading import LoadedModel, load_model
 from prunewright.tools.model.tokens import embedding_rows
-from prunewright.tools.solve.solving import Solved, Wanted, solve_blocks, solves
+from prunewright.tools.solve.fit import Fit
+from prunewright.tools.solve.solving import BlockSolver, Solved, Wanted, solves
 from prunewright.tools.sources import first_line
 from prunewright.tools.store.revisions import Manifest, RevisionStore, StoredLayer
 from prunewright.tools.store.standing import setting_files
-from prunewright.tools.store.storage import sha256_file
+from prunewright.tools.store.storage import (
+    canonical_json,
+    read_json,
+    sha256_bytes,
+    sha256_file,
+    write_json,
+)
 from prunewright.tools.texts.questions import hash_questions, load_facts
 from prunewright.tools.texts.windows import Windows, load_windows
 
@@ -225,9 +233,12 @@ class Workbench:
             self.tokens["calibration"] += self.windows.calibration.numel()
         return self._activations[1]
 
-    def gradients(self, revision: str, progress: Progress | None = None) -> Gradients:
-        """Gradient statistics at a revision."""
-        if self._gradients is None or self._gradients[0] != revision:
+    def gradients(
+        self, revision: str, progress: Progress | None = None, *, covariances: bool = False
+    ) -> Gradients:
+        """Gradient statistics at a revision, with the outputs' covariances if they are wanted."""
+        kept = self._gradients
+        if kept is None or kept[0] != revision or (covariances and not kept[1].covariance):
             self.sync(revision)
             windows = self.windows.calibration[: self.request.texts.windows.gradient]
             measured = measure_gradients(
@@ -236,11 +247,12 @@ class Workbench:
                 windows,
                 checkpointing=self.request.profile.gradient_checkpointing,
                 by_weight=find_criterion(self.request.criterion).by_weight,
+                covariances=covariances,
                 progress=progress,
             )
-            self._gradients = (revision, measured)
+            kept = self._gradients = (revision, measured)
             self.tokens["gradient"] += windows.numel()
-        return self._gradients[1]
+        return kept[1]
 
     def forget_statistics(self) -> None:
         """Let statistics be taken, and their tokens be counted, again."""
@@ -283,7 +295,7 @@ class Workbench:
             pattern=pattern,
             pattern_own={n: whole - gain / layers[n].numel for n, gain in gains.items()},
             patterned=set(self.store.manifest(revision)),
-            reconstruct=self.request.reconstruct,
+            reconstruct=self.request.reconstruct != "none",
             signals=signals,
         )
 
@@ -381,39 +393,73 @@ class Workbench:
             StoreError: cannot write.
         """
         request = self.request
-        manifest = self.store.manifest(revision)
         about = {"parent": revision, "criterion": request.criterion, "pattern": request.pattern}
-        writer = self.store.writer(manifest, about)
-        if not solves(request):
-            with writer:
-                for name, mask in self._masks(revision, gradient_revision, counts, progress):
-                    writer.add(name, mask, own=self.dense_zeros[name])
-            return writer.revision
-        wanted = self._wanted(revision, gradient_revision, counts, progress)
-        notes: list[str] = []
-        writer.about |= {"reconstruct": request.reconstruct, "notes": notes}
+        writer = self.store.writer(self.store.manifest(revision), about)
+        with writer:
+            for name, mask in self._masks(revision, gradient_revision, counts, progress):
+                writer.add(name, mask, own=self.dense_zeros[name])
+        return writer.revision
 
-        def take(layer: Solved) -> None:
-            writer.add(layer.name, layer.mask, layer.weight, self.dense_zeros[layer.name])
-            notes.extend(layer.notes)
+    def solve(self, revision: str, progress: Progress | None = None) -> str:
+        """Store the revision in which the kept weights of another one are solved.
 
+        Layers keep their masks, or where the criterion solves their numbers of zeros; the request
+        says what is done. What is done is kept block by block, so that whoever is stopped goes on
+        with the block at which it was.
+
+        Args:
+            revision: whose masks are taken.
+            progress: told after each block.
+
+        Returns:
+            The new revision's name. The live model is left at none.
+
+        Raises:
+            InputError: the model does not run block by block, or inputs do not divide into groups.
+            StoreError: cannot write.
+        """
+        request = self.request
+        wanted = self._wanted(revision, progress)
+        parent = self.store.manifest(revision)
+        state = self.store.directory / "solving.json"
+        key = sha256_bytes(
+            canonical_json([revision, request.identity(), self.windows.hashes["calibration"]])
+        )
+        done, notes = _read_solving(state, key)
+        if any(not self.store.holds(digest) for digest in done.values()):
+            done, notes = {}, []
+        about = {"parent": revision, "reconstruct": request.reconstruct, "notes": notes}
+        writer = self.store.writer(parent | done, about)
+
+        def take(solved: list[Solved]) -> None:
+            for layer in solved:
+                writer.add(layer.name, layer.mask, layer.weight, self.dense_zeros[layer.name])
+                notes.extend(layer.notes)
+            found = writer.settle()
+            done.update((layer.name, found[layer.name]) for layer in solved)
+            write_json(state, {"key": key, "layers": done, "notes": notes})
+
+        solver = BlockSolver(
+            self.loaded,
+            wanted,
+            criterion=request.criterion,
+            reconstruct=request.reconstruct,
+            fit=Fit(**request.fit.model_dump(), seed=request.seed),
+        )
+        self._at |= dict.fromkeys(wanted, "")  # no revision's, so that the next sync restores them
         try:
-            self._at |= dict.fromkeys(wanted, "")  # no revision's, so that the sync restores them
             with writer:
-                tokens = solve_blocks(
-                    self.loaded,
+                self.tokens["solve"] += solver.solve(
                     self.windows.calibration,
-                    wanted,
                     take,
-                    criterion=request.criterion,
-                    reconstruct=request.reconstruct,
-                    progress=progress,
+                    lambda layer: (
+                        self._stored(done[layer.name], layer) if layer.name in done else None
+                    ),
+                    progress,
                 )
         except ValueError as error:
             raise InputError(f"the layers cannot be pruned so: {error}") from error
-        finally:
-            self.sync(revision)
-        self.tokens["solve"] += tokens
+        state.unlink(missing_ok=True)
         return writer.revision
 
     def _amount(
@@ -425,39 +471,26 @@ class Workbench:
         dense = count == self.dense_zeros[name]
         return (count, None) if pattern is None or dense else (None, pattern)
 
-    def _wanted(
-        self,
-        revision: str,
-        gradient_revision: str,
-        counts: dict[str, int] | None,
-        progress: Progress | None,
-    ) -> dict[str, Wanted]:
-        """What a solve is asked for: the layers that change and, if reconstructed, all pruned."""
+    def _wanted(self, revision: str, progress: Progress | None) -> dict[str, Wanted]:
+        """What a solve is asked for: all layers that a revision prunes."""
+        request = self.request
+        rule = find_criterion(request.criterion)
+        squares, covariances = dict[str, Tensor](), dict[str, Tensor]()
+        if rule.needs_gradients or request.reconstruct != "none":
+            found = self.gradients(DENSE, progress, covariances=request.reconstruct != "none")
+            squares, covariances = found.gradient_square, found.covariance
+        pattern = parse_pattern(request.pattern)
         wanted = {}
-        rule = find_criterion(self.request.criterion)
-        if not rule.solves:
-            for name, mask in self._masks(revision, gradient_revision, counts, progress):
-                bits = pack_bits(mask).cpu()
-                # No more than its own zeros: it stays the dense layer, bit for bit.
-                if count_bits(bits) <= self.dense_zeros[name]:
-                    bits.zero_()
-                wanted[name] = Wanted(bits=bits)
-        else:
-            squares: dict[str, Tensor] = {}
-            if rule.needs_gradients:
-                squares = self.gradients(gradient_revision, progress).gradient_square
-            for name in self.loaded.layers if counts is None else counts:
-                pruned, pattern = self._amount(name, counts)
-                wanted[name] = Wanted(
-                    pruned=pruned,
-                    pattern=pattern,
-                    gradient_square=squares.get(name),
-                    shrinkage=self.request.shrinkage if rule.shrinks else 0.0,
-                )
-        if self.request.reconstruct:
-            for name, digest in self.store.manifest(revision).items():
-                if name not in wanted:
-                    wanted[name] = Wanted(bits=self._stored(digest, self.loaded.layers[name]).bits)
+        for name, digest in self.store.manifest(revision).items():
+            bits = self._stored(digest, self.loaded.layers[name]).bits
+            wanted[name] = Wanted(
+                bits=None if rule.solves else bits,
+                pruned=count_bits(bits) if pattern is None else None,
+                pattern=pattern,
+                gradient_square=squares.get(name),
+                covariance=covariances.get(name),
+                shrinkage=request.shrinkage if rule.shrinks else 0.0,
+            )
         self.sync(revision)
         return wanted
 
@@ -542,6 +575,17 @@ class Workbench:
             except ValueError as error:
                 raise InputError(f"{name} cannot be pruned so: {error}") from error
             yield name, layer.stored(mask)
+
+
+def _read_solving(path: Path, key: str) -> tuple[dict[str, str], list[str]]:
+    """The layers that a solve which was stopped had done, by digest, and what it had to tell.
+
+    Empty where there was none, or another one.
+    """
+    content = read_json(path) if path.exists() else None
+    if not isinstance(content, dict) or content.get("key") != key:
+        return {}, []
+    return dict(content["layers"]), list(content["notes"])
 
 
 def _own_memory(loaded: LoadedModel, offload: str) -> None:

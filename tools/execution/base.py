@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunewright.state import InputError
-from prunewright.tools.execution.splitting import Run, SplitError, Splitter, Visitor
+from prunewright.tools.execution.splitting import Enough, Run, SplitError, Splitter, Visitor
 from prunewright.tools.execution.weights import LiveWeights
 from prunewright.tools.model.head import Head, Progress, hidden_states, token_losses
 from prunewright.tools.model.layers import Layer, named_blocks
 from prunewright.tools.model.observe import OnProduct, ProductObserver
 
-__all__ = ["Execution", "Run", "Visitor"]
+__all__ = ["Enough", "Execution", "Run", "Visitor"]
 
 TOKENS = 8192
 """Tokens of a batch on a GPU, where nobody says how many windows it has."""

@@ -6,7 +6,7 @@ once in a pass, and can be away, or be changed, before and after.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,6 @@ from prunewright.tools.model.head import hidden_states
 from prunewright.tools.model.layers import named_blocks
 
 Forward = Callable[..., Any]
-Run = Callable[[], Tensor]
-Visitor = Callable[[int, Run], Tensor]
-"""Is told a block's index and what runs it on all windows; gives the hidden states it leaves."""
 
 _TRIED = 24
 """Tokens of the pass in which a split batch is compared with its windows alone."""
@@ -29,6 +26,10 @@ _TRIED = 24
 
 class SplitError(Exception):
     """A model's blocks cannot be run on one window of a batch at a time; the words say why."""
+
+
+class Enough(Exception):  # noqa: N818  # no error
+    """Raised by who observes a block in `Run.partly`, to end the window that is at work."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,87 @@ class _Batch:
             for tensor, place in zip(tensors, self.places[index], strict=True)
         )
         return _replaced(call, parts)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A block with what it is given of all windows.
+
+    Attributes:
+        entering: the hidden states of the batch [windows, length, width]; must not be written to.
+        windows: how many there are.
+    """
+
+    entering: Tensor
+    windows: int
+    _splitter: "Splitter"
+    _index: int
+    _forward: Forward
+    _call: Any
+    _batch: _Batch
+
+    def __call__(self, entering: Tensor | None = None) -> Tensor:
+        """The hidden states [windows, length, width] that leave the block.
+
+        Args:
+            entering: others of that shape in place of those that the block is given.
+        """
+        given = self.entering if entering is None else entering
+        leaving = torch.empty_like(given)
+        for window in range(self.windows):
+            self.part(window, leaving).copy_(self.window(window, given))
+        return leaving
+
+    def partly(self, windows: int) -> None:
+        """Run each window until whoever observes it raises `Enough`.
+
+        Args:
+            windows: how many of them, from the first on.
+        """
+        for window in range(windows):
+            with suppress(Enough):
+                self.window(window, self.entering)
+
+    def part(self, window: int, states: Tensor) -> Tensor:
+        """A window's part of hidden states [windows, length, width]: a view, [1, length, width]."""
+        return self._batch.of(self._index, window, states)
+
+    def window(self, window: int, entering: Tensor) -> Tensor:
+        """What leaves the block of one window, shaped as `part`; gradients flow through it.
+
+        Args:
+            window: its index.
+            entering: as for a call.
+        """
+        tensors = [entering, *list(_tensors(self._call))[1:]]
+        args, keywords = self._batch.part(self._index, window, self._call, tensors)
+        self._splitter.passed += 1
+        return _states(self._forward(*args, **keywords))
+
+    def backward(self, gradients: Tensor) -> Tensor:
+        """The gradient at what enters the block, [windows, length, width].
+
+        Window by window, so that whoever is told of a weight's gradient is told of one window's.
+
+        Args:
+            gradients: at what leaves it.
+        """
+        tensors = [tensor.detach() for tensor in _tensors(self._call)]
+        entering = torch.empty_like(gradients)
+        for window in range(self.windows):
+            call = self._batch.part(self._index, window, self._call, tensors)
+            hidden = next(_tensors(call)).detach().requires_grad_()
+            args, keywords = _replaced(call, _first(hidden, call))
+            with torch.enable_grad():
+                states = _states(self._forward(*args, **keywords))
+            torch.autograd.backward(states, self.part(window, gradients))
+            assert hidden.grad is not None
+            self.part(window, entering).copy_(hidden.grad)
+        return entering
+
+
+Visitor = Callable[[int, Run], Tensor]
+"""Is told a block's index and what runs it; gives the hidden states that the next one gets."""
 
 
 class Splitter:
@@ -129,54 +211,20 @@ class Splitter:
 
     def _split(self, index: int, forward: Forward, call: Any, batch: _Batch) -> Any:
         hidden, *others = _tensors(call)
+        run = Run(hidden, batch.windows, self, index, forward, call, batch)
         if torch.is_grad_enabled():
             if any(other.requires_grad for other in others):
                 raise SplitError("gradients reach a block by more than its hidden states")
             hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
-            states: Tensor = _Recomputed.apply(  # type: ignore[no-untyped-call]
-                self, index, forward, call, batch, hidden
-            )
-        elif self._visitor is not None:
-            states = self._visitor(index, lambda: self.forward(index, forward, call, batch))
+            states: Tensor = _Recomputed.apply(run, self, hidden)  # type: ignore[no-untyped-call]
         else:
-            states = self.forward(index, forward, call, batch)
+            states = run() if self._visitor is None else self._visitor(index, run)
         return self._returned(index, states)
 
     def _returned(self, index: int, states: Tensor) -> Any:
         """Hidden states as a block returns them; what it returns beside them is left out."""
         kind = self._kinds[index]
         return states if kind is None else kind[0]([states, *[None] * (kind[1] - 1)])
-
-    def forward(self, index: int, forward: Forward, call: Any, batch: _Batch) -> Tensor:
-        """The hidden states [windows, length, width] that leave a block."""
-        tensors = list(_tensors(call))
-        leaving = torch.empty_like(tensors[0])
-        for window in range(batch.windows):
-            args, keywords = batch.part(index, window, call, tensors)
-            batch.of(index, window, leaving).copy_(_states(forward(*args, **keywords)))
-        self.passed += batch.windows
-        return leaving
-
-    def backward(
-        self, index: int, forward: Forward, call: Any, batch: _Batch, gradients: Tensor
-    ) -> Tensor:
-        """The gradient at what enters a block, [windows, length, width].
-
-        Window by window, so that whoever is told of a weight's gradient is told of one window's.
-        """
-        tensors = [tensor.detach() for tensor in _tensors(call)]
-        entering = torch.empty_like(gradients)
-        for window in range(batch.windows):
-            args, keywords = batch.part(index, window, call, tensors)
-            hidden = next(_tensors((args, keywords))).detach().requires_grad_()
-            args, keywords = _replaced((args, keywords), _first(hidden, (args, keywords)))
-            with torch.enable_grad():
-                states = _states(forward(*args, **keywords))
-            torch.autograd.backward(states, batch.of(index, window, gradients))
-            assert hidden.grad is not None
-            batch.of(index, window, entering).copy_(hidden.grad)
-        self.told()
-        return entering
 
     def _divided(self, ids: Tensor) -> _Batch:
         """How a batch of a shape divides, found out by passes in which the blocks do nothing."""
@@ -254,16 +302,15 @@ class _Recomputed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, splitter: Splitter, index: int, forward: Forward, call: Any, batch: _Batch,
-        _: Tensor,
-    ) -> Tensor:  # fmt: skip
-        ctx.splitter, ctx.call = splitter, (index, forward, call, batch)
-        return splitter.forward(index, forward, call, batch)
+    def forward(ctx: Any, run: Run, splitter: Splitter, _: Tensor) -> Tensor:
+        ctx.run, ctx.splitter = run, splitter
+        return run()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        return None, None, None, None, None, ctx.splitter.backward(*ctx.call, gradients[0])
+        entering = ctx.run.backward(gradients[0])
+        ctx.splitter.told()
+        return None, None, entering
 
 
 def _in_order(keywords: dict[str, Any]) -> dict[str, Any]:

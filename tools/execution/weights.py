@@ -63,6 +63,27 @@ class LiveWeights:
         """Let all live weights be the model's parameters, for whoever reads them there."""
         yield
 
+    @contextmanager
+    def lent(self, layers: list[Layer]) -> Iterator[list[Tensor]]:
+        """Let layers have values of their own, which a training may write to in place.
+
+        Args:
+            layers: of the block that is at work.
+
+        Yields:
+            What they have; the model's parameters hold these tensors while the ``with`` block runs,
+            and the live weights again after it.
+        """
+        parameters = [self._model.get_parameter(layer.parameter) for layer in layers]
+        before = [parameter.data for parameter in parameters]
+        try:
+            for parameter in parameters:
+                parameter.data = parameter.data.clone()
+            yield [parameter.data for parameter in parameters]
+        finally:
+            for parameter, data in zip(parameters, before, strict=True):
+                parameter.data = data
+
     def let_go(self, layer: Layer) -> None:
         """Say that a layer's live weights are not read again before they are written."""
 

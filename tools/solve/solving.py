@@ -1,12 +1,13 @@
-"""Pruning block by block with an update of the kept weights, on what the pruned blocks give."""
+"""The kept weights of a pruned model, solved block by block, and a sweep that prunes by itself."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from prunewright.state import PruneRequest
+from prunewright.state.config import Reconstruct
 from prunewright.tools.criteria import (
     LayerStatistics,
     expert_shares,
@@ -15,20 +16,19 @@ from prunewright.tools.criteria import (
     prune_mask,
     sparsegpt,
 )
-from prunewright.tools.execution.base import Run
+from prunewright.tools.execution.base import Enough, Run
 from prunewright.tools.fast import unpack_bits
 from prunewright.tools.model.head import Progress
 from prunewright.tools.model.layers import Layer
 from prunewright.tools.model.loading import LoadedModel
 from prunewright.tools.solve import reconstruction
-
-PASSES = 2
-"""Times that the windows go through the blocks: before their layers are solved, and after."""
+from prunewright.tools.solve.fit import Fit, fit_block, held_out
+from prunewright.tools.store.revisions import StoredLayer
 
 
 def solves(request: PruneRequest) -> bool:
     """Whether weights that are kept get other values, which is done block by block."""
-    return request.reconstruct or find_criterion(request.criterion).solves
+    return request.reconstruct != "none" or find_criterion(request.criterion).solves
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Wanted:
         bits: the packed mask of a layer whose kept weights are reconstructed, on the processor.
         pruned: weights that the criterion's sweep shall prune, the layer's own zeros included.
         pattern: ``(keep_n, group_m)`` for it.
-        gradient_square: E[d_i^2] [outputs] or [experts, outputs], if the criterion weighs outputs.
+        gradient_square: E[d_i^2] [outputs] or [experts, outputs], if anything weighs outputs.
+        covariance: E[d d^T] [outputs, outputs] for the reconstruction, where it fits.
         shrinkage: what the sweep adds of its own diagonal to X^T X (`sparsegpt.prune`).
     """
 
@@ -47,6 +48,7 @@ class Wanted:
     pruned: int | None = None
     pattern: tuple[int, int] | None = None
     gradient_square: Tensor | None = None
+    covariance: Tensor | None = None
     shrinkage: float = 0.0
 
     def mask(self, layer: Layer, device: torch.device) -> Tensor | None:
@@ -83,8 +85,12 @@ class _Grams:
     """X^T X of the layers of a block, float32.
 
     Layers that are given the same tensor (queries, keys and values) share one.
+
+    Attributes:
+        later: layers whose inputs are not wanted: a window that comes to one has been seen.
     """
 
+    later: dict[str, Layer] = field(default_factory=dict)
     _grams: dict[_Key, Tensor] = field(default_factory=dict)
     _tokens: dict[_Key, Tensor] = field(default_factory=dict)
     _leaders: dict[_Key, _Key] = field(default_factory=dict)
@@ -122,6 +128,8 @@ class _Grams:
 
     def see(self, layer: Layer, expert: int | None, inputs: Tensor, _: Tensor) -> None:
         """Add what a layer is given now."""
+        if layer.name in self.later:
+            raise Enough
         key = (layer.name, expert or 0)
         last, self._last = self._last, (inputs, key)
         if last is not None and _same(last[0], inputs):
@@ -146,85 +154,228 @@ def _same(one: Tensor, other: Tensor) -> bool:
     )
 
 
-def solve_blocks(
-    loaded: LoadedModel,
-    windows: Tensor,
-    wanted: dict[str, Wanted],
-    take: Callable[[Solved], None],
-    *,
-    criterion: str = "sparsegpt",
-    reconstruct: bool,
-    progress: Progress | None = None,
-) -> int:
-    """Prune some layers block by block, each on what the blocks before it give once pruned.
+class BlockSolver:
+    """Solves some layers block by block, each on what the blocks before it give once pruned.
 
     A layer whose mask is given is reconstructed: its outputs are drawn to what its dense weights
-    make of the same inputs. The others are pruned by the sweep of ``criterion``, and reconstructed
-    on its masks if ``reconstruct`` says so. (To draw them to the outputs of the dense model, whose
-    inputs are others, was tried: what is fitted to inputs that are half noise shrinks, block after
-    block, and SmolLM2-135M broke.)
-
-    Args:
-        loaded: the model; layers that are not wanted keep their live weights.
-        windows: calibration token ids [windows, length].
-        wanted: what to prune.
-        take: is given each layer once it is solved.
-        criterion: one that solves, for layers whose mask is not given.
-        reconstruct: see above.
-        progress: told after each block.
-
-    Returns:
-        The tokens that went through the model. The live weights of the wanted layers must be set
-        before they are used again.
-
-    Raises:
-        InputError: this model's blocks cannot be run one by one.
-        ValueError: a layer's inputs do not divide into groups of a pattern.
+    make of the same inputs. The others are pruned by the sweep of the criterion. (To draw layers to
+    the outputs of the dense model, whose inputs are others, was tried: what is fitted to inputs
+    that are half noise shrinks, block after block, and SmolLM2-135M broke.) With ``block`` each
+    block as a whole is then fitted to what the dense block makes of the dense model's hidden
+    states: a nonlinear map of many weights makes up for such inputs.
     """
-    by_block: dict[int, list[Layer]] = {}
-    for layer in loaded.layers.values():
-        if layer.name in wanted:
-            by_block.setdefault(layer.block, []).append(layer)
-    if not by_block:
-        return 0
-    weights, execution = loaded.execution.weights, loaded.execution
-    last = max(by_block)
 
-    def visit(index: int, run: Run) -> Tensor:
-        layers = by_block.get(index, [])
-        if not layers:
-            return run()
-        dense = {ly.name: d for ly, d in zip(layers, loaded.dense_layers(layers), strict=True)}
-        grams = _Grams()
-        for layer in layers:
-            values = dense[layer.name]
-            mask = wanted[layer.name].mask(layer, values.device)
-            weights.write(layer, values if mask is None else values.masked_fill(mask, 0))
-        with execution.observe(grams.see, layers):
-            states = run()
-        alike = _alike(layers, states.shape[-1])
-        for layer in layers:
-            beside = alike.get((layer.form, layer.kind), [])
-            found = _solve(
-                layer, dense[layer.name], wanted[layer.name], grams, beside, criterion, reconstruct
-            )
-            weights.write(layer, found.weight)
-            take(found)
-        # No block needs what leaves the last one.
-        states = states if index == last else run()
-        for layer in layers:
-            weights.let_go(layer)
-        return states
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        wanted: dict[str, Wanted],
+        *,
+        criterion: str = "sparsegpt",
+        reconstruct: Reconstruct = "none",
+        fit: Fit | None = None,
+    ) -> None:
+        """Make it.
 
-    def counted(index: int, run: Run) -> Tensor:
-        states = visit(index, run)
+        Args:
+            loaded: the model; layers that are not wanted keep their live weights.
+            wanted: what to solve.
+            criterion: one that solves, for layers whose mask is not given.
+            reconstruct: what is done to the weights that are left.
+            fit: how blocks are fitted, with ``block``.
+        """
+        self._loaded, self._execution = loaded, loaded.execution
+        self._wanted, self._criterion = wanted, criterion
+        self._reconstruct, self._fit = reconstruct, fit or Fit()
+        self._blocks: dict[int, list[Layer]] = {}
+        for layer in loaded.layers.values():
+            if layer.name in wanted:
+                self._blocks.setdefault(layer.block, []).append(layer)
+
+    def solve(
+        self,
+        windows: Tensor,
+        take: Callable[[list[Solved]], None],
+        known: Callable[[Layer], StoredLayer | None] = lambda _: None,
+        progress: Progress | None = None,
+    ) -> int:
+        """Solve the wanted layers.
+
+        Args:
+            windows: calibration token ids [windows, length].
+            take: is given the layers of each block once they are solved.
+            known: what a layer came to that was solved before, which is taken as it is.
+            progress: told after each block.
+
+        Returns:
+            The tokens that went through the model. The live weights of the wanted layers must be
+            set before they are used again.
+
+        Raises:
+            InputError: this model's blocks cannot be run one by one.
+            ValueError: a layer's inputs do not divide into groups of a pattern.
+        """
+        if not self._blocks:
+            return 0
+        last = max(self._blocks)
+        dense: Tensor | None = None
+        """What the dense model gives to the block at work, where that is another than what the
+        pruned one does."""
+
+        def visit(index: int, run: Run) -> Tensor:
+            nonlocal dense
+            layers = self._blocks.get(index, [])
+            before = self._loaded.dense_layers(layers)
+            weights = {ly.name: w for ly, w in zip(layers, before, strict=True)}
+            target = self._target(run, layers, weights, dense)
+            found = [known(layer) for layer in layers]
+            if all(stored is not None for stored in found):
+                for layer, stored in zip(layers, found, strict=True):
+                    self._execution.weights.restore(layer, weights[layer.name], stored)
+            else:
+                take(self._solved(run, layers, weights, target))
+            # No block needs what leaves the last one.
+            states = run.entering if index == last else run()
+            # A block that nothing is pruned in gives the dense model's states as long as it is
+            # given them.
+            dense = target if target is not None or dense is None else run(dense)
+            for layer in layers:
+                self._execution.weights.let_go(layer)
+            if progress is not None:
+                progress("solving blocks", index + 1, last + 1)
+            return states
+
         if progress is not None:
-            progress("solving blocks", index + 1, last + 1)
-        return states
+            progress("solving blocks", 0, last + 1)
+        return self._execution.visit(windows, last + 1, visit)
 
-    if progress is not None:
-        progress("solving blocks", 0, last + 1)
-    return execution.visit(windows, last + 1, counted)
+    def _target(
+        self, run: Run, layers: list[Layer], weights: dict[str, Tensor], dense: Tensor | None
+    ) -> Tensor | None:
+        """What the dense block makes of the dense model's hidden states; None: nobody needs it."""
+        if self._reconstruct != "block" or not layers:
+            return None
+        for layer in layers:
+            self._execution.weights.write(layer, weights[layer.name])
+        return run(dense)
+
+    def _solved(
+        self, run: Run, layers: list[Layer], weights: dict[str, Tensor], target: Tensor | None
+    ) -> list[Solved]:
+        """The layers of one block."""
+        write = self._execution.weights.write
+        for layer in layers:
+            mask = self._wanted[layer.name].mask(layer, weights[layer.name].device)
+            values = weights[layer.name]
+            write(layer, values if mask is None else values.masked_fill(mask, 0))
+        # What is held out of the fit is held out of its start, too.
+        seen = run.windows if target is None else run.windows - held_out(run.windows)
+        alike = _alike(layers, run.entering.shape[-1])
+        done: dict[str, Solved] = {}
+        for stage, later in self._stages(run, layers):
+            grams = _Grams(later)
+            with self._execution.observe(grams.see, [*stage, *later.values()]):
+                run.partly(seen)
+            for layer in stage:
+                beside = alike.get((layer.form, layer.kind), [])
+                done[layer.name] = self._layer(layer, weights[layer.name], grams, beside)
+                write(layer, done[layer.name].weight)
+        if target is not None:
+            masks = {layer: done[layer.name].mask for layer in layers}
+            for layer, weight in fit_block(
+                self._loaded.model, self._execution.weights, run, target, masks, self._fit
+            ).items():
+                done[layer.name] = replace(done[layer.name], weight=weight)
+                write(layer, weight)
+        return [done[layer.name] for layer in layers]
+
+    def _stages(self, run: Run, layers: list[Layer]) -> list[tuple[list[Layer], dict[str, Layer]]]:
+        """The layers of a block in the order of its work, those given the same inputs together.
+
+        So each is solved on what the layers before it give once they are solved.
+
+        Returns:
+            The layers of each part, and by name one that begins the part after it, at which a
+            window can end; none where experts come in turn.
+        """
+        if self._reconstruct == "none":
+            return [(layers, {})]
+        kinds: list[list[tuple[tuple[int, ...], str]]] = []
+        last: Tensor | None = None
+
+        def see(layer: Layer, _: int | None, inputs: Tensor, __: Tensor) -> None:
+            nonlocal last
+            kind = (layer.form, layer.kind)
+            if not any(kind in part for part in kinds):
+                if last is not None and _same(last, inputs):
+                    kinds[-1].append(kind)
+                else:
+                    kinds.append([kind])
+            last = inputs
+
+        with self._execution.observe(see, layers):
+            run.window(0, run.entering)
+        unseen = {(ly.form, ly.kind) for ly in layers} - {kind for part in kinds for kind in part}
+        kinds += [sorted(unseen)] if unseen else []
+        parts = [[ly for ly in layers if (ly.form, ly.kind) in part] for part in kinds]
+        turns = any(len(part) > len(kind) for part, kind in zip(parts, kinds, strict=True))
+        ends = [{} if turns else {ly.name: ly for ly in part} for part in parts[1:]]
+        return list(zip(parts, [*ends, {}], strict=True))
+
+    def _layer(self, layer: Layer, dense: Tensor, grams: _Grams, alike: list[_Key]) -> Solved:
+        """One layer, expert by expert, of the parameter's shape."""
+        matrix = layer.matrix(dense)
+        fused = matrix.ndim == 3
+        experts = list(matrix) if fused else [matrix]
+        wanted = self._wanted[layer.name]
+        given = wanted.mask(layer, dense.device)
+        if given is not None:
+            given = layer.matrix(given)
+        shares = expert_shares(wanted.pruned, experts)
+        masks, weights, notes, scarce = [], [], [], 0
+        for index, weight in enumerate(experts):
+            name = f"{layer.name}, expert {index}" if fused else layer.name
+            gram, lacked = grams.of((layer.name, index), alike)
+            scarce += lacked
+            squares = wanted.gradient_square
+            if squares is not None and fused:
+                squares = squares[index]
+            if given is not None:
+                mask = given[index] if fused else given
+                found = weight.float().masked_fill(mask, 0)
+            else:
+                mask, found, words = _sweep(
+                    weight,
+                    gram,
+                    shares[index],
+                    wanted.pattern,
+                    squares if find_criterion(self._criterion).needs_gradients else None,
+                    wanted.shrinkage,
+                    self._criterion,
+                    name,
+                )
+                notes += words
+            if not mask.any():
+                found = weight  # dense, and stays so
+            elif self._reconstruct != "none" and gram is not None:
+                outputs = squares if wanted.covariance is None else wanted.covariance
+                better = reconstruction.solve(weight, mask, gram, outputs)
+                if bool(better.isfinite().all()):
+                    found = better
+                else:
+                    notes.append(f"{name}: its solve is not finite, so its weights are not updated")
+            elif gram is None:
+                notes.append(f"{name}: saw no calibration token, so its weights are not updated")
+            masks.append(mask)
+            weights.append(found)
+        if scarce:
+            which = f"{scarce} of {len(experts)} in {layer.name}" if fused else layer.name
+            notes.append(
+                f"{which} saw fewer calibration tokens than inputs: for the missing ones stands "
+                "the mean of their like"
+            )
+        mask, found = (torch.stack(m) if fused else m[0] for m in (masks, weights))
+        found = layer.stored(found.to(dense.dtype))
+        return Solved(layer.name, layer.stored(mask), found, notes)
 
 
 def _alike(layers: list[Layer], width: int) -> dict[tuple[tuple[int, ...], str], list[_Key]]:
@@ -238,69 +389,6 @@ def _alike(layers: list[Layer], width: int) -> dict[tuple[tuple[int, ...], str],
             experts = range(layer.form[0] if len(layer.form) == 3 else 1)
             found.setdefault((layer.form, layer.kind), []).extend((layer.name, i) for i in experts)
     return found
-
-
-def _solve(
-    layer: Layer,
-    dense: Tensor,
-    wanted: Wanted,
-    grams: _Grams,
-    alike: list[_Key],
-    criterion: str,
-    reconstruct: bool,
-) -> Solved:
-    """One layer, expert by expert, of the parameter's shape."""
-    matrix = layer.matrix(dense)
-    fused = matrix.ndim == 3
-    experts = list(matrix) if fused else [matrix]
-    given = wanted.mask(layer, dense.device)
-    if given is not None:
-        given = layer.matrix(given)
-    shares = expert_shares(wanted.pruned, experts)
-    masks, weights, notes, scarce = [], [], [], 0
-    for index, weight in enumerate(experts):
-        name = f"{layer.name}, expert {index}" if fused else layer.name
-        gram, lacked = grams.of((layer.name, index), alike)
-        scarce += lacked
-        if given is not None:
-            mask = given[index] if fused else given
-            found = weight.float().masked_fill(mask, 0)
-        else:
-            squares = wanted.gradient_square
-            if squares is not None and fused:
-                squares = squares[index]
-            mask, found, words = _sweep(
-                weight,
-                gram,
-                shares[index],
-                wanted.pattern,
-                squares,
-                wanted.shrinkage,
-                criterion,
-                name,
-            )
-            notes += words
-        if not mask.any():
-            found = weight  # dense, and stays so
-        elif reconstruct and gram is not None:
-            better = reconstruction.solve(weight, mask, gram)
-            if bool(better.isfinite().all()):
-                found = better
-            else:
-                notes.append(f"{name}: its solve is not finite, so its weights are not updated")
-        elif gram is None:
-            notes.append(f"{name}: saw no calibration token, so its weights are not updated")
-        masks.append(mask)
-        weights.append(found)
-    if scarce:
-        which = f"{scarce} of {len(experts)} in {layer.name}" if fused else layer.name
-        notes.append(
-            f"{which} saw fewer calibration tokens than inputs: for the missing ones stands the "
-            "mean of their like"
-        )
-    mask, found = (torch.stack(masks), torch.stack(weights)) if fused else (masks[0], weights[0])
-    found = layer.stored(found.to(dense.dtype))
-    return Solved(layer.name, layer.stored(mask), found, notes)
 
 
 def _sweep(

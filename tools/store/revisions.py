@@ -77,8 +77,8 @@ class RevisionWriter:
 
     def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
         try:
-            while self._writing and failed is None:
-                self._writing.popleft().result()
+            if failed is None:
+                self.settle()
         finally:
             self._pool.shutdown(cancel_futures=True)
         if failed is None:
@@ -105,6 +105,16 @@ class RevisionWriter:
         bits = pack_bits(mask)
         kept = None if weight is None else weight.masked_select(~mask)
         self._writing.append(self._pool.submit(self._write, name, bits, kept, own))
+
+    def settle(self) -> Manifest:
+        """Wait until all that was added is written, and tell the digests of all layers.
+
+        Raises:
+            StoreError: as `add`.
+        """
+        while self._writing:
+            self._writing.popleft().result()
+        return dict(self._layers)
 
     def _write(self, name: str, bits: Tensor, kept: Tensor | None, own: int) -> None:
         tensors = {"mask": bits.cpu()}
@@ -208,6 +218,10 @@ class RevisionStore:
         if not fits:
             raise StoreError(f"{path} is not the mask of a layer of shape {list(shape)}")
         return StoredLayer(bits, kept)
+
+    def holds(self, digest: str) -> bool:
+        """Whether there is a file of this name; it is checked when it is read."""
+        return self._mask(digest).is_file()
 
     def collect(self, keep: set[str]) -> tuple[int, int]:
         """Delete every file that none of the given revisions needs.
