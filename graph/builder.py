@@ -1,10 +1,10 @@
-"""The graph: six nodes, two conditional edges, compiled."""
+"""The graph: seven nodes, two conditional edges, compiled."""
 
 from collections.abc import Callable
 from typing import Any
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
-from langgraph.graph import START, StateGraph
+from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 
 from prunewright.graph import nodes
@@ -32,6 +32,7 @@ def build_graph(
     graph.add_node("evaluate_ppl", wrapped(nodes.evaluate_ppl))
     graph.add_node("rollback", wrapped(nodes.rollback))
     graph.add_node("reflect", wrapped(nodes.reflect))
+    graph.add_node("finish", wrapped(nodes.finish))
     graph.add_edge(START, "profile")
     graph.add_edge("profile", "agent_decide")
     graph.add_edge("agent_decide", "apply_prune")
@@ -39,4 +40,5 @@ def build_graph(
     graph.add_conditional_edges("evaluate_ppl", route_guard)
     graph.add_edge("rollback", "reflect")
     graph.add_conditional_edges("reflect", route_termination)
+    graph.add_edge("finish", END)
     return graph.compile(checkpointer=checkpointer, name="prunewright")

@@ -88,6 +88,6 @@ def route_guard(state: PruneState) -> Literal["rollback", "reflect"]:
     return "rollback" if state["rollback_reason"] else "reflect"
 
 
-def route_termination(state: PruneState) -> Literal["profile", "__end__"]:
-    """After reflect: another step, or the end."""
-    return "profile" if state["status"] == "running" else "__end__"
+def route_termination(state: PruneState) -> Literal["profile", "finish"]:
+    """After reflect: another step, or what comes after the last one."""
+    return "profile" if state["status"] == "running" else "finish"

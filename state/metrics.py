@@ -27,7 +27,7 @@ class Perplexities(BaseModel):
 class Control(BaseModel):
     """Uniform pruning, measured to compare a run with: every layer alike, in one shot.
 
-    Model, criterion, calibration, windows and sparsity are the run's.
+    Model, criterion, calibration, windows, sparsity and stages are the run's.
 
     Attributes:
         revision: hash of its masks.
@@ -47,6 +47,35 @@ class Control(BaseModel):
     test: float | None
     change: float | None
     change_stderr: float | None
+
+
+class Stage(BaseModel):
+    """What was done to the kept weights after the last step, the masks alone being there before.
+
+    Attributes:
+        name: ``reconstruct``, or ``adapt``, which is training.
+        revision: hash of the masks and weights that it came to, kept or not.
+        before: perplexity on the guard text before it; None if it is not finite.
+        after: perplexity on the guard text after it; None if it is not finite.
+        kept: whether the next stage, and the saved model, begin from what it came to: where the
+            guard's perplexity did not rise.
+        seconds: wall time.
+        tokens: run through the model, by use.
+        notes: what must be told of it.
+        curve: of a stage that trains, tokens seen so far and the loss there, nats a token.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    revision: str
+    before: float | None
+    after: float | None
+    kept: bool
+    seconds: float
+    tokens: dict[str, int]
+    notes: list[str] = []
+    curve: list[tuple[int, float]] = []
 
 
 class Sample(BaseModel):
@@ -73,7 +102,7 @@ class Metrics(BaseModel):
         reason: how it ended and what to do about it, in words; "" of a baseline.
         saved: whether a model was saved; false where it would be the dense one.
         method: agent or ``baseline`` with its allocation, and the criterion.
-        revision: hash of the final masks.
+        revision: hash of the final masks, and of the kept weights where a stage updated them.
         sparsity: fraction of exact zeros over all prunable weights.
         dense_sparsity: the part of it that the dense model has.
         steps: steps taken, rolled-back and empty ones included.
@@ -86,13 +115,16 @@ class Metrics(BaseModel):
         perplexity: see `Perplexities`.
         knowledge: factual recall, the mean log-probability of the right answers, nats a token,
             where the guard bounded it.
+        stages: what was done after the last step, in order; its masks alone stood on the guard
+            text at the first one's ``before``.
         control: the uniform control, where ``with_control`` asked for it.
         sample: text of the dense and the pruned model; None where none was saved.
-        seconds: wall time, ``total`` and by node.
+        seconds: wall time, ``total``, by node and by stage.
         tokens: run through the model for calibration (forward), gradient (forward and backward),
-            solve (through the blocks), guard, probes, the trials of an allocation, test, and all
-            that the uniform control took; exchanged with the LLM. Statistics that a process still
-            has are not taken again, so a run that was resumed counts those that it took once more.
+            solve (through the blocks), guard, probes, the trials of an allocation, test, adapt, and
+            all that the uniform control took; exchanged with the LLM. Statistics that a process
+            still has are not taken again, so a run that was resumed counts those that it took once
+            more.
         peak_memory_bytes: largest resident size of the process so far.
     """
 
@@ -114,6 +146,7 @@ class Metrics(BaseModel):
     llm_calls: int = 0
     perplexity: Perplexities
     knowledge: Pair | None = None
+    stages: list[Stage] = []
     control: Control | None = None
     sample: Sample | None = None
     seconds: dict[str, float]

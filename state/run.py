@@ -3,7 +3,7 @@
 import hashlib
 import uuid
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -47,6 +47,15 @@ class Knowledge(TypedDict):
     """sha256 of the questions."""
 
 
+class StageEnd(TypedDict):
+    """What a stage after the last step came to, as `prunewright.state.metrics.Stage` has it."""
+
+    name: str
+    before: float | None
+    after: float | None
+    kept: bool
+
+
 class RunEnd(TypedDict):
     """What a finished run came to, for whoever sees its state only."""
 
@@ -56,6 +65,8 @@ class RunEnd(TypedDict):
     """The pruned model; None if none was saved, as it would be the dense one."""
     test_perplexity: dict[str, float]
     """On the text that nothing was chosen on: ``dense`` and ``final``."""
+    stages: NotRequired[list[StageEnd]]
+    """What was done after the last step; absent in runs that ended when there was none of it."""
 
 
 class PruneInput(TypedDict):
@@ -76,7 +87,7 @@ class PruneState(TypedDict, total=False):
     step: int
     status: Status
     revision: str
-    """The accepted revision."""
+    """The accepted revision, masks alone: what stages make of it at the end is in the results."""
     sparsity: float
     perplexity: float
     """Guard perplexity of the accepted revision."""
@@ -108,7 +119,7 @@ class PruneState(TypedDict, total=False):
     history: list[StepSummary]
     """The latest steps, by whose seals trace.jsonl is checked."""
     result: RunEnd | None
-    """None, or absent, while the run goes on."""
+    """None, or absent, until `finish` has ended, whatever the status."""
     seconds: Annotated[dict[str, float], add_up]
     """Wall time by node."""
     tokens: Annotated[dict[str, float], add_up]

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 from prunewright.state import (
     Decision,
@@ -14,7 +15,7 @@ from prunewright.state import (
     parse_pattern,
 )
 from prunewright.state.config import BASELINE
-from prunewright.state.metrics import Metrics
+from prunewright.state.metrics import Metrics, Pair
 from prunewright.state.run import DENSE
 from prunewright.tools.allocation import resolve_allocation
 from prunewright.tools.bench.own_zeros import check_pattern, check_target, own_zeros_words
@@ -32,7 +33,7 @@ def prune_once(
     config: PruneConfig,
     thread: str,
     progress: Progress | None = None,
-    begun: Callable[[], None] | None = None,
+    tell: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Metrics:
     """Prune to the target (or the pattern) in one shot and write a run's files.
 
@@ -45,7 +46,7 @@ def prune_once(
             does not.
         thread: what to call the run.
         progress: told of the parts done.
-        begun: called once the model is loaded and the manifest written.
+        tell: is sent ``begun`` once the model is loaded and the manifest written, and each `Stage`.
 
     Raises:
         InputError: a layer does not divide into the pattern's groups, the allocation cannot be
@@ -65,8 +66,7 @@ def prune_once(
         values = try_saving(run, bench, revisions=1)
         told = {"values": values, "notes": bench.loaded.notes}
         run.begin(thread, request, config.context, bench.facts(), **told)
-        if begun is not None:
-            begun()
+        tell({"begun": True})
         tokens = dict(bench.tokens)
         counts, notes = None, []
         began = time.perf_counter()
@@ -120,12 +120,17 @@ def prune_once(
             },
             revision=revision,
             steps=1,
-            guard_dense=perplexity(before),
-            guard_losses=losses,
+            guard=Pair(dense=perplexity(before), final=value),
             seconds={"allocation": allocated - began, "prune": time.perf_counter() - allocated},
             tokens={use: n - tokens[use] for use, n in bench.tokens.items()},
         )
-        return finish(run, bench, outcome, progress)
+        return finish(
+            run,
+            bench,
+            outcome,
+            progress,
+            lambda stage: tell({"stage": stage.model_dump(mode="json")}),
+        )
 
 
 def _check_pattern(pattern: str, layers: dict[str, Layer]) -> None:

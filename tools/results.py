@@ -5,16 +5,18 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from prunewright.state import PrunewrightError
 from prunewright.state.config import BASELINE
-from prunewright.state.metrics import Control, Metrics, Pair, Perplexities, Sample
+from prunewright.state.metrics import Control, Metrics, Pair, Perplexities, Sample, Stage
 from prunewright.state.run import DENSE
 from prunewright.tools.allocation.uniform import uniform_counts
 from prunewright.tools.bench.workbench import Workbench
+from prunewright.tools.finishing import complete
 from prunewright.tools.losses import change_with_error, perplexity
 from prunewright.tools.model.head import Progress, told
 from prunewright.tools.saving.card import model_card
@@ -30,11 +32,12 @@ PROMPT = "Water boils at a lower temperature on a high mountain because"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is known when the last step has ended."""
+    """What is known when the last step has ended, its revision being that of the masks alone."""
 
     status: str
     method: dict[str, str]
     revision: str
+    guard: Pair
     reason: str = ""
     steps: int = 0
     rollbacks: int = 0
@@ -43,8 +46,6 @@ class Outcome:
     invalid_answers: int = 0
     probes: int = 0
     llm_calls: int = 0
-    guard_dense: float = math.nan
-    guard_losses: list[float] = field(default_factory=list)
     knowledge: Pair | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, float] = field(default_factory=dict)
@@ -55,17 +56,28 @@ def finish(
     bench: Workbench,
     outcome: Outcome,
     progress: Progress | None = None,
+    tell: Callable[[Stage], None] | None = None,
 ) -> Metrics:
-    """Measure the test text, save and verify the model, write card, metrics and report.
+    """Do the stages, measure the test text, save and verify the model, write what it came to.
 
-    Where the configuration says ``with_control``, uniform pruning is measured before. No model is
-    saved that would be the dense one. May run again after a crash: the model directory appears
-    whole or not at all.
+    Where the configuration says ``with_control``, uniform pruning is measured before it is saved.
+    No model is saved that would be the dense one. May run again after a crash: stages that have
+    ended are not done again, and the model directory appears whole or not at all.
+
+    Args:
+        run: where to.
+        bench: the live model.
+        outcome: of the steps, or of one shot.
+        progress: told of the parts done.
+        tell: told of each stage.
 
     Raises:
         PrunewrightError: the saved model does not reload to the same sparsity and losses.
         StoreError: cannot write.
     """
+    ended = complete(
+        run.finishing_file, bench, outcome.revision, outcome.guard.final, progress, tell
+    )
     began = time.perf_counter()
     tokens_before = dict(bench.tokens)
     saved = outcome.revision != DENSE
@@ -75,28 +87,34 @@ def finish(
     # Block by block each of its tokens would take as long as all windows together.
     sampled = saved and bench.request.offload == "none"
     dense_text = bench.sample(DENSE, PROMPT, progress) if sampled else ""
-    losses = bench.test_losses(outcome.revision, progress)
+    losses = bench.test_losses(ended.revision, progress)
     final = perplexity(losses)
     if not math.isfinite(final):
         raise PrunewrightError(
             "the pruned model's perplexity is not finite: it is broken and was not saved"
         )
     if sampled:
-        pruned_text = bench.sample(outcome.revision, PROMPT, progress)
+        pruned_text = bench.sample(ended.revision, PROMPT, progress)
         sample = Sample(prompt=PROMPT, dense=dense_text, pruned=pruned_text)
+    knowledge = outcome.knowledge
+    if knowledge is not None and ended.revision != outcome.revision:
+        recalled = bench.knowledge(ended.revision, progress)
+        knowledge = Pair(dense=knowledge.dense, final=recalled) if math.isfinite(recalled) else None
     tokens = {k: v - tokens_before.get(k, 0) for k, v in bench.tokens.items()}
-    for key, value in outcome.tokens.items():
+    spent: list[Mapping[str, float]] = [outcome.tokens, *(one.tokens for one in ended.stages)]
+    for key, value in (pair for uses in spent for pair in uses.items()):
         tokens[key] = tokens.get(key, 0) + int(value)
-    seconds = dict(outcome.seconds)
+    seconds = outcome.seconds | {stage.name: stage.seconds for stage in ended.stages}
     if saved and run.config().with_control and not _is_uniform(outcome.method):
-        control, spent, seconds["control"] = _measure_control(bench, outcome, losses, progress)
-        tokens["control"] = spent
+        control, tokens["control"], seconds["control"] = _measure_control(
+            run, bench, outcome, ended.revision, losses, progress
+        )
     metrics = Metrics(
         status=outcome.status,
         reason=outcome.reason,
         saved=saved,
         method=outcome.method,
-        revision=outcome.revision,
+        revision=ended.revision,
         sparsity=bench.sparsity(),
         dense_sparsity=sum(bench.dense_zeros.values()) / bench.loaded.prunable,
         steps=outcome.steps,
@@ -107,10 +125,11 @@ def finish(
         probes=outcome.probes,
         llm_calls=outcome.llm_calls,
         perplexity=Perplexities(
-            guard=Pair(dense=outcome.guard_dense, final=perplexity(outcome.guard_losses)),
+            guard=Pair(dense=outcome.guard.dense, final=ended.perplexity),
             test=Pair(dense=dense, final=final),
         ),
-        knowledge=outcome.knowledge,
+        knowledge=knowledge,
+        stages=ended.stages,
         control=control,
         sample=sample,
         seconds=seconds,
@@ -120,11 +139,13 @@ def finish(
     if metrics.saved:
         for _ in told("saving the model", (run,), 1, progress):
             save_pruned(run, bench, metrics)
-    seconds["finish"] = time.perf_counter() - began - seconds.get("control", 0.0)
+    spent_here = time.perf_counter() - began - seconds.get("control", 0.0)
+    seconds["finish"] = outcome.seconds.get("finish", 0.0) + spent_here  # of an earlier end, too
     seconds["total"] = sum(v for k, v in seconds.items() if k != "total")
     metrics = metrics.model_copy(update={"seconds": seconds, "peak_memory_bytes": peak_memory()})
     run.write_step_file(metrics.steps, "metrics", metrics.model_dump())
     write_json(run.metrics_file, metrics.model_dump())
+    run.control_file.unlink(missing_ok=True)  # nothing asks for its weights any more
     _write_report(run)
     return metrics
 
@@ -135,14 +156,21 @@ def _is_uniform(method: dict[str, str]) -> bool:
 
 
 def _measure_control(
-    bench: Workbench, outcome: Outcome, losses: list[float], progress: Progress | None
+    run: RunDirectory,
+    bench: Workbench,
+    outcome: Outcome,
+    final: str,
+    losses: list[float],
+    progress: Progress | None,
 ) -> tuple[Control, int, float]:
     """Prune every layer alike, in one shot, and measure it; its model is not saved.
 
     Args:
+        run: the run's directory.
         bench: at the run's final revision, where it is left.
         outcome: of the run. At its target, the control is what ``prunewright baseline`` comes to.
-        losses: of the run's final revision on the test windows.
+        final: the run's final revision.
+        losses: its own on the test windows.
         progress: told of the parts done.
 
     Returns:
@@ -154,12 +182,15 @@ def _measure_control(
     counts = uniform_counts(bench, wanted).counts
     revision = bench.prune(DENSE, DENSE, counts, progress)
     guard = perplexity(bench.guard_losses(revision, progress))
+    ended = complete(run.control_file, bench, revision, guard, progress)
+    revision, guard = ended.revision, ended.perplexity
     test_losses = bench.test_losses(revision, progress)
     test = perplexity(test_losses)
     change, stderr = change_with_error(test_losses, losses)
     sparsity = bench.sparsity()
-    bench.sync(outcome.revision)
+    bench.sync(final)
     spent = sum(bench.tokens.values()) - sum(before.values())
+    spent += sum(n for stage in ended.stages for n in stage.tokens.values())
     bench.tokens.update(before)  # they are told as one use
     control = Control(
         revision=revision,

@@ -1,4 +1,4 @@
-"""The last node: accept or not, record the step, go on or end."""
+"""The last node of a step: accept it or not, record it, go on or end."""
 
 import math
 
@@ -14,11 +14,9 @@ from prunewright.state import (
     Step,
     StepSummary,
 )
-from prunewright.state.metrics import Pair
-from prunewright.state.run import DENSE, TOLERANCE
+from prunewright.state.run import TOLERANCE
 from prunewright.tools.bench.own_zeros import own_zeros_words
 from prunewright.tools.counting import most_zeros
-from prunewright.tools.ending import describe_ending
 from prunewright.tools.losses import change_with_error
 from prunewright.tools.store.rundir import RunDirectory
 
@@ -28,10 +26,7 @@ KEPT = 8
 
 @node
 def reflect(state: PruneState, work: Work) -> PruneUpdate:
-    """Accept or not, record the step, decide whether the run goes on.
-
-    When it ends, the results are written before the end is recorded.
-    """
+    """Accept the step or not, record it, decide whether the run goes on."""
     request, context, run = work.request, work.context, work.run
     step, at_end = _whole_layers(_with_model_notes(_judged(state, request, run), run), run, request)
     line = run.steps.append(step, state["history"])
@@ -85,45 +80,6 @@ def reflect(state: PruneState, work: Work) -> PruneUpdate:
         known = {**known, "accepted": recalled, "revision": step.revision}
         update["knowledge"] = known
     work.tell({"step": step.model_dump(mode="json")})
-    if update["status"] != "running":
-        from prunewright.tools.results import Outcome, finish  # torch takes seconds
-
-        steps = run.read_steps(history)
-        outcome = Outcome(
-            status=update["status"],
-            reason=describe_ending(
-                update["status"],
-                steps,
-                context,
-                request.target,
-                saved=step.revision != DENSE,
-            ).reason,
-            method={"agent": step.agent, "criterion": request.criterion},
-            revision=step.revision,
-            steps=len(steps),
-            rollbacks=state["rollbacks"],
-            decisions=sum(s.verdict != "empty" for s in steps),
-            repairs=sum(s.repairs for s in steps),
-            invalid_answers=sum(len(s.invalid_answers) for s in steps),
-            probes=sum(not probe.refused for s in steps for probe in s.probes),
-            llm_calls=sum(s.llm_calls for s in steps),
-            guard_dense=state["dense_perplexity"],
-            guard_losses=update["guard_losses"],
-            # Not where the bound was lifted before the last step was accepted.
-            knowledge=Pair(dense=known["dense"], final=known["accepted"])
-            if known is not None and known["revision"] == step.revision
-            else None,
-            seconds=state["seconds"],
-            tokens=state["tokens"],
-        )
-        with work.live_model() as bench:
-            metrics = finish(run, bench, outcome, work.progress)
-        work.tell({"metrics": metrics.model_dump(mode="json")})
-        update["result"] = {
-            "directory": str(run.path),
-            "model_directory": str(run.model) if metrics.saved else None,
-            "test_perplexity": metrics.perplexity.test.model_dump(),
-        }
     return update
 
 

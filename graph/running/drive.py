@@ -38,6 +38,7 @@ from prunewright.state import (
 )
 from prunewright.state.metrics import Metrics
 from prunewright.state.review import HOW
+from prunewright.state.run import Status
 from prunewright.state.shown import clean
 from prunewright.tools.store.rundir import RunDirectory
 from prunewright.tools.store.trace import load_metrics
@@ -46,7 +47,8 @@ if TYPE_CHECKING:
     from prunewright.tools.model.head import Progress
 
 OnEvent = Callable[[str, dict[str, Any]], None]
-"""Called with ``updates`` (a node's name and update) or ``custom`` (progress, step, metrics).
+"""Called with ``updates`` (a node's name and update) or ``custom`` (progress, step, stage,
+metrics).
 
 A step's ``step`` counts from 0, as in trace.jsonl; what people read counts from 1. A baseline,
 which has no nodes, says ``begun`` once its model is loaded. Where nobody is named, a notebook
@@ -58,8 +60,8 @@ Reviewer = Callable[[ReviewRequest], ReviewAnswer | dict[str, Any]]
 
 _log = logging.getLogger("prunewright")
 
-_DECIDED = {"apply_prune", "evaluate_ppl", "rollback", "reflect"}
-"""The nodes of a step that come after its agent was asked."""
+_DECIDED = {"apply_prune", "evaluate_ppl", "rollback", "reflect", "finish"}
+"""The nodes that come after the agent was asked, in a step or at the end."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -135,27 +137,31 @@ def drive(
         graph = build_graph(saver)
         state = graph.get_state(options)
         started = bool(state.values)
+        found = cast(PruneState, state.values)
         # Not `state.next`: it is empty, too, when a kill fell between the last node's writes
         # and the checkpoint after it.
-        status = state.values.get("status", "running")
-        found = cast(PruneState, state.values)
+        steps_over, ended = found.get("status", "running") != "running", has_ended(found)
         raised = started and is_raised(found, config)
-        if not raised and (status == "target_reached" or (status != "running" and not reopen)):
+        if ended and not raised and (found["status"] == "target_reached" or not reopen):
             if config != directory.config():
                 tell_unused(directory)
             return RunResult(directory.path, load_metrics(directory))
-        if status != "running":
+        if ended or (steps_over and raised):
             check_open(directory, found, config)
+        # One that was killed at its end goes on there, unless a change lets it take more steps.
+        changed = steps_over and (raised or reopen)
+        going_on = ended or (changed and ends_now(found, config) == "running")
         check_agent(context)
         on_event = shown(directory, config, on_event)
         # A step that is decided may be the last, for which nobody is asked any more.
-        if status != "running" or not _DECIDED & {*state.next}:
+        if going_on or not (steps_over or _DECIDED & {*state.next}):
             with stop_on_signals():
                 greet_agent(context, progress_of(on_event))
         if raised:
             directory.raise_target(config, found.get("step", 0))
-        if status != "running":
+        if going_on:
             graph.update_state(options, reopened(found, config), as_node="reflect")
+            directory.finishing_file.unlink(missing_ok=True)
         directory.metrics_file.unlink(missing_ok=True)
         directory.keep(config)
         # JSON, as Studio sends it: the state holds plain values only.
@@ -325,8 +331,24 @@ def check_open(directory: RunDirectory, state: PruneState, config: PruneConfig) 
     Raises:
         InputError: saying why.
     """
+    status = ends_now(state, config)
+    if status != "running":
+        raise InputError(
+            f"nothing is left to do after step {state['step']} of {directory.path}: "
+            f"{STATUS_WORDS[status]}. Fork from an earlier step, or change what ends it "
+            "(max_steps, max_stalls, a higher target)"
+        )
+
+
+def has_ended(state: PruneState) -> bool:
+    """Whether a run is finished, and not only over its last step."""
+    return state.get("result") is not None
+
+
+def ends_now(state: PruneState, config: PruneConfig) -> Status:
+    """How a run that goes on from a checkpoint would end before its first step, or that it runs."""
     raised = is_raised(state, config)
-    status = termination(
+    return termination(
         sparsity=state["sparsity"],
         target=config.target,
         steps=state["step"],
@@ -338,12 +360,6 @@ def check_open(directory: RunDirectory, state: PruneState, config: PruneConfig) 
         nothing_fits=state["status"] == "target_reached" and not raised,
         done=state["status"] != "running",
     )
-    if status != "running":
-        raise InputError(
-            f"nothing is left to do after step {state['step']} of {directory.path}: "
-            f"{STATUS_WORDS[status]}. Fork from an earlier step, or change what ends it "
-            "(max_steps, max_stalls, a higher target)"
-        )
 
 
 def is_raised(state: PruneState, config: PruneConfig) -> bool:
@@ -353,7 +369,7 @@ def is_raised(state: PruneState, config: PruneConfig) -> bool:
 
 
 def reopened(state: PruneState, config: PruneConfig) -> PruneUpdate:
-    """What makes a state that has ended go on.
+    """What makes a state whose last step was taken go on.
 
     One that stalled, or whose target is raised, begins to count its stalls again.
     """

@@ -132,7 +132,7 @@ def _checkpoints(directory: RunDirectory, thread: str, step: int | None) -> list
         found = saver.get_tuple({"configurable": {"thread_id": thread}})
         while found is not None:
             values = found.checkpoint["channel_values"]
-            # A step ends with `reflect`, which leaves no profile.
+            # A step ends with `reflect`, which leaves no profile, nor does `finish`.
             ended = values["step"] if values.get("profile") is None and "step" in values else 0
             most = max(most, ended)
             if chain or (ended == step if step is not None else ended):

@@ -4,7 +4,9 @@ import sys
 from html import escape
 from typing import Any
 
+from prunewright.state.metrics import Stage
 from prunewright.state.shown import clean
+from prunewright.tools.ending import stage_words
 from prunewright.tools.store.rundir import RunDirectory
 
 
@@ -48,6 +50,8 @@ class NotebookBar:
         elif "progress" in event:
             part = event["progress"]
             self._words = f"{part['label']} {part['done']} of {part['total']}"
+        elif "stage" in event:
+            self._lines.append(stage_words(Stage.model_validate(event["stage"])))
         elif "step" in event:
             self._sparsity = event["step"]["sparsity"]
         elif "metrics" in event:

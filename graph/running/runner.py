@@ -197,7 +197,7 @@ def save(run_directory: str | Path) -> RunResult:
 
 
 def collect_garbage(run_directory: str | Path) -> tuple[int, int]:
-    """Delete the revisions of a run that no checkpoint of any of its threads refers to.
+    """Delete the revisions of a run that no checkpoint of any of its threads, nor its end, needs.
 
     Returns:
         Files and bytes deleted.
@@ -229,15 +229,14 @@ def _prune_once(
     on_event = shown(directory, config, on_event)
     progress = progress_of(on_event)
 
-    def begun() -> None:
+    def tell(event: dict[str, Any]) -> None:
         if on_event is not None:
-            on_event("custom", {"begun": True})
+            on_event("custom", event)
 
     with stop_on_signals():
         log_begin(directory, config, "begins")
-        result = finished(directory, prune_once(directory, config, thread, progress, begun))
-    if on_event is not None:
-        on_event("custom", {"metrics": result.metrics.model_dump(mode="json")})
+        result = finished(directory, prune_once(directory, config, thread, progress, tell))
+    tell({"metrics": result.metrics.model_dump(mode="json")})
     return result
 
 

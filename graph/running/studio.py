@@ -16,6 +16,7 @@ from prunewright.graph.agents import check_agent, greet_agent
 from prunewright.graph.builder import build_graph
 from prunewright.graph.nodes.common import Node, run_directory
 from prunewright.graph.running.checkpoints import serve_checkpoints
+from prunewright.graph.running.drive import has_ended
 from prunewright.graph.running.stopping import call_cancellable, check_stop
 from prunewright.graph.running.tracing import label
 from prunewright.state import (
@@ -89,11 +90,7 @@ def served(node: Node) -> Callable[[PruneState, Runtime[StudioContext]], Awaitab
         try:
             with directory.locked():
                 try:
-                    if state.get("status", "running") != "running":
-                        raise InputError(
-                            f"the run of this thread has ended ({state['status']}): start a new "
-                            "thread, or fork from an earlier checkpoint"
-                        )
+                    _check_goes_on(state, node.__name__)
                     fresh, who = "revision" not in state, ""
                     if fresh:
                         who = check_agent(context).words
@@ -119,6 +116,24 @@ def served(node: Node) -> Callable[[PruneState, Runtime[StudioContext]], Awaitab
         return await call_cancellable(partial(work, state, runtime))
 
     return wrapper
+
+
+def _check_goes_on(state: PruneState, node: str) -> None:
+    """Refuse new input to a thread that takes no more steps.
+
+    Raises:
+        InputError: its run is finished, or is to be finished first.
+    """
+    if has_ended(state):
+        raise InputError(
+            f"the run of this thread has ended ({state['status']}): start a new thread, or fork "
+            "from an earlier checkpoint"
+        )
+    if state.get("status", "running") != "running" and node != "finish":
+        raise InputError(
+            f"the run of this thread has taken its last step ({state['status']}): start it without "
+            "input to finish it, or fork from an earlier checkpoint"
+        )
 
 
 def _for_a_form(words: str) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from prunewright.state import Step
+from prunewright.state.metrics import Stage
+from prunewright.tools.store.finishing import read_finishing
 from prunewright.tools.store.rundir import RunDirectory
 from prunewright.tools.store.trace import load_metrics
 
@@ -20,7 +22,8 @@ def follow(directory: RunDirectory, poll: float = POLL) -> Iterator[tuple[str, d
     """What happens in a run, from its first step on until it ends.
 
     Yields ``custom`` and ``updates`` events as the runner tells them, the latter without what a
-    node wrote, and ``holder`` events: the ``process`` that works on the run, None for nobody.
+    node wrote, ``finishing`` once the last step is taken, and ``holder`` events: the ``process``
+    that works on the run, None for nobody.
 
     Args:
         directory: of a run; nothing in it is written or locked.
@@ -36,6 +39,9 @@ def follow(directory: RunDirectory, poll: float = POLL) -> Iterator[tuple[str, d
     looks: list[int | None] = []
     told: tuple[int | None] | None = None
     phase = ""
+    ending: tuple[int, int] | None = None
+    stages: list[Stage] = []
+    over = False
     while True:
         # In this order: the last step is in the trace before the metrics are there.
         metrics = load_metrics(directory) if directory.metrics_file.exists() else None
@@ -47,6 +53,18 @@ def follow(directory: RunDirectory, poll: float = POLL) -> Iterator[tuple[str, d
             for step in now[same:]:
                 yield "custom", {"step": step.model_dump(mode="json")}
             steps = now
+        if ending != (ending := _stamp(directory.finishing_file)):
+            finishing = read_finishing(directory.finishing_file)
+            # Going back in time leaves that of an earlier end there.
+            if finishing is not None and steps and finishing.revision != steps[-1].revision:
+                finishing = None
+            over = finishing is not None
+            done = [one.stage for one in finishing.done] if finishing is not None else []
+            if over and metrics is None:
+                yield "custom", {"finishing": True}
+            for stage in done[len(stages) :]:
+                yield "custom", {"stage": stage.model_dump(mode="json")}
+            stages = done
         if metrics is not None:
             yield "custom", {"metrics": metrics.model_dump(mode="json")}
             return
@@ -55,7 +73,7 @@ def follow(directory: RunDirectory, poll: float = POLL) -> Iterator[tuple[str, d
         if len(looks) == 2 and looks[0] == looks[1] and told != (looks[1],):
             told = (looks[1],)
             yield "holder", {"process": looks[1]}
-        if (found := _ended(directory, len(steps))) != phase:
+        if not over and (found := _ended(directory, len(steps))) != phase:
             phase = found
             if phase:
                 yield "updates", {phase: {}}

@@ -2,8 +2,10 @@
 
 from prunewright.graph.words.steps import layers_words
 from prunewright.state import ModelProfile, Step
+from prunewright.state.metrics import Metrics
 from prunewright.state.profile import COST_SIGNAL
 from prunewright.state.shown import clean
+from prunewright.tools.ending import stage_words
 
 _NAMED = 3
 
@@ -43,3 +45,14 @@ def evaluated_words(before: float, after: float, reason: str) -> str:
     return f"perplexity {before:.3f} to {after:.3f}, " + (
         f"to be rolled back: {reason}" if reason else "accepted"
     )
+
+
+def finished_words(metrics: Metrics) -> str:
+    """What was done after the last step, and what the run came to."""
+    test = metrics.perplexity.test
+    saved = "the model is saved" if metrics.saved else "no model is saved"
+    parts = [
+        *map(stage_words, metrics.stages),
+        f"test perplexity {test.dense:.3f} to {test.final:.3f}",
+    ]
+    return clean("; ".join([*parts, saved]))

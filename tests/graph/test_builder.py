@@ -11,7 +11,15 @@ from prunewright.graph import build_graph, run
 from prunewright.state import InputError, PruneContext, PruneInput, PruneRequest
 from prunewright.state.loading import validate_config
 
-NODES = {"profile", "agent_decide", "apply_prune", "evaluate_ppl", "rollback", "reflect"}
+NODES = {
+    "profile",
+    "agent_decide",
+    "apply_prune",
+    "evaluate_ppl",
+    "rollback",
+    "reflect",
+    "finish",
+}
 
 
 def halves(config: dict[str, Any], out: Path) -> tuple[PruneInput, PruneContext]:
@@ -20,7 +28,7 @@ def halves(config: dict[str, Any], out: Path) -> tuple[PruneInput, PruneContext]
     return {"request": request}, whole.context.model_copy(update={"out": str(out)})
 
 
-def test_six_nodes_and_two_conditional_edges() -> None:
+def test_seven_nodes_and_two_conditional_edges() -> None:
     graph = build_graph().get_graph()
     assert set(graph.nodes) == NODES | {"__start__", "__end__"}
     plain = {(e.source, e.target) for e in graph.edges if not e.conditional}
@@ -30,13 +38,14 @@ def test_six_nodes_and_two_conditional_edges() -> None:
         ("agent_decide", "apply_prune"),
         ("apply_prune", "evaluate_ppl"),
         ("rollback", "reflect"),
+        ("finish", "__end__"),
     }
     conditional = {(e.source, e.target) for e in graph.edges if e.conditional}
     assert conditional == {
         ("evaluate_ppl", "rollback"),
         ("evaluate_ppl", "reflect"),
         ("reflect", "profile"),
-        ("reflect", "__end__"),
+        ("reflect", "finish"),
     }
 
 

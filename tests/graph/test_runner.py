@@ -73,7 +73,7 @@ def test_events_tell_every_node_and_the_end(pico_config: dict[str, Any], tmp_pat
 
     result = run(pico_config, out=tmp_path / "run", on_event=on_event)
     steps = ["profile", "agent_decide", "apply_prune", "evaluate_ppl", "reflect"]
-    assert ran == steps * result.metrics.steps
+    assert ran == [*steps * result.metrics.steps, "finish"]
     assert [e["step"]["step"] for e in custom if "step" in e] == list(range(result.metrics.steps))
     assert [e["metrics"] for e in custom if "metrics" in e] == [
         result.metrics.model_dump(mode="json")

@@ -29,6 +29,7 @@ from prunewright.state import (
 )
 from prunewright.state.config import EMBEDDED
 from prunewright.state.loading import parse_yaml
+from prunewright.tools.store.finishing import read_finishing
 from prunewright.tools.store.manifest import (
     decides,
     raised,
@@ -78,6 +79,8 @@ class RunDirectory:
         self.database = self.path / "state.sqlite"
         self.trace_file = self.path / "trace.jsonl"
         self.metrics_file = self.path / "metrics.json"
+        self.finishing_file = self.path / "finishing.json"
+        self.control_file = self.path / "finishing-control.json"
         self.model = self.path / "model"
         self.steps = StepLog(self.trace_file, self.path / "steps")
         self.dense = self.path / DENSE_MODEL
@@ -307,7 +310,8 @@ class RunDirectory:
         revisions = self.path / "revisions"
         for path in (
             *(self.lock_file, self.holder_file, self.config_file, self.manifest_file),
-            *(self.trace_file, self.metrics_file, self.path / "steps"),
+            *(self.trace_file, self.metrics_file, self.finishing_file, self.control_file),
+            self.path / "steps",
             *(revisions, revisions / "masks", revisions / "manifests"),
             *self.path.glob(f"{self.database.name}*"),
         ):
@@ -332,7 +336,7 @@ class RunDirectory:
             return None
 
     def collect_garbage(self, keep: set[str]) -> tuple[int, int]:
-        """Delete revisions not in ``keep`` nor in the trace, and what a killed process left.
+        """Delete revisions that neither ``keep`` nor a file of the run names, and a kill's rest.
 
         Args:
             keep: names of revisions that checkpoints refer to.
@@ -342,6 +346,11 @@ class RunDirectory:
         """
         for record in self.read_trace():
             keep = keep | {record.revision} | ({record.candidate} if record.candidate else set())
+        for file in (self.finishing_file, self.control_file):
+            if (found := read_finishing(file)) is not None:
+                keep = keep | {one.stage.revision for one in found.done}
+        if self.metrics_file.exists():
+            keep = keep | {read_json(self.metrics_file)["revision"]}
         from prunewright.tools.store.revisions import RevisionStore
 
         return RevisionStore(self.path / "revisions").collect(keep)

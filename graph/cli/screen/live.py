@@ -12,10 +12,12 @@ from rich.table import Column
 from rich.text import Text
 
 from prunewright.graph.cli.screen.lines import Screen
-from prunewright.graph.words.numbers import about, clock
+from prunewright.graph.words.numbers import about, clock, duration
 from prunewright.graph.words.steps import step_line, steps_to_go
 from prunewright.state import PruneConfig, Step
+from prunewright.state.metrics import Stage
 from prunewright.state.shown import clean
+from prunewright.tools.ending import stage_words
 from prunewright.tools.signatures import STAGNANT_STEPS, find_signatures
 
 LABELS = {
@@ -61,6 +63,7 @@ class Live:
         self._loaded = loaded
         self._config = config
         self._at_work = False
+        self._ending = False
         self._began = time.monotonic()
         self._step_began: float | None = None
         self._seconds: list[float] = []
@@ -125,6 +128,10 @@ class Live:
             self._take_progress(**event["progress"])
         elif "step" in event:
             self._take_step(Step.model_validate(event["step"]))
+        elif "finishing" in event:
+            self._end()
+        elif "stage" in event:
+            print_stage(self.screen, Stage.model_validate(event["stage"]))
 
     def times(self) -> str:
         """The time since the beginning, and about how much is left, where there is a ground."""
@@ -150,6 +157,7 @@ class Live:
         if self._step_began is not None:
             self._seconds.append(now - self._step_began)
         self._step_began = now
+        self._ending = False
         # A step taken again after a resume replaces what it recorded before.
         self._records = [*self._records[: record.step], record]
         print_step_line(self.screen, record)
@@ -173,12 +181,21 @@ class Live:
         self._at_work = True
         if node == "profile":
             self._tell_loaded(update.get("dense_perplexity"))
-        if node in _NEXT and update.get("status", "running") == "running":
+        if update.get("status", "running") != "running":
+            self._end()
+        elif node in _NEXT:
             self.say(_NEXT[node])
+
+    def _end(self) -> None:
+        """The last step was taken."""
+        self._at_work = self._ending = True
+        self.say("what comes after the last step")
 
     def _steps_to_go(self) -> int | None:
         if self._config is None:
             return None
+        if self._ending:
+            return 0
         return steps_to_go(self._records, self._config.target, self._config.max_steps)
 
     def _show(self, words: str, share: float | None) -> None:
@@ -221,6 +238,17 @@ class _Times(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text(self._live.times())
+
+
+def print_stage(screen: Screen, stage: Stage) -> None:
+    """Print what a stage after the last step came to, as `Screen.pairs` prints a value."""
+    tokens = sum(stage.tokens.values())
+    words = f"{stage_words(stage)}; {duration(stage.seconds)}, {tokens:,} tokens"
+    if stage.kept:
+        screen.pairs([("at the end", words)])
+    else:
+        screen.warn(words, "at the end")
+    screen.pairs(("note", note) for note in stage.notes)
 
 
 def print_step_line(screen: Screen, record: Step) -> None:

@@ -12,8 +12,8 @@ from prunewright.graph.words.runs import (
     sparsity_words,
     time_words,
 )
-from prunewright.state.metrics import Metrics
-from prunewright.tools.ending import control_words, ended_words
+from prunewright.state.metrics import Metrics, Pair
+from prunewright.tools.ending import control_words, ended_words, stage_words
 
 if TYPE_CHECKING:
     from prunewright.tools.evaluation import Evaluation
@@ -35,6 +35,9 @@ def print_metrics(screen: Screen, metrics: Metrics, directory: str, model: str |
         columns.append("uniform")
         for row, value in zip(rows, (metrics.control.test, metrics.control.guard), strict=True):
             row.append("not finite" if value is None else f"{value:.3f}")
+    if metrics.stages and metrics.stages[0].before is not None:
+        masks = Pair(dense=metrics.perplexity.guard.dense, final=metrics.stages[0].before)
+        rows.append([*pair_row("guard, masks alone", masks), *[""] * (len(columns) - 4)])
     screen.line()
     screen.table(columns, rows)
     screen.line()
@@ -43,6 +46,7 @@ def print_metrics(screen: Screen, metrics: Metrics, directory: str, model: str |
             ("sparsity", sparsity_words(metrics)),
             *knowledge_rows(metrics.knowledge),
             *([("control", control_words(metrics.control))] if metrics.control else []),
+            *(("at the end", stage_words(stage)) for stage in metrics.stages),
             ("ended", ended_words(metrics)),
             ("steps", f"{metrics.steps}, {metrics.rollbacks} rolled back"),
             ("agent", agent_words(metrics)),

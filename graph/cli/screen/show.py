@@ -3,7 +3,7 @@
 from typing import Any
 
 from prunewright.graph.cli.screen.lines import Screen
-from prunewright.graph.cli.screen.live import print_step_line
+from prunewright.graph.cli.screen.live import print_stage, print_step_line
 from prunewright.graph.cli.screen.results import print_metrics
 from prunewright.graph.words.numbers import calls, percent
 from prunewright.graph.words.runs import request_rows
@@ -12,6 +12,7 @@ from prunewright.state import ProbeReport, Review, Step
 from prunewright.state.profile import short_name
 from prunewright.state.shown import clean
 from prunewright.tools.signatures import failure_signatures
+from prunewright.tools.store.finishing import read_finishing
 from prunewright.tools.store.trace import Story, layer_sparsities
 
 
@@ -54,6 +55,9 @@ def print_story(screen: Screen, story: Story) -> None:
     for words in failure_signatures(story.records):
         screen.warn(words)
     if story.metrics is None:
+        ending = read_finishing(story.directory.finishing_file)
+        for one in ending.done if ending is not None else ():
+            print_stage(screen, one.stage)
         screen.line()
         screen.line(
             f"Not finished, {len(story.records)} steps so far. Go on with: "
