@@ -56,13 +56,11 @@ CASES = {
     "rollback, weights restored": (at(f"{BENCH}.sync", caller="rollback"), "rollback"),
     "reflect, step 1, before its line": (at(f"{STEPS}.append", "before", nth=2), "reflect"),
     "reflect, step 2, line written": (at(f"{STEPS}.append", nth=3), "reflect"),
-    "reflect, saving the final model": (
-        at(f"{SAVING}:rewrite"),
-        "reflect",
-    ),
-    "reflect, saved model not verified": (at(f"{SAVING}:_verify", "before"), "reflect"),
-    "reflect, model in place, no metrics": (at(f"{RESULTS}:write_json", "before"), "reflect"),
-    "reflect, all written": (at(f"{RESULTS}:finish"), "reflect"),
+    "finish, before anything": (at(f"{RESULTS}:complete", "before"), "finish"),
+    "finish, saving the final model": (at(f"{SAVING}:rewrite"), "finish"),
+    "finish, saved model not verified": (at(f"{SAVING}:_verify", "before"), "finish"),
+    "finish, model in place, no metrics": (at(f"{RESULTS}:write_json", "before"), "finish"),
+    "finish, all written": (at(f"{RESULTS}:finish"), "finish"),
     # The node's writes are stored, the checkpoint after it is not: no node is left to run.
     "between a node and its checkpoint": (at(f"{SAVER}.put", "before", 9, pause=0.5), ""),
 }
