@@ -181,17 +181,14 @@ def measure_passes(directory: Path, config: PruneConfig, device: torch.device, f
 
 
 def measure_run(config: PruneConfig, out: Path) -> Stepwise:
-    """A run of greedy's, timed by the graph.
-
-    The last step's `reflect` holds the end and is left out, as a `reflect` takes next to nothing.
-    """
+    """A run of greedy's, timed by the graph. A `reflect`, which takes next to nothing, is left out."""
     found = Stepwise()
 
     def on_event(mode: str, event: dict[str, Any]) -> None:
         for node, update in event.items() if mode == "updates" else ():
             if node == "profile":
                 found.steps.append({})
-            if node != "reflect":
+            if node not in ("reflect", "finish"):
                 found.steps[-1][node] = update["seconds"][node]
 
     metrics = run(config, out, on_event).metrics

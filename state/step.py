@@ -49,7 +49,7 @@ class ProbeReport(BaseModel):
 class Step(BaseModel):
     """One step of a run: proposed, then applied, measured, and judged.
 
-    Each node fills in what it adds. The last, `reflect`, makes of it a line of trace.jsonl.
+    Each node fills in what it adds. `reflect` makes of it a line of trace.jsonl.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -125,6 +125,17 @@ def stage_name(stage: Stage) -> str:
     return "adapt (training)" if stage.name == "adapt" else stage.name
 
 
+def trained_words(metrics: Metrics) -> str:
+    """That the weights which are saved were trained, and on how much; "" where they were not."""
+    tokens = sum(one.tokens.get("adapt", 0) for one in metrics.stages if one.kept)
+    if not any(one.kept and one.name == "adapt" for one in metrics.stages):
+        return ""
+    return (
+        f"the kept weights were trained on {tokens:,} tokens to follow the dense model, the masks "
+        "being fixed"
+    )
+
+
 def stage_words(stage: Stage) -> str:
     """What a stage after the last step came to on the guard text."""
     before, after = (

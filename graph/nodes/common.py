@@ -83,7 +83,9 @@ def node(work: Callable[[PruneState, Work], PruneUpdate]) -> Node:
     def run_node(state: PruneState, runtime: Runtime[PruneContext]) -> PruneUpdate:
         check_stop()
         began, run = time.perf_counter(), run_directory(runtime)
-        with log_fields(run=str(run.path), step=state.get("step", 0) + 1, node=name):
+        # What comes after the last step is told with that one.
+        step = state.get("step", 0) + (name != "finish")
+        with log_fields(run=str(run.path), step=step, node=name):
             _log.info("%s begins", name)
             try:
                 update = call_alone(lambda: work(state, _work(state, runtime, run)))

@@ -66,7 +66,8 @@ def test_json_lines_tell_the_whole_run(
     nodes = ["profile", "agent_decide", "apply_prune", "evaluate_ppl", "reflect"]
     ended = [line for line in told if "seconds" in line and "node" in line]
     assert [(line["step"], line["node"]) for line in ended] == [
-        (number, node) for number in range(1, len(trace) + 1) for node in nodes
+        *((number, node) for number in range(1, len(trace) + 1) for node in nodes),
+        (len(trace), "finish"),
     ]
     verdicts = [line["verdict"] for line in ended if line["node"] == "reflect"]
     assert verdicts == [record["verdict"] for record in trace]

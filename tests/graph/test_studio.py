@@ -23,7 +23,8 @@ from prunewright.tools.store.rundir import RunDirectory
 from prunewright.tools.store.trace import load_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
-NODES = {"profile", "agent_decide", "apply_prune", "evaluate_ppl", "rollback", "reflect"}
+STEP = ["profile", "agent_decide", "apply_prune", "evaluate_ppl", "reflect"]
+NODES = {*STEP, "rollback", "finish"}
 GREEDY = {"agent": "greedy"}
 
 
@@ -123,7 +124,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture
 def request_(pico_config: dict[str, Any]) -> dict[str, Any]:
     """What the input form sends."""
-    return {key: value for key, value in pico_config.items() if key in PruneRequest.model_fields}
+    form = {key: value for key, value in pico_config.items() if key in PruneRequest.model_fields}
+    return form | {"reconstruct": True}
 
 
 @pytest.fixture(scope="module")
@@ -179,23 +181,30 @@ def test_a_whole_run_is_streamed_and_kept(
     order = [node for update in updates for node in update]
     steps = order.count("reflect")
     assert steps >= 3
-    assert order == ["profile", "agent_decide", "apply_prune", "evaluate_ppl", "reflect"] * steps
+    assert order == [*STEP * steps, "finish"]
     assert all(update[node]["summary"] for update in updates for node in update)
     decision = updates[1]["agent_decide"]["proposal"]["decision"]
     assert decision["reasoning"].startswith("Lowest predicted cost")
     table = updates[0]["profile"]["profile"]["table"]
     assert len(table["0.mlp.down_proj"].split()) == len(table["layer"].split())
     custom = [data for mode, data in events if mode == "custom"]
-    assert {"progress", "step", "metrics"} == {key for data in custom for key in data}
+    assert {"progress", "step", "stage", "metrics"} == {key for data in custom for key in data}
     history = server.client.threads.get_history(thread, limit=100)
-    assert [state["next"] for state in history[:2]] == [[], ["reflect"]]
+    assert [state["next"] for state in history[:2]] == [[], ["finish"]]
     assert history[0]["values"]["status"] == "target_reached"  # type: ignore[call-overload]
-    assert history[0]["values"]["revision"] == revision(server, thread)  # type: ignore[call-overload]
+    # The state's revision is that of the masks, the results' that of what was saved.
+    (*_, last) = server.directory(thread).read_trace()
+    assert history[0]["values"]["revision"] == last.revision  # type: ignore[call-overload]
     metrics = load_metrics(server.directory(thread))
+    (stage,) = metrics.stages
+    assert (stage.kept, stage.revision) == (True, metrics.revision)
+    assert metrics.revision != last.revision
+    assert [data["stage"] for data in custom if "stage" in data] == [stage.model_dump(mode="json")]
     assert history[0]["values"]["result"] == {  # type: ignore[call-overload]
         "directory": f"runs/{thread}",
         "model_directory": f"runs/{thread}/model",
         "test_perplexity": metrics.perplexity.test.model_dump(),
+        "stages": [stage.model_dump(include={"name", "before", "after", "kept"})],
     }
     assert (server.folder / "runs" / "studio" / "state.sqlite").is_file()
 

@@ -10,7 +10,7 @@ import yaml
 from fake_langsmith import CANARY, FakeLangSmith, serve_langsmith
 from loopback import FakeGemini
 
-NODES = {"profile", "agent_decide", "apply_prune", "evaluate_ppl", "reflect"}
+NODES = {"profile", "agent_decide", "apply_prune", "evaluate_ppl", "reflect", "finish"}
 
 
 def start(

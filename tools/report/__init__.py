@@ -23,7 +23,13 @@ from prunewright.state.metrics import NEGLIGIBLE
 from prunewright.state.profile import short_name
 from prunewright.state.run import TOLERANCE, Status
 from prunewright.state.shown import clean
-from prunewright.tools.ending import control_words, describe_ending, ended_words
+from prunewright.tools.ending import (
+    control_words,
+    describe_ending,
+    ended_words,
+    stage_name,
+    trained_words,
+)
 from prunewright.tools.report.maps import Grid
 from prunewright.tools.saving.card import BASE_OF_EMBEDDED
 from prunewright.tools.signals import SIGNALS
@@ -120,7 +126,12 @@ def build_report(run_dirs: Sequence[str | Path]) -> str:
         StoreError: a file is damaged.
     """
     # Not at the top: they need what the extra brings.
-    from prunewright.tools.report.charts import heat_maps, prediction_chart, step_charts
+    from prunewright.tools.report.charts import (
+        curve_chart,
+        heat_maps,
+        prediction_chart,
+        step_charts,
+    )
 
     stories = [read_story(RunDirectory(path)) for path in run_dirs]
     runs = _compare(stories)
@@ -130,6 +141,8 @@ def build_report(run_dirs: Sequence[str | Path]) -> str:
     prediction = prediction_chart(first.records)
     if prediction is not None:
         charts["prediction"] = prediction
+    if first.metrics is not None and (curves := curve_chart(first.metrics.stages)) is not None:
+        charts["curve"] = curves
     deltas = [abs(delta) for record in first.records for delta in record.applied.values()]
     uniform, commands = _against_uniform(runs)
     try:
@@ -150,6 +163,7 @@ def build_report(run_dirs: Sequence[str | Path]) -> str:
             most=max(deltas, default=0.0) or 1.0,
             signatures=failure_signatures(first.records),
             ended=ended_words(first.metrics) if first.metrics else "",
+            stage_name=stage_name,
             options=_flat(first.config),
             save=f"prunewright save {shlex.quote(str(first.directory.path))}",
         )
@@ -304,7 +318,8 @@ def _headline(run: Compared) -> list[str]:
     by = f"by the criterion {config.criterion}"
     if config.pattern != "unstructured":
         by += f" in the pattern {config.pattern}"
-    if config.reconstruct:
+    undone = {one.name for one in metrics.stages if not one.kept} if metrics is not None else set()
+    if config.reconstruct and "reconstruct" not in undone:
         by += ", with the kept weights reconstructed"
     if metrics is None:
         done = f"{len(records)} steps were done" if records else "No step had ended yet"
@@ -323,6 +338,8 @@ def _headline(run: Compared) -> list[str]:
         f"Perplexity on the test text {'rose' if test.final > test.dense else 'fell'} from "
         f"{test.dense:.2f} to {test.final:.2f}, by {abs(test.final / test.dense - 1):.1%}.",
     ]
+    if trained := trained_words(metrics):
+        words.insert(1, f"After that {trained}.")
     if metrics.dense_sparsity >= NEGLIGIBLE:
         words.append(f"{metrics.dense_sparsity:.2%} were zero in the dense model already.")
     if metrics.knowledge is not None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prunewright.state import InputError, Step
+from prunewright.state.metrics import Stage
 from prunewright.tools.report.maps import Grid
 from prunewright.tools.store.trace import Story, layer_sparsities
 
@@ -18,6 +19,8 @@ except ImportError:
 
 Spec = dict[str, Any]
 
+FINISHED = "after the last step"
+"""In a step's place, what the stages at the end came to."""
 HEIGHT = 190
 """Pixels of a small plot."""
 _LEGEND = alt.Legend(title="Run", orient="bottom", labelLimit=280, columns=1)
@@ -29,7 +32,7 @@ def step_charts(stories: Sequence[tuple[str, Story]]) -> dict[str, Spec]:
     Args:
         stories: each run with its label.
     """
-    rows = [row for label, story in stories for row in _step_rows(label, story.records)]
+    rows = [row for label, story in stories for row in _step_rows(label, story)]
     if not rows:
         return {}
     several = len(stories) > 1
@@ -42,27 +45,36 @@ def step_charts(stories: Sequence[tuple[str, Story]]) -> dict[str, Spec]:
     return charts
 
 
-def _step_rows(label: str, records: list[Step]) -> list[dict[str, Any]]:
+def _step_rows(label: str, story: Story) -> list[dict[str, Any]]:
+    records, metrics = story.records, story.metrics
     if not records:
         return []
     first = records[0]
+    ends = []
+    if metrics is not None and any(stage.kept for stage in metrics.stages):
+        end = {"sparsity": 100 * metrics.sparsity, "measured": metrics.perplexity.guard.final}
+        ends = [end | {"run": label, "step": len(records), "verdict": FINISHED}]
     start = {
         "run": label,
         "step": 0,
         "sparsity": 100 * first.sparsity_before,
         "accepted": first.perplexity_before,
     }
-    return [start] + [
-        {
-            "run": label,
-            "step": record.step + 1,
-            "verdict": record.verdict.replace("_", " "),
-            "sparsity": 100 * record.sparsity,
-            "accepted": record.accepted_perplexity,
-            "measured": record.candidate_perplexity,
-        }
-        for record in records
-    ]
+    return (
+        [start]
+        + [
+            {
+                "run": label,
+                "step": record.step + 1,
+                "verdict": record.verdict.replace("_", " "),
+                "sparsity": 100 * record.sparsity,
+                "accepted": record.accepted_perplexity,
+                "measured": record.candidate_perplexity,
+            }
+            for record in records
+        ]
+        + ends
+    )
 
 
 def _over_steps(rows: list[dict[str, Any]], line: str, point: str, several: bool) -> Spec:
@@ -74,7 +86,9 @@ def _over_steps(rows: list[dict[str, Any]], line: str, point: str, several: bool
         y = alt.Y(f"{line}:Q", **axis(values, title, 3))
     measured = [row for row in rows if "verdict" in row and row[point] is not None]
     back = [row for row in measured if row["verdict"] == "rolled back"]
-    kept = [row for row in measured if row["verdict"] != "rolled back"]
+    ends = [row for row in measured if row["verdict"] == FINISHED and line == "accepted"]
+    kept = [row for row in measured if row["verdict"] not in ("rolled back", FINISHED)]
+    steps = [row for row in rows if row.get("verdict") != FINISHED]
     tooltip = _tooltip("run", "step", "verdict", "sparsity", "measured")
     by: dict[str, Any] = {}
     dash: dict[str, Any] = {}
@@ -82,9 +96,12 @@ def _over_steps(rows: list[dict[str, Any]], line: str, point: str, several: bool
         by["color"] = alt.Color("run:N", legend=_LEGEND, scale=_runs(rows))
         dash["strokeDash"] = alt.StrokeDash("run:N", legend=_LEGEND, scale=_runs(rows))
     parts = [
-        alt.Chart(_data(rows)).mark_line(interpolate="step-after").encode(y=y, **by, **dash),
+        alt.Chart(_data(steps)).mark_line(interpolate="step-after").encode(y=y, **by, **dash),
         alt.Chart(_data(kept)).mark_point(size=60).encode(y=f"{point}:Q", tooltip=tooltip, **by),
     ]
+    if ends:
+        marked = alt.Chart(_data(ends)).encode(y=f"{point}:Q", tooltip=tooltip, **by)
+        parts.append(marked.mark_point(size=90, shape="diamond", filled=True))
     if back:
         marked = alt.Chart(_data(back)).encode(y=f"{point}:Q", tooltip=tooltip)
         parts.append(marked.mark_point(size=70, shape="triangle-down", style="rolled-back"))
@@ -147,6 +164,25 @@ def prediction_chart(records: list[Step]) -> Spec | None:
     x = alt.X("predicted:Q", title="Predicted change of perplexity, per cent")
     words = "Measured against predicted perplexity change; the line is equality"
     return finished(alt.layer(*(part.encode(x=x) for part in parts)), words, HEIGHT)
+
+
+def curve_chart(stages: Sequence[Stage]) -> Spec | None:
+    """The loss of a stage that trains over the tokens that it has seen; None where none does."""
+    rows: list[dict[str, Any]] = [
+        {"tokens": tokens, "loss": loss} for stage in stages for tokens, loss in stage.curve
+    ]
+    if not rows:
+        return None
+    chart = (
+        alt.Chart(_data(rows))
+        .mark_line(point=alt.OverlayMarkDef(size=30))
+        .encode(
+            x=alt.X("tokens:Q", title="Tokens"),
+            y=alt.Y("loss:Q", **axis([row["loss"] for row in rows], "Loss, nats a token", 3)),
+            tooltip=_tooltip("tokens", "loss"),
+        )
+    )
+    return finished(chart, "Loss of the training after the last step, over its tokens", HEIGHT)
 
 
 def heat_maps(story: Story, grid: Grid) -> dict[str, Spec]:
@@ -246,6 +282,6 @@ def _tooltip(*fields: str) -> list[alt.Tooltip]:
     return [
         alt.Tooltip(f"{field}:N")
         if field in ("run", "verdict")
-        else alt.Tooltip(f"{field}:Q", format="d" if field == "step" else ".4f")
+        else alt.Tooltip(f"{field}:Q", format="d" if field in ("step", "tokens") else ".4f")
         for field in fields
     ]

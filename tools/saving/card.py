@@ -10,7 +10,7 @@ import yaml
 from prunewright.state import PruneConfig
 from prunewright.state.config import BASELINE, EMBEDDED
 from prunewright.state.metrics import NEGLIGIBLE, Metrics
-from prunewright.tools.ending import control_words
+from prunewright.tools.ending import control_words, stage_words, trained_words
 from prunewright.tools.store.rundir import DENSE_MODEL
 
 BASE_OF_EMBEDDED = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -45,19 +45,20 @@ def model_card(config: PruneConfig, metrics: Metrics, directory: Path, values: s
     recipe = config.model_dump(mode="json", exclude={"out"})
     if base and config.model != EMBEDDED:
         recipe["model"] = base  # not where it lay on this machine
+    before = _dense_words(metrics)
     return f"""---
 {yaml.safe_dump(front, sort_keys=False)}---
 # {title}, pruned to {metrics.sparsity:.1%}
 
-Pruned with Prunewright after training, without retraining: {metrics.sparsity:.2%} of the weights
-in the decoder blocks' linear layers are exactly zero{_dense_words(metrics)}. Embeddings, norms and
-the head are dense.
+Pruned with Prunewright after training{_trained_words(metrics)}.
+{metrics.sparsity:.2%} of the weights in the decoder blocks' linear layers are exactly zero{before}.
+Embeddings, norms and the head are dense.
 {f"{chr(10)}Numbers: {values}.{chr(10)}" if values else ""}
 {_table(metrics, config.texts.test)}
 
 Method: {_method_words(metrics.method)}, criterion {config.criterion_words};
 {_steps_words(metrics)}.
-Masks: `{metrics.revision}`.
+{_stages_words(metrics)}Masks: `{metrics.revision}`.
 
 Zeros alone make a model neither smaller on disk nor faster: that takes a storage format or a
 runtime that uses them.{_pattern_words(config.pattern, whole=metrics.status != BASELINE)}
@@ -146,6 +147,17 @@ def _steps_words(metrics: Metrics) -> str:
     if not metrics.reason:
         return "one shot"
     return f"{metrics.steps} steps, {metrics.rollbacks} rolled back; {metrics.reason}"
+
+
+def _trained_words(metrics: Metrics) -> str:
+    words = trained_words(metrics)
+    return f"; then {words}" if words else ", without retraining"
+
+
+def _stages_words(metrics: Metrics) -> str:
+    """What was done after the last step, a line a stage; "" if nothing was."""
+    lines = [f"- {stage_words(stage)}\n" for stage in metrics.stages]
+    return f"\nAfter the last step:\n\n{''.join(lines)}\n" if lines else ""
 
 
 def _dense_words(metrics: Metrics) -> str:
