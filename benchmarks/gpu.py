@@ -181,7 +181,7 @@ def measure_passes(directory: Path, config: PruneConfig, device: torch.device, f
 
 
 def measure_run(config: PruneConfig, out: Path) -> Stepwise:
-    """A run of greedy's, timed by the graph. A `reflect`, which takes next to nothing, is left out."""
+    """A run of greedy's, timed by the graph; a `reflect` takes next to nothing."""
     found = Stepwise()
 
     def on_event(mode: str, event: dict[str, Any]) -> None:

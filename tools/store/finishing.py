@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prunewright.state import StoreError
+from prunewright.state.loading import problem_words
 from prunewright.state.metrics import Stage
 from prunewright.tools.store.storage import read_json
 
@@ -49,7 +50,8 @@ def read_finishing(path: Path) -> Finishing | None:
     except (StoreError, ValidationError) as error:
         if not path.exists():  # whoever works on the run has just gone on to a higher target
             return None
+        words = problem_words(error, "it", 3) if isinstance(error, ValidationError) else error
         raise StoreError(
-            f"{path} is damaged: {error}. Without it, what it tells of is done again: delete it, "
+            f"{path} is damaged: {words}. Without it, what it tells of is done again: delete it, "
             "then resume the run"
         ) from error

@@ -1,0 +1,198 @@
+"""What comes after the last step: judged, stored at once, done once, and begun from masks alone."""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from prunewright.graph import baseline, fork, resume, run
+from prunewright.graph.cli import app
+from prunewright.graph.running.runner import collect_garbage, save
+from prunewright.graph.running.watch import follow
+from prunewright.state import StoreError
+from prunewright.tools.criteria import Criterion, wanda
+from prunewright.tools.store.revisions import RevisionStore
+from prunewright.tools.store.rundir import RunDirectory
+
+Submit = Callable[[dict[str, Any]], dict[str, Any]]
+
+OVERFITTING = Criterion(
+    group="row", score=lambda w, s: wanda.score(w, s.input_square), dampings=(1e-6,)
+)
+"""Its sweep fits the kept weights to the chance of a few tokens: only its masks are any good."""
+
+
+@pytest.fixture
+def settings(config: dict[str, Any]) -> dict[str, Any]:
+    """A run of two steps, at whose end there is a stage."""
+    return config | {"reconstruct": True, "target": 0.2, "max_layer_sparsity": 0.75}
+
+
+@pytest.fixture
+def worse(config: dict[str, Any]) -> dict[str, Any]:
+    """A run at whose end the guard text gets worse."""
+    windows = config["texts"]["windows"] | {"calibration": 1, "gradient": 1}
+    return config | {
+        "criterion": "import:test_finishing:OVERFITTING",
+        "target": 0.3,
+        "guard": {"max_increase": 10.0},
+        "texts": {"windows": windows},
+    }
+
+
+def holds_values(path: Path, revision: str) -> bool:
+    """Whether a revision of a run has values of kept weights, too."""
+    store = RevisionStore(path / "revisions")
+    masks = store.manifest(revision).values()
+    return any(b'"kept"' in (store.directory / "masks" / name).read_bytes() for name in masks)
+
+
+def metrics(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((path / "metrics.json").read_text())
+    return content
+
+
+@pytest.mark.parametrize(
+    ("kill", "again"),
+    [
+        ({"at": "prunewright.tools.finishing:write_json", "nth": 1}, True),
+        ({"at": "prunewright.tools.bench.workbench:Workbench.solve", "nth": 1}, True),
+        ({"at": "prunewright.tools.finishing:write_json", "nth": 2}, False),
+        ({"at": "prunewright.tools.results:write_json", "nth": 1}, False),
+    ],
+    ids=["before the stage", "solved, not judged", "stage stored", "all written"],
+)
+def test_a_kill_at_the_end_resumes_to_the_same_weights_and_does_no_stage_twice(
+    kill: dict[str, Any],
+    again: bool,
+    settings: dict[str, Any],
+    submit: Submit,
+    same_run: Callable[[Path, Path], None],
+    tmp_path: Path,
+) -> None:
+    whole = run(settings, out=tmp_path / "whole").metrics
+    out = tmp_path / "run"
+    job = {"config": settings, "out": str(out)}
+    assert submit(job | {"do": "run", "kill": kill | {"when": "after"}}) == {
+        "signal": signal.SIGKILL
+    }
+    before = json.loads((out / "finishing.json").read_text())
+    assert len(before["done"]) == (not again)
+    answer = submit(job | {"do": "resume"})
+    assert "error" not in answer, answer
+    same_run(tmp_path / "whole", out)
+    (stage,) = answer["metrics"]["stages"]
+    assert answer["metrics"]["tokens"]["solve"] == stage["tokens"]["solve"] > 0
+    assert whole.tokens["solve"] == stage["tokens"]["solve"]
+    if not again:  # the very record that was there before the kill, seconds and all
+        assert stage == before["done"][0]["stage"]
+        assert answer["metrics"]["seconds"]["reconstruct"] == stage["seconds"]
+
+
+def test_what_leaves_the_guard_text_worse_is_not_kept_and_that_is_said(
+    worse: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    result = run(worse, out=out)
+    (stage,) = result.metrics.stages
+    (*_, last) = RunDirectory(out).read_trace()
+    assert stage.after is not None
+    assert stage.before is not None
+    assert stage.after > stage.before == last.candidate_perplexity
+    assert not stage.kept
+    # What is saved, and what is told of it, is the masks alone.
+    assert result.metrics.revision == last.revision != stage.revision
+    assert result.metrics.perplexity.guard.final == stage.before
+    assert not holds_values(out, result.metrics.revision)
+    words = f"reconstruct: guard perplexity {stage.before:.3f} to {stage.after:.3f}"
+    shown = CliRunner().invoke(app, ["show", str(out)]).stdout
+    page, card = ((out / name).read_text("utf-8") for name in ("report.html", "model/README.md"))
+    for text in (shown, card):
+        assert words in text
+        assert "so it is not kept" in text
+    assert "no: it was worse" in page
+    # A baseline judges no otherwise.
+    once = baseline(worse, out=tmp_path / "once").metrics
+    assert [one.kept for one in once.stages] == [False]
+    assert not holds_values(tmp_path / "once", once.revision)
+
+
+def test_a_run_goes_on_from_masks_alone(settings: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first = run(settings, out=out).metrics
+    assert first.stages[0].kept
+    assert holds_values(out, first.revision)
+    higher = fork(out, out=tmp_path / "fork", target=0.3).metrics
+    assert metrics(out)["revision"] == first.revision
+    here = resume(out, target=0.3).metrics
+    assert (here.revision, here.stages[0].before) == (higher.revision, higher.stages[0].before)
+    for record in RunDirectory(out).read_trace():
+        assert not holds_values(out, record.revision)
+    # Solved from the masks of the last step, whatever had been solved before.
+    assert json.loads((out / "finishing.json").read_text())["revision"] == (
+        RunDirectory(out).read_trace()[-1].revision
+    )
+
+
+def test_garbage_and_saving_know_what_the_end_made(
+    settings: dict[str, Any], submit: Submit, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    kill = {"at": "prunewright.tools.finishing:write_json", "when": "after", "nth": 2}
+    submit({"do": "run", "config": settings, "out": str(out), "kill": kill})
+    assert collect_garbage(out) == (0, 0)
+    done = resume(out).metrics
+    assert collect_garbage(out) == (0, 0)
+    model = (out / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(out / "model")
+    save(out)
+    assert (out / "model" / "model.safetensors").read_bytes() == model
+    assert holds_values(out, done.revision)
+
+
+def test_a_control_is_what_a_baseline_with_the_same_stages_comes_to(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    found = run(settings | {"with_control": True}, out=tmp_path / "run").metrics
+    once = baseline(settings, out=tmp_path / "once").metrics
+    assert found.control is not None
+    assert found.control.revision == once.revision
+    assert found.control.guard == once.perplexity.guard.final
+    assert found.tokens["control"] > once.stages[0].tokens["solve"]
+    assert not (tmp_path / "run" / "finishing-control.json").exists()
+
+
+def test_who_watches_is_told_of_the_end_and_its_stages(
+    settings: dict[str, Any], submit: Submit, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    kill = {"at": "prunewright.tools.finishing:write_json", "when": "after", "nth": 2}
+    submit({"do": "run", "config": settings, "out": str(out), "kill": kill})
+    shown = CliRunner().invoke(app, ["show", str(out)]).stdout
+    assert "reconstruct: guard perplexity" in shown
+    assert "Not finished, 2 steps so far" in shown
+    seen = follow(RunDirectory(out), poll=0.01)
+    told = [next(seen) for _ in range(4)]
+    assert [*told[2][1], *told[3][1]] == ["finishing", "stage"]
+    result = resume(out)
+    (last,) = [event for _, event in seen if "metrics" in event]
+    assert told[3][1]["stage"] == last["metrics"]["stages"][0]
+    assert result.metrics.stages[0].model_dump(mode="json") == told[3][1]["stage"]
+
+
+def test_a_damaged_record_of_the_end_is_named(
+    settings: dict[str, Any], submit: Submit, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    kill = {"at": "prunewright.tools.finishing:write_json", "when": "after", "nth": 2}
+    submit({"do": "run", "config": settings, "out": str(out), "kill": kill})
+    (out / "finishing.json").write_text('{"revision": 1}')
+    with pytest.raises(StoreError, match=r"finishing\.json is damaged.*delete it, then resume"):
+        resume(out)
+    (out / "finishing.json").unlink()
+    assert resume(out).metrics.stages[0].kept
