@@ -61,10 +61,10 @@ class Plan(BaseModel):
             which a run begins with, may leave more.
         stored: bytes of the weight files by dtype; empty while they are not on this machine.
         weights: bytes of the weights in memory.
-        disk: ``model`` (saved at the end, as it is stored), ``masks`` (each layer once, with its
-            kept weights where they are solved for), ``copy`` (in the cache, of layers that
-            transformers renames or fuses while loading; as far as the files' index says),
-            ``total`` (masks of all steps included).
+        disk: ``model`` (saved at the end, as it is stored), ``masks`` (each layer once),
+            ``updated`` (the last revision with its kept weights, where they are solved for),
+            ``copy`` (in the cache, of layers that transformers renames or fuses while loading; as
+            far as the files' index says), ``total`` (masks of all steps included).
         disk_free: free where the run directory would be.
         memory: of the run as it is configured, beyond files that are mapped. ``weights`` that are
             live, ``passes``, ``profile`` (the backward pass), ``masks`` and ``solve`` are the
@@ -75,7 +75,7 @@ class Plan(BaseModel):
         recommended: the ``offload`` that fits and is fastest; None if none fits.
         memory_available: of the device or, on the processor, of the machine.
         host_available: of the machine.
-        flops: by what is done in a step, and ``finish``.
+        flops: by what is done in a step, and after the last one: ``solve``, ``finish``.
         steps: fewest steps that reach the target.
         seconds: ``window`` (measured) and ``masks`` of all layers (from one that is measured), and
             from them ``step`` (mean), ``finish`` and ``run`` (with the fewest steps); empty if
@@ -135,9 +135,9 @@ def make_plan(request: PruneRequest, out: Path = Path(), *, timed: bool = False)
     token pair for attention; the head 2 a vocabulary entry, width and token where losses are
     taken. A backward pass takes two forward passes, and a third to recompute activations with
     ``gradient_checkpointing``. Experts count by the share of them that a token is routed to.
-    Where weights are solved for, the calibration windows go through the blocks some times more
-    (`_solve_passes`), and in float32 come 2 inputs squared a layer and token for X^T X, and the
-    solve itself.
+    Where weights are solved for, which is done after the last step, the calibration windows go
+    through the blocks some times more (`_solve_passes`), and in float32 come 2 inputs squared a
+    layer and token for X^T X, and the solve itself.
 
     Time: one window is scored by the loaded model, and all else takes as much longer as it has
     operations more. But for solves, whose float32 products are timed by themselves, and for masks,
@@ -211,7 +211,7 @@ def _seconds(
     if flops["solve"]:
         parts["solve"] = flops["solve"] / time_products(device)
     masks = prunable * time_mask(request.criterion, dtype, device)
-    finish = parts.pop("finish")
+    finish = sum(parts.pop(name) for name in ("finish", "solve", "solve passes"))
     step = sum(parts.values()) + masks
     run = window * request.texts.windows.guard + steps * step + finish
     return {"window": window, "masks": masks, "step": step, "finish": finish, "run": run}
@@ -463,10 +463,10 @@ def _copied(layers: dict[str, Layer], directory: Path, tensors: Mapping[str, Sto
 def _disk(
     request: PruneRequest, shape: _Shape, dtype: torch.dtype, steps: int, model: int, copy: int
 ) -> dict[str, int]:
-    masks = revision_bytes(request, shape.prunable, dtype.itemsize)
+    masks, last = revision_bytes(request, shape.prunable, dtype.itemsize)
     # While the model is saved again after a crash, the earlier copy may still be there.
-    total = model + masks * steps + copy
-    return {"model": model, "masks": masks, "copy": copy, "total": total}
+    total = model + masks * steps + last + copy
+    return {"model": model, "masks": masks, "updated": last, "copy": copy, "total": total}
 
 
 def _stored(tensors: Iterable[Stored]) -> dict[str, int]:

@@ -81,9 +81,11 @@ def plan_command(
 def _print_plan(screen: Screen, config: PruneConfig, plan: "Plan", agent: str) -> None:
     stored = ", ".join(f"{size(n)} in {kind}" for kind, n in plan.stored.items())
     memory = plan.memory
-    copy = ""
+    copy = updated = ""
     if plan.disk["copy"]:
         copy = f"; dense weights in the cache {size(plan.disk['copy'])}"
+    if plan.disk["updated"]:
+        updated = f"; updated weights {size(plan.disk['updated'])}"
     screen.pairs(
         [
             ("model", " in ".join(dict.fromkeys([str(plan.model), str(plan.directory)]))),
@@ -116,7 +118,7 @@ def _print_plan(screen: Screen, config: PruneConfig, plan: "Plan", agent: str) -
                 "disk",
                 f"about {size(plan.disk['total'])} (model "
                 f"{size(plan.disk['model'])}, masks {size(plan.disk['masks'])} "
-                f"if every layer changes{copy}), {size(plan.disk_free)} free",
+                f"if every layer changes{updated}{copy}), {size(plan.disk_free)} free",
             ),
             ("time", _time_words(plan)),
         ]

@@ -283,16 +283,20 @@ class _Saving:
         return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
 
 
-def revision_bytes(request: PruneRequest, prunable: int, itemsize: int) -> int:
-    """Bytes of a revision that changes every layer: a bit a weight, and kept values if solved.
+def revision_bytes(request: PruneRequest, prunable: int, itemsize: int) -> tuple[int, int]:
+    """Bytes of a step's revision that changes every layer, and of the last one's values.
 
     Args:
-        request: says what is solved, and the target.
+        request: says what is solved after the last step, and the target.
         prunable: weights of the prunable layers.
         itemsize: bytes of one of them.
+
+    Returns:
+        A bit a weight; and that with the values of kept weights, 0 if none is solved for.
     """
+    masks = (prunable + 7) // 8
     kept = math.ceil((1 - request.target / 2) * prunable) * itemsize
-    return (prunable + 7) // 8 + (kept if solves(request) else 0)
+    return masks, masks + kept if solves(request) else 0
 
 
 def _check_room(run: RunDirectory, request: PruneRequest, saving: _Saving, revisions: int) -> None:
@@ -302,7 +306,8 @@ def _check_room(run: RunDirectory, request: PruneRequest, saving: _Saving, revis
         StoreError: with both numbers.
     """
     loaded, model = saving.loaded, saving.room()
-    masks = revisions * revision_bytes(request, loaded.prunable, loaded.dtype.itemsize)
+    step, last = revision_bytes(request, loaded.prunable, loaded.dtype.itemsize)
+    masks = revisions * step + last
     free = shutil.disk_usage(run.path).free
     if model + masks > free:
         raise StoreError(

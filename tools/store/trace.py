@@ -14,9 +14,10 @@ from prunewright.state import (
     Step,
     StoreError,
 )
-from prunewright.state.metrics import Metrics
+from prunewright.state.metrics import Metrics, Stage
 from prunewright.state.profile import SIGNALS, short_name
 from prunewright.state.shown import clean
+from prunewright.tools.store.finishing import read_finishing
 from prunewright.tools.store.rundir import RunDirectory
 from prunewright.tools.store.storage import read_json
 
@@ -47,6 +48,8 @@ _HISTORY = (
     "revision",
 )
 _DECISIONS = ("step", "verdict", "layer", "block", "projection", "delta")
+_STAGES = ("stage", "before", "after", "kept", "seconds", "tokens", "revision", "notes")
+_CURVE = ("stage", "tokens", "loss")
 _CURVES = ("loss_cost", "regrow_gain")
 _BY_NAME = ("signals", "measured")
 _SCALARS = tuple(n for n in LayerProfile.model_fields if n not in (*_CURVES, *_BY_NAME, "name"))
@@ -61,12 +64,14 @@ class Story:
         config: what it was started with.
         records: its steps so far.
         metrics: what it came to; None while unfinished.
+        stages: what was done after its last step so far.
     """
 
     directory: RunDirectory
     config: PruneConfig
     records: list[Step]
     metrics: Metrics | None
+    stages: list[Stage]
 
 
 @dataclass(frozen=True, repr=False)
@@ -85,14 +90,20 @@ class Trace:
         profiles: a row a step and layer: all that `LayerProfile` holds before the step. A signal
             has two columns, its z-score (``z_s``) and what that is of (``s``); ``loss_cost`` and
             ``regrow_gain``, in nats, have one for each delta: ``loss_cost_0.05``.
+        stages: a row a stage after the last step: ``before`` and ``after`` are perplexities on the
+            guard text, ``revision`` is what it came to, kept or not.
+        curves: a row a point of a stage that trains: ``tokens`` seen so far, and the ``loss``
+            there in nats a token.
     """
 
     history: "pd.DataFrame"
     decisions: "pd.DataFrame"
     profiles: "pd.DataFrame"
+    stages: "pd.DataFrame"
+    curves: "pd.DataFrame"
 
     def __repr__(self) -> str:
-        frames = ("history", "decisions", "profiles")
+        frames = ("history", "decisions", "profiles", "stages", "curves")
         words = ", ".join(f"{name}: {len(getattr(self, name))} rows" for name in frames)
         return f"<Trace {words}>"
 
@@ -106,7 +117,12 @@ def read_story(directory: RunDirectory) -> Story:
     """
     config = directory.config()
     metrics = load_metrics(directory) if directory.metrics_file.exists() else None
-    return Story(directory, config, directory.read_trace(), metrics)
+    if metrics is not None:
+        stages = metrics.stages
+    else:
+        finishing = read_finishing(directory.finishing_file)
+        stages = [one.stage for one in finishing.done] if finishing is not None else []
+    return Story(directory, config, directory.read_trace(), metrics, stages)
 
 
 def load_metrics(directory: RunDirectory) -> Metrics:
@@ -145,7 +161,7 @@ def layer_sparsities(story: Story) -> dict[str, float]:
 
 
 def load_trace(run_dir: str | Path) -> Trace:
-    """Read a run's steps, decisions and profiles, finished or not, as pandas frames.
+    """Read a run's steps, decisions, profiles and stages, finished or not, as pandas frames.
 
     Control and invisible characters in words are written out, since notebooks show the frames. A
     baseline has one step and no profiles.
@@ -160,7 +176,8 @@ def load_trace(run_dir: str | Path) -> Trace:
         raise InputError("load_trace needs pandas: pip install 'prunewright[report]'") from None
 
     directory = RunDirectory(run_dir)
-    records = read_story(directory).records
+    story = read_story(directory)
+    records = story.records
 
     def frame(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> "pd.DataFrame":
         words = [{k: clean(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows]
@@ -179,6 +196,15 @@ def load_trace(run_dir: str | Path) -> Trace:
         history=frame([_history_row(record) for record in records], _HISTORY),
         decisions=frame([row for record in records for row in _decision_rows(record)], _DECISIONS),
         profiles=frame(profiles, (*known, *outside)),
+        stages=frame([_stage_row(stage) for stage in story.stages], _STAGES),
+        curves=frame(
+            [
+                {"stage": stage.name, "tokens": tokens, "loss": loss}
+                for stage in story.stages
+                for tokens, loss in stage.curve
+            ],
+            _CURVE,
+        ),
     )
 
 
@@ -205,6 +231,19 @@ def _history_row(record: Step) -> dict[str, Any]:
         "notes": "\n".join(record.notes),
         "review": record.review.verdict if record.review is not None else None,
         "revision": record.revision,
+    }
+
+
+def _stage_row(stage: Stage) -> dict[str, Any]:
+    return {
+        "stage": stage.name,
+        "before": stage.before,
+        "after": stage.after,
+        "kept": stage.kept,
+        "seconds": stage.seconds,
+        "tokens": sum(stage.tokens.values()),
+        "revision": stage.revision,
+        "notes": "\n".join(stage.notes),
     }
 
 

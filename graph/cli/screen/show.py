@@ -12,7 +12,6 @@ from prunewright.state import ProbeReport, Review, Step
 from prunewright.state.profile import short_name
 from prunewright.state.shown import clean
 from prunewright.tools.signatures import failure_signatures
-from prunewright.tools.store.finishing import read_finishing
 from prunewright.tools.store.trace import Story, layer_sparsities
 
 
@@ -55,9 +54,8 @@ def print_story(screen: Screen, story: Story) -> None:
     for words in failure_signatures(story.records):
         screen.warn(words)
     if story.metrics is None:
-        ending = read_finishing(story.directory.finishing_file)
-        for one in ending.done if ending is not None else ():
-            print_stage(screen, one.stage)
+        for stage in story.stages:
+            print_stage(screen, stage)
         screen.line()
         screen.line(
             f"Not finished, {len(story.records)} steps so far. Go on with: "
