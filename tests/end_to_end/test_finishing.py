@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from page import Page
 from typer.testing import CliRunner
 
 from prunewright.graph import baseline, fork, resume, run
@@ -15,6 +16,7 @@ from prunewright.graph.cli import app
 from prunewright.graph.running.runner import collect_garbage, save
 from prunewright.graph.running.watch import follow
 from prunewright.state import StoreError
+from prunewright.tools import load_trace
 from prunewright.tools.criteria import Criterion, wanda
 from prunewright.tools.store.revisions import RevisionStore
 from prunewright.tools.store.rundir import RunDirectory
@@ -120,6 +122,26 @@ def test_what_leaves_the_guard_text_worse_is_not_kept_and_that_is_said(
     once = baseline(worse, out=tmp_path / "once").metrics
     assert [one.kept for one in once.stages] == [False]
     assert not holds_values(tmp_path / "once", once.revision)
+
+
+def test_the_report_and_the_trace_tell_of_the_end(settings: dict[str, Any], tmp_path: Path) -> None:
+    result = run(settings, out=tmp_path / "run")
+    (stage,) = result.metrics.stages
+    assert stage.kept
+    page = Page((tmp_path / "run" / "report.html").read_text("utf-8"))
+    assert "After the last step" in page.text
+    assert {stage.before, stage.after, stage.seconds} <= set(page.numbers)
+    ends = [
+        row
+        for part in json.loads(page.scripts[0])["perplexity"]["layer"]
+        for row in part["data"]["values"]
+        if row.get("verdict") == "after the last step"
+    ]
+    assert {(row["step"], row["measured"]) for row in ends} == {(result.metrics.steps, stage.after)}
+    trace = load_trace(tmp_path / "run")
+    told = trace.stages[["stage", "before", "after", "kept"]].to_numpy().tolist()
+    assert told == [["reconstruct", stage.before, stage.after, True]]
+    assert trace.curves.empty
 
 
 def test_a_run_goes_on_from_masks_alone(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ def make_runs(model: Path, directory: Path) -> tuple[Path, Path]:
         "step": 0.2,
         "max_delta": 0.3,
         "guard": {"max_increase": 10.0},
+        "reconstruct": True,
         "texts": {"windows": windows},
     }
     one, other = directory / "run <b>one", directory / "uniform"

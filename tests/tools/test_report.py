@@ -20,9 +20,12 @@ from typer.testing import CliRunner
 from prunewright.graph import run
 from prunewright.graph.cli import app
 from prunewright.state import InputError, StoreError
+from prunewright.state.metrics import Stage
 from prunewright.state.shown import clean
 from prunewright.tools import load_trace
+from prunewright.tools.ending import stage_words
 from prunewright.tools.report import build_report, write_report
+from prunewright.tools.report.charts import curve_chart
 from prunewright.tools.report.maps import Grid
 
 
@@ -82,6 +85,7 @@ def test_the_page_has_the_numbers_of_metrics_and_trace(runs: tuple[Path, Path]) 
         metrics["seconds"]["total"],
         *(perplexity[text][which] for text in perplexity for which in perplexity[text]),
         *metrics["tokens"].values(),
+        *(stage[name] for stage in metrics["stages"] for name in ("before", "after", "seconds")),
     ]
     for record in steps_of(runs[0]):
         expected += [
@@ -124,6 +128,19 @@ def test_the_plots_have_the_numbers_of_the_trace(runs: tuple[Path, Path]) -> Non
     sizes = {layer["name"]: layer["parameters"] for layer in profile["layers"]}
     total = sum(final[name] * size for name, size in sizes.items()) / sum(sizes.values())
     assert total / 100 == pytest.approx(read(runs[0] / "metrics.json")["sparsity"])
+
+
+def test_the_loss_of_a_stage_that_trains_is_drawn_over_its_tokens() -> None:
+    values: dict[str, Any] = {"revision": "r", "before": 30.0, "after": 28.0, "kept": True}
+    values |= {"seconds": 9.0, "tokens": {"adapt": 200}}
+    solved = Stage(name="reconstruct", **values)
+    trained = Stage(name="adapt", curve=[(100, 0.5), (200, 0.25)], **values)
+    assert curve_chart([solved]) is None
+    chart = curve_chart([solved, trained])
+    assert chart is not None
+    assert rows_of(chart) == [{"tokens": 100, "loss": 0.5}, {"tokens": 200, "loss": 0.25}]
+    altair.Chart.from_dict(chart)
+    assert stage_words(trained).startswith("adapt (training): guard perplexity 30.000 to 28.000")
 
 
 def test_every_plot_keeps_to_the_schema_of_vega_lite(runs: tuple[Path, Path]) -> None:
