@@ -9,7 +9,7 @@ from prunewright.graph.agents.asking import observe
 from prunewright.graph.agents.chat.reading import answer_schema
 from prunewright.graph.agents.prompt.build import prompt
 from prunewright.graph.running.checkpoints import read_checkpoints
-from prunewright.state import InputError, PruneState, StoreError
+from prunewright.state import STATUS_WORDS, InputError, PruneState, StoreError
 from prunewright.state.config import BASELINE
 from prunewright.tools.ending import ended_words
 from prunewright.tools.store.rundir import RunDirectory
@@ -68,8 +68,9 @@ def preview(directory: RunDirectory, step: int | None = None) -> Preview:
     if step is not None:
         about = f"step {step + 1} of the run"
     elif status != "running":
-        metrics = load_metrics(directory)
-        about = f"the last step: the run has ended, {ended_words(metrics)}"
+        finished = directory.metrics_file.exists()
+        words = ended_words(load_metrics(directory)) if finished else STATUS_WORDS[status]
+        about = f"the last step: the run has ended, {words}"
     elif state["step"] == newest["step"]:
         about = "the step that the run is at"
     else:

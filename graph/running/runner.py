@@ -34,6 +34,7 @@ from prunewright.state import (
 )
 from prunewright.state.config import BASELINE, CRITERIA
 from prunewright.state.run import new_thread
+from prunewright.tools.store.finishing import read_finishing
 from prunewright.tools.store.rundir import RunDirectory
 from prunewright.tools.store.trace import load_metrics
 
@@ -212,6 +213,11 @@ def collect_garbage(run_directory: str | Path) -> tuple[int, int]:
     with directory.locked():
         if directory.started and config.agent != BASELINE:
             _check_kept_here(directory)
+        if directory.metrics_file.exists():
+            keep.add(load_metrics(directory).revision)
+        for file in (directory.finishing_file, directory.control_file):
+            if (ending := read_finishing(file)) is not None:
+                keep |= {one.stage.revision for one in ending.done}
         if directory.database.exists():
             with read_checkpoints(directory.database) as saver:
                 for found in saver.list(None):

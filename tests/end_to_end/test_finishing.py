@@ -218,3 +218,21 @@ def test_a_damaged_record_of_the_end_is_named(
         resume(out)
     (out / "finishing.json").unlink()
     assert resume(out).metrics.stages[0].kept
+
+
+def test_a_run_that_died_at_its_end_takes_more_steps_only_if_a_change_lets_it(
+    settings: dict[str, Any], submit: Submit, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    kill = {"at": "prunewright.tools.results:complete", "when": "before"}
+    config = settings | {"max_steps": 1}
+    submit({"do": "run", "config": config, "out": str(out), "kill": kill})
+    asked = CliRunner().invoke(app, ["ask", str(out)])
+    assert "Step 1: the last step: the run has ended, max_steps is used up" in asked.stdout
+    longer, higher = (Path(shutil.copytree(out, tmp_path / name)) for name in ("long", "high"))
+    ended = resume(out, agent="uniform").metrics
+    assert (ended.status, ended.steps, len(ended.stages)) == ("max_steps", 1, 1)
+    more = resume(longer, max_steps=9).metrics
+    assert (more.status, more.steps) == ("target_reached", 2)
+    further = resume(higher, max_steps=9, target=0.3).metrics
+    assert (further.status, further.steps) == ("target_reached", 3)

@@ -29,7 +29,6 @@ from prunewright.state import (
 )
 from prunewright.state.config import EMBEDDED
 from prunewright.state.loading import parse_yaml
-from prunewright.tools.store.finishing import read_finishing
 from prunewright.tools.store.manifest import (
     decides,
     raised,
@@ -336,21 +335,16 @@ class RunDirectory:
             return None
 
     def collect_garbage(self, keep: set[str]) -> tuple[int, int]:
-        """Delete revisions that neither ``keep`` nor a file of the run names, and a kill's rest.
+        """Delete revisions not in ``keep`` nor in the trace, and what a killed process left.
 
         Args:
-            keep: names of revisions that checkpoints refer to.
+            keep: names of revisions that checkpoints and results refer to.
 
         Returns:
             Files and bytes deleted.
         """
         for record in self.read_trace():
             keep = keep | {record.revision} | ({record.candidate} if record.candidate else set())
-        for file in (self.finishing_file, self.control_file):
-            if (found := read_finishing(file)) is not None:
-                keep = keep | {one.stage.revision for one in found.done}
-        if self.metrics_file.exists():
-            keep = keep | {read_json(self.metrics_file)["revision"]}
         from prunewright.tools.store.revisions import RevisionStore
 
         return RevisionStore(self.path / "revisions").collect(keep)
