@@ -77,6 +77,23 @@ class Stage(BaseModel):
     notes: list[str] = []
     curve: list[tuple[int, float]] = []
 
+    @property
+    def title(self) -> str:
+        """Its name, with what nobody may miss: that the one trains."""
+        return "adapt (training)" if self.name == "adapt" else self.name
+
+    @property
+    def words(self) -> str:
+        """What it came to on the guard text, in words."""
+        before, after = (
+            "not finite" if value is None else f"{value:.3f}" for value in (self.before, self.after)
+        )
+        change = ""
+        if self.before is not None and self.after is not None:
+            change = f" ({self.after / self.before - 1:+.2%})"
+        words = f"{self.title}: guard perplexity {before} to {after}{change}"
+        return words if self.kept else f"{words}, so it is not kept"
+
 
 class Sample(BaseModel):
     """How the dense and the pruned model continue the same prompt, taking the likeliest token.
@@ -152,3 +169,15 @@ class Metrics(BaseModel):
     seconds: dict[str, float]
     tokens: dict[str, int]
     peak_memory_bytes: int
+
+    @property
+    def trained_words(self) -> str:
+        """That the weights which are saved were trained, and on how much; "" if they were not."""
+        trained = [one for one in self.stages if one.kept and one.name == "adapt"]
+        tokens = [one.tokens.get("adapt", 0) for one in trained]
+        if not tokens:
+            return ""
+        return (
+            f"the kept weights were trained on {sum(tokens):,} tokens to follow the dense model, "
+            "with masks fixed"
+        )

@@ -7,7 +7,7 @@ from itertools import takewhile
 from typing import Literal
 
 from prunewright.state import STATUS_WORDS, PruneContext, Step
-from prunewright.state.metrics import Control, Metrics, Stage
+from prunewright.state.metrics import Control, Metrics
 from prunewright.state.run import TOLERANCE, Status
 from prunewright.state.shown import one_line
 
@@ -118,34 +118,6 @@ def control_words(control: Control) -> str:
     noise = f" ± {control.change_stderr:.1%}" if control.change_stderr is not None else ""
     than = "lower" if control.change < 0 else "higher"
     return f"test perplexity {abs(control.change):.1%}{noise} {than} than that of {words}"
-
-
-def stage_name(stage: Stage) -> str:
-    """A stage's name, with what nobody may miss: that the one trains."""
-    return "adapt (training)" if stage.name == "adapt" else stage.name
-
-
-def trained_words(metrics: Metrics) -> str:
-    """That the weights which are saved were trained, and on how much; "" where they were not."""
-    tokens = sum(one.tokens.get("adapt", 0) for one in metrics.stages if one.kept)
-    if not any(one.kept and one.name == "adapt" for one in metrics.stages):
-        return ""
-    return (
-        f"the kept weights were trained on {tokens:,} tokens to follow the dense model, the masks "
-        "being fixed"
-    )
-
-
-def stage_words(stage: Stage) -> str:
-    """What a stage after the last step came to on the guard text."""
-    before, after = (
-        "not finite" if value is None else f"{value:.3f}" for value in (stage.before, stage.after)
-    )
-    change = ""
-    if stage.before is not None and stage.after is not None:
-        change = f" ({stage.after / stage.before - 1:+.2%})"
-    words = f"{stage_name(stage)}: guard perplexity {before} to {after}{change}"
-    return words if stage.kept else f"{words}, so it is not kept"
 
 
 def kind_of(record: Step) -> Kind:

@@ -6,7 +6,6 @@ from typing import Any
 
 from prunewright.state.metrics import Stage
 from prunewright.state.shown import clean
-from prunewright.tools.ending import stage_words
 from prunewright.tools.store.rundir import RunDirectory
 
 
@@ -51,7 +50,7 @@ class NotebookBar:
             part = event["progress"]
             self._words = f"{part['label']} {part['done']} of {part['total']}"
         elif "stage" in event:
-            self._lines.append(stage_words(Stage.model_validate(event["stage"])))
+            self._lines.append(Stage.model_validate(event["stage"]).words)
         elif "step" in event:
             self._sparsity = event["step"]["sparsity"]
         elif "metrics" in event:

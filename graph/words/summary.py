@@ -5,7 +5,6 @@ from prunewright.state import ModelProfile, Step
 from prunewright.state.metrics import Metrics
 from prunewright.state.profile import COST_SIGNAL
 from prunewright.state.shown import clean
-from prunewright.tools.ending import stage_words
 
 _NAMED = 3
 
@@ -52,7 +51,7 @@ def finished_words(metrics: Metrics) -> str:
     test = metrics.perplexity.test
     saved = "the model is saved" if metrics.saved else "no model is saved"
     parts = [
-        *map(stage_words, metrics.stages),
+        *(stage.words for stage in metrics.stages),
         f"test perplexity {test.dense:.3f} to {test.final:.3f}",
     ]
     return clean("; ".join([*parts, saved]))

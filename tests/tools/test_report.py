@@ -23,7 +23,6 @@ from prunewright.state import InputError, StoreError
 from prunewright.state.metrics import Stage
 from prunewright.state.shown import clean
 from prunewright.tools import load_trace
-from prunewright.tools.ending import stage_words
 from prunewright.tools.report import build_report, write_report
 from prunewright.tools.report.charts import curve_chart
 from prunewright.tools.report.maps import Grid
@@ -140,7 +139,7 @@ def test_the_loss_of_a_stage_that_trains_is_drawn_over_its_tokens() -> None:
     assert chart is not None
     assert rows_of(chart) == [{"tokens": 100, "loss": 0.5}, {"tokens": 200, "loss": 0.25}]
     altair.Chart.from_dict(chart)
-    assert stage_words(trained).startswith("adapt (training): guard perplexity 30.000 to 28.000")
+    assert trained.words.startswith("adapt (training): guard perplexity 30.000 to 28.000")
 
 
 def test_every_plot_keeps_to_the_schema_of_vega_lite(runs: tuple[Path, Path]) -> None:

@@ -23,13 +23,7 @@ from prunewright.state.metrics import NEGLIGIBLE
 from prunewright.state.profile import short_name
 from prunewright.state.run import TOLERANCE, Status
 from prunewright.state.shown import clean
-from prunewright.tools.ending import (
-    control_words,
-    describe_ending,
-    ended_words,
-    stage_name,
-    trained_words,
-)
+from prunewright.tools.ending import control_words, describe_ending, ended_words
 from prunewright.tools.report.maps import Grid
 from prunewright.tools.saving.card import BASE_OF_EMBEDDED
 from prunewright.tools.signals import SIGNALS
@@ -163,7 +157,6 @@ def build_report(run_dirs: Sequence[str | Path]) -> str:
             most=max(deltas, default=0.0) or 1.0,
             signatures=failure_signatures(first.records),
             ended=ended_words(first.metrics) if first.metrics else "",
-            stage_name=stage_name,
             options=_flat(first.config),
             save=f"prunewright save {shlex.quote(str(first.directory.path))}",
         )
@@ -338,8 +331,8 @@ def _headline(run: Compared) -> list[str]:
         f"Perplexity on the test text {'rose' if test.final > test.dense else 'fell'} from "
         f"{test.dense:.2f} to {test.final:.2f}, by {abs(test.final / test.dense - 1):.1%}.",
     ]
-    if trained := trained_words(metrics):
-        words.insert(1, f"After that {trained}.")
+    if metrics.trained_words:
+        words.insert(1, f"After that {metrics.trained_words}.")
     if metrics.dense_sparsity >= NEGLIGIBLE:
         words.append(f"{metrics.dense_sparsity:.2%} were zero in the dense model already.")
     if metrics.knowledge is not None:

@@ -10,7 +10,7 @@ import yaml
 from prunewright.state import PruneConfig
 from prunewright.state.config import BASELINE, EMBEDDED
 from prunewright.state.metrics import NEGLIGIBLE, Metrics
-from prunewright.tools.ending import control_words, stage_words, trained_words
+from prunewright.tools.ending import control_words
 from prunewright.tools.store.rundir import DENSE_MODEL
 
 BASE_OF_EMBEDDED = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -150,13 +150,13 @@ def _steps_words(metrics: Metrics) -> str:
 
 
 def _trained_words(metrics: Metrics) -> str:
-    words = trained_words(metrics)
+    words = metrics.trained_words
     return f"; then {words}" if words else ", without retraining"
 
 
 def _stages_words(metrics: Metrics) -> str:
     """What was done after the last step, a line a stage; "" if nothing was."""
-    lines = [f"- {stage_words(stage)}\n" for stage in metrics.stages]
+    lines = [f"- {stage.words}\n" for stage in metrics.stages]
     return f"\nAfter the last step:\n\n{''.join(lines)}\n" if lines else ""
 
 

@@ -17,7 +17,6 @@ from prunewright.graph.words.steps import step_line, steps_to_go
 from prunewright.state import PruneConfig, Step
 from prunewright.state.metrics import Stage
 from prunewright.state.shown import clean
-from prunewright.tools.ending import stage_words
 from prunewright.tools.signatures import STAGNANT_STEPS, find_signatures
 
 LABELS = {
@@ -243,7 +242,7 @@ class _Times(ProgressColumn):
 def print_stage(screen: Screen, stage: Stage) -> None:
     """Print what a stage after the last step came to, as `Screen.pairs` prints a value."""
     tokens = sum(stage.tokens.values())
-    words = f"{stage_words(stage)}; {duration(stage.seconds)}, {tokens:,} tokens"
+    words = f"{stage.words}; {duration(stage.seconds)}, {tokens:,} tokens"
     if stage.kept:
         screen.pairs([("at the end", words)])
     else:

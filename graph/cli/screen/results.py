@@ -13,7 +13,7 @@ from prunewright.graph.words.runs import (
     time_words,
 )
 from prunewright.state.metrics import Metrics, Pair
-from prunewright.tools.ending import control_words, ended_words, stage_words
+from prunewright.tools.ending import control_words, ended_words
 
 if TYPE_CHECKING:
     from prunewright.tools.evaluation import Evaluation
@@ -46,7 +46,7 @@ def print_metrics(screen: Screen, metrics: Metrics, directory: str, model: str |
             ("sparsity", sparsity_words(metrics)),
             *knowledge_rows(metrics.knowledge),
             *([("control", control_words(metrics.control))] if metrics.control else []),
-            *(("at the end", stage_words(stage)) for stage in metrics.stages),
+            *(("at the end", stage.words) for stage in metrics.stages),
             ("ended", ended_words(metrics)),
             ("steps", f"{metrics.steps}, {metrics.rollbacks} rolled back"),
             ("agent", agent_words(metrics)),
