@@ -19,6 +19,7 @@ def finish(state: PruneState, work: Work) -> PruneUpdate:
     from prunewright.tools.results import Outcome
     from prunewright.tools.results import finish as write_results
 
+    work.tell({"finishing": True})
     request, context, run = work.request, work.context, work.run
     steps, revision = run.read_steps(state["history"]), state["revision"]
     status = state["status"]

@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from prunewright.tools.model.head import Progress
 
 OnEvent = Callable[[str, dict[str, Any]], None]
-"""Called with ``updates`` (a node's name and update) or ``custom`` (progress, step, stage,
-metrics).
+"""Called with ``updates`` (a node's name and update) or ``custom`` (progress, step, finishing,
+stage, metrics).
 
 A step's ``step`` counts from 0, as in trace.jsonl; what people read counts from 1. A baseline,
 which has no nodes, says ``begun`` once its model is loaded. Where nobody is named, a notebook

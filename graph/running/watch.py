@@ -22,8 +22,7 @@ def follow(directory: RunDirectory, poll: float = POLL) -> Iterator[tuple[str, d
     """What happens in a run, from its first step on until it ends.
 
     Yields ``custom`` and ``updates`` events as the runner tells them, the latter without what a
-    node wrote, ``finishing`` once the last step is taken, and ``holder`` events: the ``process``
-    that works on the run, None for nobody.
+    node wrote, and ``holder`` events: the ``process`` that works on the run, None for nobody.
 
     Args:
         directory: of a run; nothing in it is written or locked.

@@ -188,7 +188,9 @@ def test_a_whole_run_is_streamed_and_kept(
     table = updates[0]["profile"]["profile"]["table"]
     assert len(table["0.mlp.down_proj"].split()) == len(table["layer"].split())
     custom = [data for mode, data in events if mode == "custom"]
-    assert {"progress", "step", "stage", "metrics"} == {key for data in custom for key in data}
+    assert {"progress", "step", "finishing", "stage", "metrics"} == {
+        key for data in custom for key in data
+    }
     history = server.client.threads.get_history(thread, limit=100)
     assert [state["next"] for state in history[:2]] == [[], ["finish"]]
     assert history[0]["values"]["status"] == "target_reached"  # type: ignore[call-overload]

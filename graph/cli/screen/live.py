@@ -180,9 +180,7 @@ class Live:
         self._at_work = True
         if node == "profile":
             self._tell_loaded(update.get("dense_perplexity"))
-        if update.get("status", "running") != "running":
-            self._end()
-        elif node in _NEXT:
+        if node in _NEXT and update.get("status", "running") == "running":
             self.say(_NEXT[node])
 
     def _end(self) -> None:
