@@ -312,7 +312,7 @@ def _headline(run: Compared) -> list[str]:
     if config.pattern != "unstructured":
         by += f" in the pattern {config.pattern}"
     undone = {one.name for one in metrics.stages if not one.kept} if metrics is not None else set()
-    if config.reconstruct and "reconstruct" not in undone:
+    if config.reconstruct != "none" and "reconstruct" not in undone:
         by += ", with the kept weights reconstructed"
     if metrics is None:
         done = f"{len(records)} steps were done" if records else "No step had ended yet"
