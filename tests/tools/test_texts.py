@@ -487,8 +487,8 @@ WRONG: dict[str, tuple[str, bytes, str]] = {
     "prose named json": ("a.json", b"Some prose.", "line 1: no JSON"),
     "depth": ("a.json", b"[" * 100_000, "line 1: no JSON.*recursion"),
     "surrogate": ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}', "line 2: .*surrogate"),
-    "csv without text": ("a.csv", b"id,Text\n1,a\n", "no column 'text', only id, Text"),
-    "csv without header": ("a.csv", b"1,a\n2,b\n", "no column 'text', only 1, a"),
+    "csv without text": ("a.csv", b"id,Text\n1,a\n", "no column 'text' or 'question', only id, Text"),
+    "csv without header": ("a.csv", b"1,a\n2,b\n", "no column 'text' or 'question', only 1, a"),
     "csv, two texts": ("a.csv", b"text,text\n1,a\n", "two columns 'text'"),
     "csv, a comma": (
         "a.csv",
@@ -537,7 +537,7 @@ def test_a_file_that_cannot_be_used_is_explained(
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"content": ["a"], "id": [1]}, "has no column 'text', only content, id"),
+        ({"content": ["a"], "id": [1]}, "has no column 'text' or 'question', only content, id"),
         ({"text": [1, 2]}, "row 1: the field 'text' holds int, not a string"),
         ({"text": [b"a"]}, "row 1: the field 'text' holds bytes"),
         ({"text": [None, None]}, "too short for one window"),
@@ -693,3 +693,39 @@ def test_a_data_set_of_the_hub_without_network_is_explained(
 ) -> None:
     with pytest.raises(InputError, match="nobody/no-such-data-set is neither a local file nor"):
         load_windows(options(test="nobody/no-such-data-set"), tokenizer, seed=0)
+
+
+FACT = {"question": "Who wrote Dracula? ", "answers": ["bram stoker", "abraham stoker"]}
+CHOICE = {"subject": "law", "question": "Which?", "choices": ["one", "two "], "answer": 1}
+OFFICIAL = {
+    "Version": "1.0",
+    "Questions": [
+        {
+            "Question-ID": "1",
+            "RawQuestion": "Who wrote Dracula?",
+            "Parses": [{"Answers": [{"AnswersName": ["bram stoker"]}]}],
+        }
+    ],
+}
+AS_TEXT = "Question: Who wrote Dracula?\nAnswer: Bram Stoker"
+
+
+def test_questions_are_read_as_text_with_their_right_answers(tmp_path: Path) -> None:
+    def text(path: Path) -> str:
+        return "".join(texts._open(str(path), "calibration").characters())
+
+    (tmp_path / "dev.json").write_text(json.dumps(OFFICIAL))
+    assert text(tmp_path / "dev.json") == AS_TEXT
+    rows = [FACT, CHOICE, {"text": "Prose."}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = f"{AS_TEXT}\n\nQuestion: Which?\nAnswer: two\n\nProse."
+    assert text(tmp_path / "rows.jsonl") == expected
+    parquet.write_table(pa.Table.from_pylist([FACT, FACT]), tmp_path / "facts.parquet")
+    assert text(tmp_path / "facts.parquet") == f"{AS_TEXT}\n\n{AS_TEXT}"
+
+
+def test_a_question_without_an_answer_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(FACT) + "\n" + json.dumps({"question": "Why?"}) + "\n")
+    with pytest.raises(InputError, match=r"rows.jsonl, line 2: answers: "):
+        list(texts._open(str(path), "calibration").characters())

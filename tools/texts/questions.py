@@ -15,8 +15,8 @@ from prunewright.tools.store.storage import canonical_json, sha256_bytes
 from prunewright.tools.texts.rows import Row, read_file
 
 LETTERS = "ABCDEFGHIJ"
-# A row of questions has one of these.
-_MARKS = ("question", "RawQuestion", "Parses")
+MARKS = ("question", "RawQuestion", "Parses")
+"""A row of questions has one of these fields."""
 _SPLITS = ("test", "validation", "train", "dev")
 
 
@@ -116,6 +116,25 @@ def shown_form(answers: Sequence[str]) -> str:
     return " ".join(word[:1].upper() + word[1:] for word in form.split(" "))
 
 
+def question_text(row: dict[str, Any], where: str) -> str:
+    """A row of questions as a document: the question with its right answer.
+
+    Args:
+        row: of either form.
+        where: it lies, for messages.
+
+    Raises:
+        InputError: it is no question.
+    """
+    if "choices" in row:
+        choice = _checked(row, "1", where, _choice)
+        question, answer = choice.question, choice.choices[choice.answer].strip()
+    else:
+        fact = _checked(row, "1", where, _fact)
+        question, answer = fact.question, shown_form(fact.answers)
+    return f"Question: {question.strip()}\nAnswer: {answer}"
+
+
 def hash_questions(questions: Sequence[Question]) -> str:
     """sha256 over all that the questions say."""
     return sha256_bytes(canonical_json([q.model_dump(mode="json") for q in questions]))
@@ -127,20 +146,28 @@ def _load(source: str, embedded: str, read: Callable[[dict[str, Any], str], _Q])
         where = f"{source}, {place}, question {number}"
         if not isinstance(row, dict):
             raise InputError(f"{where}: not an object with fields, but {type(row).__name__}")
-        try:
-            question = read(row, str(number))
-        except ValidationError as error:
-            raise InputError(f"{where}: {problem_words(error, 'question', 3)}") from None
-        try:
-            json.dumps(question.model_dump(), ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"{where}: half of a surrogate pair, which is no character") from error
+        question = _checked(row, str(number), where, read)
         if question.id in found:
             raise InputError(f"{where}: the id {question.id!r} is there twice")
         found[question.id] = question
     if not found:
         raise InputError(f"{source} holds no questions")
     return list(found.values())
+
+
+def _checked(
+    row: dict[str, Any], number: str, where: str, read: Callable[[dict[str, Any], str], _Q]
+) -> _Q:
+    """A row as a question, or an error that says where it is."""
+    try:
+        question = read(row, number)
+    except ValidationError as error:
+        raise InputError(f"{where}: {problem_words(error, 'question', 3)}") from None
+    try:
+        json.dumps(question.model_dump(), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: half of a surrogate pair, which is no character") from error
+    return question
 
 
 def _choice(row: dict[str, Any], number: str) -> ChoiceQuestion:
@@ -197,7 +224,7 @@ def _rows(source: str, embedded: str) -> Iterator[Row]:
         return
     if not path.is_file():
         raise InputError(f"the source of questions {source} is not a file")
-    rows = read_file(path, "questions", _MARKS).rows
+    rows = read_file(path, "questions", MARKS).rows
     if rows is None:
         raise InputError(
             f"the questions {source} are plain text: give rows as JSON, JSON lines, CSV or Parquet"

@@ -115,7 +115,7 @@ def read_file(
         what: what it is called in messages, such as ``questions``.
         marks: fields that a row has, one or the other. A JSON file that is one object without
             any of them is taken for an object of rows.
-        columns: those that are wanted of a Parquet file; None takes all.
+        columns: those that are wanted of a Parquet file; None, or where one is missing, takes all.
 
     Raises:
         InputError: it is unreadable, or neither text nor rows. The rows and the text raise it,
@@ -328,7 +328,10 @@ def _parquet_rows(
             shutil.copyfileobj(stream, whole)
             stream = whole
         file = parquet.ParquetFile(stream)
-        _check_columns(path, file.schema_arrow.names, marks)
+        names = file.schema_arrow.names
+        _check_columns(path, names, marks)
+        if not {*(columns or ())} <= {*names}:
+            columns = None
         number = 0
         for batch in file.iter_batches(batch_size=_BATCH, columns=columns):
             for value in batch.to_pylist():

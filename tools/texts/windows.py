@@ -19,6 +19,7 @@ from prunewright.state import InputError
 from prunewright.state.config import EMBEDDED, TextOptions
 from prunewright.tools.model.tokens import check_ids, start_tokens, token_ids
 from prunewright.tools.sources import choose_split, find_local, first_line, loading_data_set
+from prunewright.tools.texts.questions import MARKS, question_text
 from prunewright.tools.texts.rows import Row, fields_of, is_file_name, read_file
 
 Role = Literal["calibration", "guard", "test"]
@@ -30,6 +31,8 @@ _SPLITS: dict[Role, tuple[str, ...]] = {
     "guard": ("validation", "train", "test"),
     "test": ("test", "validation", "train"),
 }
+_MARKS = ("text", "question")
+"""A row has one of these fields; or it is FreebaseQA's."""
 _POOL_CHARACTERS = 20_000_000
 """A source is read up to here for a run: some 4 million tokens."""
 _WHOLE_CHARACTERS = 4_000_000
@@ -355,7 +358,7 @@ def _embedded_documents(role: Role) -> Iterator[str]:
 
 
 def _file(path: Path) -> _Text:
-    content = read_file(path, "text", ["text"], columns=["text"])
+    content = read_file(path, "text", _MARKS, columns=["text"])
     label = str(path.resolve())
     if content.text is not None:
         return _Text(label, content.text, whole=True)
@@ -385,8 +388,10 @@ def _data_set(name: str, config: str | None, role: Role) -> _Text:
             return _Text(f"{source}[{split}]", chain.from_iterable(map(_documents, local[split])))
         data = datasets.load_dataset(name, config, split=split, streaming=True)
     features = list(data.features or {})
-    if features and "text" not in features:
-        raise InputError(f"the data set {source} has no field 'text', only {', '.join(features)}")
+    if features and not any(mark in features for mark in _MARKS):
+        raise InputError(
+            f"the data set {source} has no field 'text' or 'question', only {', '.join(features)}"
+        )
 
     def documents() -> Iterator[str]:
         try:
@@ -401,7 +406,7 @@ def _data_set(name: str, config: str | None, role: Role) -> _Text:
 
 
 def _row_text(row: Row, source: str) -> str:
-    """The text of a row; null is an empty one.
+    """The text of a row, or of the question that it is; null is an empty one.
 
     Raises:
         InputError: it has none, or one that is no string of characters.
@@ -410,6 +415,8 @@ def _row_text(row: Row, source: str) -> str:
     if not isinstance(value, dict):
         raise InputError(f"{where}: no field 'text': the row is {type(value).__name__}, no object")
     if "text" not in value:
+        if any(mark in value for mark in MARKS):
+            return question_text(value, where)
         raise InputError(f"{where}: no field 'text', only {fields_of(value)}")
     text = value["text"]
     if text is None:
