@@ -1,6 +1,7 @@
 """One frozen configuration: what a run is (request) and who decides how (context)."""
 
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -8,8 +9,11 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     field_validator,
     model_validator,
 )
@@ -22,6 +26,8 @@ EMBEDDED = "embedded"
 """The name of the model, texts and questions that are installed with the package."""
 ALL = "all"
 """The name that stands for all GPUs of a machine."""
+SELF = "self"
+"""The name that stands for text that the dense model writes itself."""
 Offload = Literal["none", "cpu", "disk"]
 Reconstruct = Literal["none", "layer", "block"]
 BASELINE = "baseline"
@@ -102,12 +108,61 @@ class WindowOptions(Options):
         return self
 
 
-class TextOptions(Options):
-    """Sources of text: ``embedded``, a hub data set ``name[:config]``, or a local file."""
+class TextSource(Options):
+    """A source of a mix."""
 
-    calibration: str = Field("embedded", description="source of the statistics")
+    source: str = Field(description="as a single source is named")
+    weight: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="its share of the windows, against the others'"
+    )
+
+
+def _source_or_mix(value: Any) -> Any:
+    """A mix with its bare names as sources; what holds one plain source is that source."""
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        return value
+    if len(value) == 1 and isinstance(value[0], str):
+        return value[0]
+    return [{"source": item} if isinstance(item, str) else item for item in value]
+
+
+def _unlike(sources: tuple[TextSource, ...]) -> tuple[TextSource, ...]:
+    names = [one.source for one in sources]
+    if doubled := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{doubled} is named twice: give it one weight")
+    if not sources:
+        raise ValueError("a mix has at least one source")
+    return sources
+
+
+def _kind(value: Any) -> str:
+    return "list" if isinstance(value, list | tuple) else "source"
+
+
+Mix = Annotated[
+    Annotated[str, Tag("source")]
+    | Annotated[tuple[TextSource, ...], AfterValidator(_unlike), Tag("list")],
+    Discriminator(_kind),
+    BeforeValidator(_source_or_mix),
+]
+
+
+class TextOptions(Options):
+    """Sources of text: ``embedded``, a hub data set ``name[:config]``, or a local file.
+
+    Calibration and guard may be ``self``, too: text that the dense model writes itself.
+    """
+
+    calibration: Mix = Field(
+        "embedded",
+        description="source of the statistics; self: text that the dense model writes; a list of "
+        "sources, plain or as {source: NAME, weight: 2}, is a mix of their windows",
+    )
     guard: str | None = Field(
-        None, description="source of the guard; null: the calibration source, other windows"
+        None,
+        description="source of the guard; null: what calibration has, mixed alike, other windows",
     )
     test: str = Field("embedded", description="source reported on, never chosen on")
     knowledge: str = Field(
@@ -117,6 +172,56 @@ class TextOptions(Options):
     )
     facts: int = Field(64, ge=1, description="how many of these questions are scored")
     windows: WindowOptions = Field(WindowOptions(), description="how many windows, how long")
+
+    @property
+    def mix(self) -> tuple[TextSource, ...]:
+        """The sources of calibration, one or more."""
+        given = self.calibration
+        return (TextSource(source=given),) if isinstance(given, str) else given
+
+    def sources(self, role: str) -> tuple[TextSource, ...]:
+        """What a role reads, one source or more: ``calibration``, ``guard`` or ``test``."""
+        if role == "calibration" or (role == "guard" and self.guard is None):
+            return self.mix
+        return (TextSource(source=self.test if role == "test" else self.guard or ""),)
+
+    @property
+    def named(self) -> set[str]:
+        """All sources of texts and questions."""
+        texts = {
+            one.source for role in ("calibration", "guard", "test") for one in self.sources(role)
+        }
+        return texts | {self.knowledge}
+
+    @property
+    def calibration_words(self) -> str:
+        """Calibration's sources, with their weights where these differ, for people to read."""
+        if len({one.weight for one in self.mix}) == 1:
+            return " + ".join(one.source for one in self.mix)
+        return " + ".join(f"{one.weight:g} {one.source}" for one in self.mix)
+
+    def renamed(self, name: Callable[[str], str]) -> "TextOptions":
+        """The same with every source under another name, such as where it lies now."""
+        given = self.calibration
+        return self.model_copy(
+            update={
+                "calibration": name(given)
+                if isinstance(given, str)
+                else tuple(s.model_copy(update={"source": name(s.source)}) for s in given),
+                "guard": None if self.guard is None else name(self.guard),
+                "test": name(self.test),
+                "knowledge": name(self.knowledge),
+            }
+        )
+
+    @model_validator(mode="after")
+    def _test_is_given(self) -> "TextOptions":
+        if self.test == SELF:
+            raise ValueError(
+                "test is reported on, and what the model writes itself is no text to report on: "
+                "name another source (a file of that name is ./self)"
+            )
+        return self
 
 
 class ProfileOptions(Options):
@@ -366,6 +471,16 @@ class PruneContext(Options):
 
 class PruneConfig(PruneRequest, PruneContext):
     """The whole configuration, as one YAML file holds it."""
+
+    @model_validator(mode="after")
+    def _asks_what_was_not_shown(self) -> "PruneConfig":
+        asked, shown = self.texts.knowledge, {one.source for one in self.texts.mix} - {EMBEDDED}
+        if self.guard.max_knowledge_drop is not None and asked in shown:
+            raise ValueError(
+                f"guard.max_knowledge_drop asks the questions of {asked}, which texts.calibration "
+                "holds with their answers: give them in two files"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_control(self) -> "PruneConfig":

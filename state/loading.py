@@ -188,9 +188,15 @@ def describe_validation_error(error: ValidationError, model: type[BaseModel]) ->
 def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     found: Any = model
     for part in loc:
-        if isinstance(part, int):
-            found = next(iter(get_args(found)), None)
-        elif isinstance(found, type) and issubclass(found, BaseModel):
-            found = found.model_fields[part].annotation
-    is_model = isinstance(found, type) and issubclass(found, BaseModel)
-    return list(found.model_fields) if is_model else []
+        # Else the place in a list, or which of several forms the value was taken for.
+        if (known := _model_in(found)) and part in known.model_fields:
+            found = known.model_fields[str(part)].annotation
+    inner = _model_in(found)
+    return list(inner.model_fields) if inner else []
+
+
+def _model_in(found: Any) -> type[BaseModel] | None:
+    """The model that a type is, or has the values of."""
+    if isinstance(found, type) and issubclass(found, BaseModel):
+        return found
+    return next(filter(None, map(_model_in, get_args(found))), None)

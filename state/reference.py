@@ -58,8 +58,10 @@ def _lines(
 
 def _form(key: dict[str, Any]) -> str:
     """Type and bounds of a key, in words."""
-    if "anyOf" in key:
-        return " or ".join(_form(option) for option in key["anyOf"])
+    if options := key.get("anyOf") or key.get("oneOf"):
+        return " or ".join(_form(option) for option in options)
+    if "$ref" in key:
+        return "mapping"
     if "enum" in key:
         return "one of " + ", ".join(map(str, key["enum"]))
     words = _TYPES.get(key.get("type", ""), key.get("type", "any value"))

@@ -56,7 +56,7 @@ def prune_once(
     """
     request = config.request
     allocate = resolve_allocation(config.allocation, config.allocation_options, request.pattern)
-    with workbench(request, run.path) as bench:
+    with workbench(request, run.path, progress) as bench:
         _check_pattern(request.pattern, bench.loaded.layers)
         check_pattern(bench)
         if parse_pattern(request.pattern) is None:

@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from prunewright.state import InputError, PruneRequest
-from prunewright.state.config import EMBEDDED, Offload
+from prunewright.state.config import EMBEDDED, SELF, Offload
 from prunewright.tools.criteria import LayerStatistics, find_criterion, prune_mask
 from prunewright.tools.execution.base import TOKENS
 from prunewright.tools.execution.blocks import STATES
@@ -395,8 +395,7 @@ def _memory(
     # The mean squares of each weight's gradient, in float32, and those of the newest, too, while
     # the older are let go.
     gradients = 8 * shape.prunable if find_criterion(request.criterion).by_weight else 0
-    sources = request.texts.model_dump(include={"calibration", "guard", "test"}).values()
-    texts = SHORT if {*sources} <= {EMBEDDED, None} else TEXTS
+    texts = SHORT if request.texts.named <= {EMBEDDED, SELF} else TEXTS
     if processor:
         # A small model leaves small holes.
         host = base + min(HELD, weights) + texts + gradients + live + max(parts.values())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prunewright.state import InputError, PruneConfig, PrunewrightError, StoreError
+from prunewright.state.config import SELF
 from prunewright.state.metrics import Metrics
 from prunewright.state.run import TOLERANCE
 from prunewright.state.study import (
@@ -33,7 +34,7 @@ from prunewright.tools.evaluation.harness import prepare_tasks
 from prunewright.tools.model.loading import model_digest
 from prunewright.tools.store.storage import canonical_json, read_json, sha256_bytes
 from prunewright.tools.texts.questions import hash_questions, load_facts
-from prunewright.tools.texts.windows import Role, source_digest
+from prunewright.tools.texts.windows import ROLES, Role, source_digest
 
 NOT_SCORED_FOR_CHOOSING = ("test", "llm")
 """Uses of tokens that choose nothing, or that are exchanged and not scored."""
@@ -63,6 +64,8 @@ class Digests:
         Raises:
             InputError: missing or unreadable.
         """
+        if source == SELF:
+            return SELF  # it follows from the model and the configuration
         if (source, role) not in self._texts:
             self._texts[source, role] = source_digest(source, role)
         return self._texts[source, role]
@@ -84,15 +87,14 @@ class Digests:
 
     def calibration(self, config: PruneConfig) -> dict[str, str]:
         """Of a configuration's own texts, and of the facts that its guard asks, by role."""
-        texts = config.texts
-        sources: dict[Role, str] = {
-            "calibration": texts.calibration,
-            "guard": texts.guard or texts.calibration,
-            "test": texts.test,
-        }
-        found = {str(role): self.text(source, role) for role, source in sources.items()}
+        found: dict[str, str] = {}
+        for role in ROLES:
+            mix = config.texts.sources(role)
+            digests = [self.text(one.source, role) for one in mix]
+            weighed = [(text, one.weight) for text, one in zip(digests, mix, strict=True)]
+            found[role] = digests[0] if len(mix) == 1 else sha256_bytes(canonical_json(weighed))
         if config.guard.max_knowledge_drop is not None:
-            found["knowledge"] = hash_questions(load_facts(texts.knowledge))
+            found["knowledge"] = hash_questions(load_facts(config.texts.knowledge))
         return found
 
 

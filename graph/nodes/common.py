@@ -66,7 +66,7 @@ class Work:
         with _IMPORTING:
             from prunewright.tools.bench.workbench import workbench
 
-        with workbench(self.request, self.run.path) as bench:
+        with workbench(self.request, self.run.path, self.progress) as bench:
             if self.run.manifest_file.exists():
                 self.run.check(self.request, bench.facts())
             yield bench

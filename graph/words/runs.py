@@ -11,13 +11,13 @@ from prunewright.state.metrics import NEGLIGIBLE, Metrics, Pair
 def request_rows(config: PruneConfig) -> list[tuple[str, str]]:
     """What a run is asked to do: target, criterion, texts."""
     windows, texts = config.texts.windows, config.texts
-    guard = texts.guard or f"{texts.calibration} (other windows)"
+    guard = texts.guard or f"{texts.calibration_words} (other windows)"
     return [
         ("target", target_words(config)),
         ("criterion", config.criterion_words),
         (
             "texts",
-            f"calibration {texts.calibration}, {windows.calibration} windows; "
+            f"calibration {texts.calibration_words}, {windows.calibration} windows; "
             f"guard {guard}, {windows.guard}; test {texts.test}, {windows.test}; "
             f"{windows.length} tokens each",
         ),

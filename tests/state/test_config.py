@@ -294,3 +294,49 @@ def test_a_removed_key_says_what_to_use_and_its_null_is_read() -> None:
         validate_config({"guard": {"max_price": 2.0}})
     old = validate_config({"guard": {"max_price": None, "max_increase": 0.1}})
     assert old == validate_config({"guard": {"max_increase": 0.1}})
+
+
+def test_calibration_is_a_source_or_a_mix() -> None:
+    (alone,) = load_config(None, ["texts.calibration=a"]).texts.mix
+    assert (alone.source, alone.weight) == ("a", 1)
+    config = load_config(None, ["texts.calibration=[a, {source: 'b:c', weight: 2}]"])
+    assert [(one.source, one.weight) for one in config.texts.mix] == [("a", 1), ("b:c", 2)]
+    assert config.texts.sources("guard") == config.texts.mix
+    assert config.texts.calibration_words == "1 a + 2 b:c"
+    assert validate_config(yaml.safe_load(config.to_yaml())) == config
+    assert load_config(None, ["texts.calibration=[a]"]).texts.calibration == "a"
+    moved = config.texts.renamed(lambda source: f"/there/{source}")
+    assert [one.source for one in moved.mix] == ["/there/a", "/there/b:c"]
+    assert (moved.guard, moved.test) == (None, "/there/embedded")
+
+
+@pytest.mark.parametrize(
+    ("calibration", "words"),
+    [
+        ([], "a mix has at least one source"),
+        (["a", "b", "a"], "a is named twice"),
+        (["a", {"source": "b", "wieght": 2}], "calibration.list.1.wieght; did you mean weight?"),
+        (["a", {"source": "b", "weight": 0}], "weight: Input should be greater than 0"),
+        (["a", {"source": "b", "weight": float("inf")}], "weight: Input should be a finite number"),
+        (["a", {"weight": 2}], "source: Field required"),
+        (3, "texts.calibration"),
+    ],
+)
+def test_what_is_no_mix_is_refused(calibration: Any, words: str) -> None:
+    with pytest.raises(InputError) as error:
+        validate_config({"texts": {"calibration": calibration}})
+    assert words in str(error.value)
+
+
+def test_nothing_is_reported_on_text_that_the_model_wrote() -> None:
+    with pytest.raises(InputError, match="no text to report on"):
+        validate_config({"texts": {"test": "self"}})
+
+
+def test_the_guard_asks_no_questions_that_calibration_answers() -> None:
+    texts = {"calibration": ["embedded", "facts.json"], "knowledge": "facts.json"}
+    assert validate_config({"texts": texts}).texts.knowledge == "facts.json"
+    with pytest.raises(InputError, match="give them in two files"):
+        validate_config({"texts": texts, "guard": {"max_knowledge_drop": 0.2}})
+    own = {"texts": {"calibration": "embedded"}, "guard": {"max_knowledge_drop": 0.2}}
+    assert validate_config(own).texts.knowledge == "embedded"  # questions, and a corpus

@@ -18,6 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -487,7 +489,11 @@ WRONG: dict[str, tuple[str, bytes, str]] = {
     "prose named json": ("a.json", b"Some prose.", "line 1: no JSON"),
     "depth": ("a.json", b"[" * 100_000, "line 1: no JSON.*recursion"),
     "surrogate": ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}', "line 2: .*surrogate"),
-    "csv without text": ("a.csv", b"id,Text\n1,a\n", "no column 'text' or 'question', only id, Text"),
+    "csv without text": (
+        "a.csv",
+        b"id,Text\n1,a\n",
+        "no column 'text' or 'question', only id, Text",
+    ),
     "csv without header": ("a.csv", b"1,a\n2,b\n", "no column 'text' or 'question', only 1, a"),
     "csv, two texts": ("a.csv", b"text,text\n1,a\n", "two columns 'text'"),
     "csv, a comma": (
@@ -695,6 +701,112 @@ def test_a_data_set_of_the_hub_without_network_is_explained(
         load_windows(options(test="nobody/no-such-data-set"), tokenizer, seed=0)
 
 
+@pytest.fixture
+def three(tmp_path: Path) -> dict[str, Path]:
+    """Three files, each of documents of its own."""
+    names = ("a", "b", "c")
+    return {n: write(tmp_path / f"{n}.jsonl", documents(70 + i)) for i, n in enumerate(names)}
+
+
+def owners(
+    drawn: list[tuple[int, ...]], files: dict[str, Path], tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """Which of the files each window is of."""
+    pools = {
+        name: set(map(tuple, load_test_windows(str(path), tokenizer, None, 32).tolist()))
+        for name, path in files.items()
+    }
+    return "".join(next(n for n, pool in pools.items() if row in pool) for row in drawn)
+
+
+def test_a_mix_is_shared_out_by_weight_and_takes_turns(
+    three: dict[str, Path], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    weights = {"a": 5, "b": 2, "c": 1}
+    mix = [{"source": str(three[n]), "weight": w} for n, w in weights.items()]
+    counts = {"calibration": 16, "gradient": 8, "guard": 8, "test": 4}
+    windows = load_windows(
+        options(calibration=mix, test=str(three["c"]), windows=counts), tokenizer, seed=0
+    )
+    whole = owners(rows(windows, "calibration"), three, tokenizer)
+    assert {n: whole.count(n) for n in weights} == {"a": 10, "b": 4, "c": 2}
+    for end in range(1, 17):  # any first part has the mix, to a window
+        for name, weight in weights.items():
+            assert abs(whole[:end].count(name) - weight / 8 * end) <= 1
+    guard = owners(rows(windows, "guard"), three, tokenizer)
+    assert {n: guard.count(n) for n in weights} == weights
+    assert_disjoint(windows)
+    assert windows.sources["guard"] == " + ".join(
+        f"{three[n]} ({w} windows)" for n, w in weights.items()
+    )
+    again = load_windows(
+        options(calibration=mix, test=str(three["c"]), windows=counts), tokenizer, seed=1
+    )
+    assert set(rows(windows, "calibration")) != set(rows(again, "calibration"))
+    assert torch.equal(windows.test, again.test)
+
+
+@given(
+    count=st.integers(1, 100),
+    weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=6),
+)
+def test_windows_are_shared_out_to_less_than_one(count: int, weights: list[float]) -> None:
+    shares = texts.share_out(count, weights)
+    assert sum(shares) == count
+    for share, weight in zip(shares, weights, strict=True):
+        assert abs(share - count * weight / sum(weights)) < 1
+
+
+def test_a_mix_of_one_source_draws_what_the_source_alone_does(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    alone = load_windows(options(), tokenizer, seed=3)
+    mixed = load_windows(options(calibration=[{"source": "embedded"}]), tokenizer, seed=3)
+    assert alone.hashes == mixed.hashes
+
+
+@pytest.mark.parametrize(
+    ("mix", "words"),
+    [
+        (["a", {"source": "b", "weight": 0.01}], "b.jsonl gets none of the 4 calibration windows"),
+        (["a", "./x/../a"], "a.jsonl is twice among the sources of the calibration text"),
+        (["a", "short"], "short.jsonl, the calibration text, is too short for one window"),
+    ],
+)
+def test_a_mix_that_cannot_be_drawn_is_refused(
+    mix: list[Any],
+    words: str,
+    three: dict[str, Path],
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    write(tmp_path / "short.jsonl", ["a"])
+    named = [
+        item | {"source": f"{item['source']}.jsonl"} if isinstance(item, dict) else f"{item}.jsonl"
+        for item in mix
+    ]
+    with pytest.raises(InputError) as error:
+        load_windows(options(calibration=named), tokenizer, seed=0)
+    assert words in str(error.value)
+
+
+def test_a_guard_for_which_a_mix_has_too_little_is_told_of_one_of_its_own(
+    three: dict[str, Path], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    total = len(load_test_windows(str(three["a"]), tokenizer, None, 32))
+    counts = {"calibration": 2 * total - 2, "guard": 10}
+    mix = [str(three["a"]), str(three["b"])]
+    with pytest.raises(InputError, match=r"or texts\.guard a source of its own"):
+        load_windows(options(calibration=mix, windows=counts), tokenizer, seed=0)
+    own = load_windows(
+        options(calibration=mix, windows=counts, guard=str(three["c"])), tokenizer, 0
+    )
+    assert owners(rows(own, "guard"), three, tokenizer) == 10 * "c"
+
+
 FACT = {"question": "Who wrote Dracula? ", "answers": ["bram stoker", "abraham stoker"]}
 CHOICE = {"subject": "law", "question": "Which?", "choices": ["one", "two "], "answer": 1}
 OFFICIAL = {
@@ -729,3 +841,21 @@ def test_a_question_without_an_answer_is_no_text(tmp_path: Path) -> None:
     path.write_text(json.dumps(FACT) + "\n" + json.dumps({"question": "Why?"}) + "\n")
     with pytest.raises(InputError, match=r"rows.jsonl, line 2: answers: "):
         list(texts._open(str(path), "calibration").characters())
+
+
+def test_what_the_model_wrote_is_asked_for_once_and_drawn_from(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    asked = []
+
+    def write_own(count: int) -> Path:
+        asked.append(count)
+        return write(tmp_path / "self.jsonl", documents(80))
+
+    mix = options(calibration=["embedded", "self"])
+    windows = texts.load_windows(mix, tokenizer, 0, rows=512, write=write_own)
+    assert asked == [3]  # of 4 and of 3 windows, the odd one goes to the first
+    assert_disjoint(windows)
+    files = {"s": tmp_path / "self.jsonl"}
+    own = rows(windows, "calibration")[1::2] + rows(windows, "guard")[1:2]
+    assert owners(own, files, tokenizer) == "sss"

@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import json
 import random
 import sys
 import threading
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prunewright.state import InputError, PruneRequest, StoreError, parse_pattern
-from prunewright.state.config import EMBEDDED
+from prunewright.state.config import EMBEDDED, SELF
 from prunewright.state.profile import ModelProfile
 from prunewright.state.run import DENSE
 from prunewright.tools import criteria
@@ -29,16 +30,19 @@ from prunewright.tools.model.head import Head, Progress, told
 from prunewright.tools.model.layers import Layer
 from prunewright.tools.model.loading import LoadedModel, load_model
 from prunewright.tools.model.tokens import embedding_rows
+from prunewright.tools.model.writing import write_documents
 from prunewright.tools.solve.fit import Fit
 from prunewright.tools.solve.solving import BlockSolver, Solved, Wanted, solves
 from prunewright.tools.sources import first_line
 from prunewright.tools.store.revisions import Manifest, RevisionStore, StoredLayer
+from prunewright.tools.store.rundir import OWN_TEXT
 from prunewright.tools.store.standing import setting_files
 from prunewright.tools.store.storage import (
     canonical_json,
     read_json,
     sha256_bytes,
     sha256_file,
+    write_atomic,
     write_json,
 )
 from prunewright.tools.texts.questions import hash_questions, load_facts
@@ -52,7 +56,9 @@ class Workbench:
     only saves time, and a new process computes the same again.
     """
 
-    def __init__(self, request: PruneRequest) -> None:
+    def __init__(
+        self, request: PruneRequest, run_directory: Path = Path(), progress: Progress | None = None
+    ) -> None:
         find_criterion(request.criterion)  # an unknown one is refused before a model is loaded
         self.request = request
         source = criteria.REGISTRY.source(request.criterion)
@@ -68,12 +74,11 @@ class Workbench:
         _own_memory(self.loaded, request.offload)
         self.loaded.check_length(request.texts.windows.length)
         self._rows = embedding_rows(self.loaded.model)
-        self.windows: Windows = load_windows(
-            request.texts, self.loaded.tokenizer, request.seed, rows=self._rows
-        )
+        self.store = RevisionStore(run_directory / "revisions")
+        self._own_text = b""
+        self.windows: Windows = self._load_windows(progress)
         self._stamps = _stamps(request, self.loaded.directory)
         self.head = Head(self.loaded.model)
-        self.store = RevisionStore(Path())
         self._at: Manifest = {}
         zeros = read_at_once(
             count_zeros(self.loaded.weight(ly)) for ly in self.loaded.layers.values()
@@ -92,6 +97,43 @@ class Workbench:
         self._activations: tuple[str, Activations] | None = None
         self._gradients: tuple[str, Gradients] | None = None
         self._facts: tuple[str, list[tuple[list[int], list[int]]]] | None = None
+
+    def move(self, run_directory: Path) -> None:
+        """Serve another run of the same request, which may have text of its own."""
+        if self.store.directory == run_directory / "revisions":
+            return
+        self.store = RevisionStore(run_directory / "revisions")
+        if SELF in self.request.texts.named:
+            self.windows = self._load_windows()
+            self.forget_statistics()
+
+    def _load_windows(self, progress: Progress | None = None) -> Windows:
+        texts, tokenizer, seed = self.request.texts, self.loaded.tokenizer, self.request.seed
+
+        def write(windows: int) -> Path:
+            """The run's file of what the dense model writes by itself, made once."""
+            path = self.store.directory.parent / OWN_TEXT
+            if path.exists():
+                self._own_text = path.read_bytes()
+                return path
+            if not self._own_text:
+                if self.request.offload != "none":
+                    raise InputError(
+                        f"with offload {self.request.offload} a model does not write text by "
+                        "itself, for which all its weights would be read for each token: let "
+                        f"texts.calibration name the {OWN_TEXT} of another run of this model, or "
+                        "another text"
+                    )
+                tokens = windows * texts.windows.length
+                documents = write_documents(
+                    self.loaded.model, tokenizer, tokens, seed, rows=self._rows, progress=progress
+                )
+                rows = [f"{json.dumps({'text': text})}\n" for text in documents]
+                self._own_text = "".join(rows).encode()
+            write_atomic(path, self._own_text)
+            return path
+
+        return load_windows(texts, tokenizer, seed, rows=self._rows, write=write)
 
     @property
     def stale(self) -> bool:
@@ -603,11 +645,9 @@ def _own_memory(loaded: LoadedModel, offload: str) -> None:
 def _stamps(request: PruneRequest, directory: Path) -> set[tuple[str, int, int]]:
     """Path, size and time of change of the files of a model and of the local texts."""
     paths = [*directory.glob("*.safetensors"), *setting_files(directory)]
-    texts = request.texts
-    for source in {texts.calibration, texts.guard, texts.test, texts.knowledge}:
-        if source is not None and source != EMBEDDED:
-            path = Path(source).expanduser()
-            paths += path.rglob("*") if path.is_dir() else [path]
+    for source in request.texts.named - {EMBEDDED, SELF}:
+        path = Path(source).expanduser()
+        paths += path.rglob("*") if path.is_dir() else [path]
     stamps = set()
     for path in paths:
         with suppress(OSError):  # a data set of the hub; a file that has just gone
@@ -621,7 +661,9 @@ _current: Workbench | None = None
 
 
 @contextmanager
-def workbench(request: PruneRequest, run_directory: Path) -> Iterator[Workbench]:
+def workbench(
+    request: PruneRequest, run_directory: Path, progress: Progress | None = None
+) -> Iterator[Workbench]:
     """The process's workbench for a request, held by the caller until the block ends.
 
     One model is live at a time: threads with the same request share it in turn, each syncing
@@ -630,7 +672,8 @@ def workbench(request: PruneRequest, run_directory: Path) -> Iterator[Workbench]
 
     Args:
         request: what to load.
-        run_directory: where the caller's revisions are stored.
+        run_directory: where the caller's revisions are stored, and the text that its model writes.
+        progress: told of that text, if it has to be written.
     """
     global _current
     with _lock:
@@ -639,10 +682,8 @@ def workbench(request: PruneRequest, run_directory: Path) -> Iterator[Workbench]
                 if _current is not None:
                     _current.loaded.close()
                     _current = None
-                _current = Workbench(request)
-            store = RevisionStore(run_directory / "revisions")
-            if _current.store.directory != store.directory:
-                _current.store = store
+                _current = Workbench(request, run_directory, progress)
+            _current.move(run_directory)
             yield _current
         except (RuntimeError, MemoryError) as error:
             if not _no_room(error):

@@ -27,7 +27,7 @@ from prunewright.state import (
     StoreError,
     validate_config,
 )
-from prunewright.state.config import EMBEDDED
+from prunewright.state.config import EMBEDDED, SELF
 from prunewright.state.loading import parse_yaml
 from prunewright.tools.store.manifest import (
     decides,
@@ -62,6 +62,8 @@ _Settings = TypeVar("_Settings", PruneRequest, PruneContext, PruneConfig)
 _STEP_FILE = re.compile(r"steps/\d{4,}-[a-z]+-([0-9a-f]{12})\.json")
 DENSE_MODEL = "dense"
 """Where a run keeps the model that it began with, if that was given in memory."""
+OWN_TEXT = "self.jsonl"
+"""Where a run keeps the text that its dense model wrote, if it calibrates on it."""
 
 
 class RunDirectory:
@@ -83,6 +85,7 @@ class RunDirectory:
         self.model = self.path / "model"
         self.steps = StepLog(self.trace_file, self.path / "steps")
         self.dense = self.path / DENSE_MODEL
+        self.own_text = self.path / OWN_TEXT
         self.lock_file = self.path / ".lock"
         self.holder_file = self.path / ".lock-holder"
         try:
@@ -191,6 +194,8 @@ class RunDirectory:
         if Path(config.model) == final.absolute() / DENSE_MODEL:
             for path in self.dense.iterdir():
                 share(path, other.dense / path.name)
+        if self.own_text.exists():
+            share(self.own_text, other.own_text)
         for path in sorted((self.path / "steps").glob("*.json")):
             number = path.name.partition("-")[0]
             if number.isdigit() and int(number) < len(lines):
@@ -257,6 +262,7 @@ class RunDirectory:
         for path in (
             self.config_file,
             self.manifest_file,
+            self.own_text,
             self.holder_file,
             *self.path.glob(f"{self.database.name}*"),
             self.lock_file,
@@ -310,7 +316,7 @@ class RunDirectory:
         for path in (
             *(self.lock_file, self.holder_file, self.config_file, self.manifest_file),
             *(self.trace_file, self.metrics_file, self.finishing_file, self.control_file),
-            self.path / "steps",
+            *(self.own_text, self.path / "steps"),
             *(revisions, revisions / "masks", revisions / "manifests"),
             *self.path.glob(f"{self.database.name}*"),
         ):
@@ -539,22 +545,19 @@ class RunDirectory:
         """
         found: dict[str, Any] = {}
         if isinstance(settings, PruneRequest):
-            texts = {
-                name: self._find(getattr(settings.texts, name))
-                for name in ("calibration", "guard", "test", "knowledge")
-            }
             found["model"] = self._find(settings.model)
-            found["texts"] = settings.texts.model_copy(update=texts)
+            found["texts"] = settings.texts.renamed(self._find)
         if isinstance(settings, PruneContext):
-            found["prompts"] = self._find(settings.prompts)
+            if settings.prompts is not None:
+                found["prompts"] = self._find(settings.prompts)
             for name, kinds in (("agent", ("replay", "exchange")), ("allocation", ("from",))):
                 kind, _, path = getattr(settings, name).partition(":")
                 if kind in kinds:
                     found[name] = f"{kind}:{self._find(path)}"
         return settings.model_copy(update=found)
 
-    def _find(self, source: str | None) -> str | None:
-        if source is None or source == EMBEDDED:
+    def _find(self, source: str) -> str:
+        if source in (EMBEDDED, SELF):
             return source
         with suppress(OSError, RuntimeError):  # no path at all
             return next((str(p) for p in self._places(Path(source)) if p.exists()), source)

@@ -2,8 +2,8 @@
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from itertools import chain, permutations
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prunewright.state import InputError
-from prunewright.state.config import EMBEDDED, TextOptions
+from prunewright.state.config import EMBEDDED, SELF, TextOptions
 from prunewright.tools.model.tokens import check_ids, start_tokens, token_ids
 from prunewright.tools.sources import choose_split, find_local, first_line, loading_data_set
 from prunewright.tools.texts.questions import MARKS, question_text
@@ -41,6 +41,10 @@ _POOL_TIMES = 4
 that are wanted of it."""
 
 
+Writer = Callable[[int], Path]
+"""Gives the file with what the dense model writes by itself: text for a number of windows."""
+
+
 @dataclass(frozen=True)
 class Windows:
     """Token windows of the three roles; no two roles share one.
@@ -50,7 +54,7 @@ class Windows:
         guard: ids [windows, length].
         test: ids [windows, length].
         hashes: sha256 of each role's ids.
-        sources: what each role was read from, ``source[split]``.
+        sources: what each role was read from, ``source[split]``; of a mix each with its windows.
     """
 
     calibration: Tensor
@@ -61,63 +65,60 @@ class Windows:
 
 
 def load_windows(
-    options: TextOptions, tokenizer: PreTrainedTokenizerBase, seed: int, *, rows: int
+    options: TextOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    *,
+    rows: int,
+    write: Writer | None = None,
 ) -> Windows:
     """Read, pack and draw the windows of all three roles.
 
     Calibration and guard windows are drawn by ``seed``; test windows are the first of their
     text, as the literature takes them. Roles that read the same text get disjoint windows. They
     are drawn from the first `_WHOLE_CHARACTERS` of a text, or further on where these are less than
-    `_POOL_TIMES` the windows that are wanted, but never beyond `_POOL_CHARACTERS`.
+    `_POOL_TIMES` the windows that are wanted, but never beyond `_POOL_CHARACTERS`. The windows of
+    a mix are shared out over its sources by weight, and take turns.
 
     Args:
         options: what is read, and how much.
         tokenizer: the model's.
         seed: of the draws.
         rows: `embedding_rows` of the model.
+        write: gives what the model writes by itself, where a source is `SELF`.
 
     Raises:
-        InputError: a source is missing or unreadable, too short, or shared under two names, or a
-            window holds a token that the model does not know.
+        InputError: a source is missing or unreadable, too short, shared under two names, or gets
+            no window of calibration; or a window holds a token that the model does not know.
     """
-    wanted = {
-        "calibration": options.windows.calibration,
-        "guard": options.windows.guard,
-        "test": options.windows.test,
-    }
     length = options.windows.length
-    opened = {role: _open(_source(options, role), role) for role in ROLES}
-    sources: dict[str, str] = {role: text.label for role, text in opened.items()}
+    parts, texts = _parts(options, write)
     pools: dict[str, _Pool] = {}
-    for role, text in opened.items():
-        if text.label not in pools:
-            sharing = sum(wanted[r] for r in ROLES if sources[r] == text.label)
-            pools[text.label] = _Pool.of(text, tokenizer, length, _POOL_TIMES * sharing)
-            if not len(pools[text.label].windows):
+    for part in parts:
+        if part.label not in pools:
+            sharing = sum(other.count for other in parts if other.label == part.label)
+            text = texts[part.label]
+            pools[part.label] = _Pool.of(text, tokenizer, length, _POOL_TIMES * sharing)
+            if not len(pools[part.label].windows):
                 raise InputError(
-                    f"{text.label}, the {role} text, is too short for one window of "
+                    f"{part.label}, the {part.role} text, is too short for one window of "
                     f"{length} tokens: give more text, or a smaller texts.windows.length"
                 )
-    drawn: dict[str, list[int]] = {}
     # The test text keeps its order and its beginning; the others draw from what is left.
-    for role in ("test", "calibration", "guard"):
-        pool, count = pools[sources[role]], wanted[role]
-        if len(pool.left) < count:
-            raise InputError(
-                f"{sources[role]} has {len(pool.left)} windows of {length} tokens left "
-                f"for the {role} text{_bound(pool.characters)}, {count} are asked for: lower "
-                f"texts.windows.{role} or texts.windows.length, or give more text"
-            )
-        if role != "test":
-            random.Random(f"{seed}/{role}").shuffle(pool.left)
-        drawn[role], rest = pool.left[:count], pool.left[count:]
-        # A text that repeats itself must not give one role what another has.
-        taken = {pool.digests[index] for index in drawn[role]}
-        pool.left = [index for index in rest if pool.digests[index] not in taken]
-    _refuse_shared(drawn, pools, sources)
-    tensors = {role: _tensor(pools[sources[role]].windows[drawn[role]]) for role in ROLES}
-    for role, windows in tensors.items():
-        check_ids(windows, tokenizer, rows, f"{sources[role]}, the {role} text,")
+    for part in sorted(parts, key=lambda part: part.role != "test"):
+        _draw(part, pools[part.label], seed, options)
+    _refuse_shared(parts, pools)
+    tensors: dict[Role, Tensor] = {}
+    sources: dict[str, str] = {}
+    for role in ROLES:
+        own = [part for part in parts if part.role == role]
+        rows_of = [iter(pools[part.label].windows[part.drawn]) for part in own]
+        turns = _turns([part.count for part in own])
+        tensors[role] = _tensor(np.stack([next(rows_of[turn]) for turn in turns]))
+        sources[role] = own[0].label
+        if len(own) > 1:
+            sources[role] = " + ".join(f"{part.label} ({part.count} windows)" for part in own)
+        check_ids(tensors[role], tokenizer, rows, f"{sources[role]}, the {role} text,")
     return Windows(
         calibration=tensors["calibration"],
         guard=tensors["guard"],
@@ -125,6 +126,16 @@ def load_windows(
         hashes={role: hash_windows(t) for role, t in sorted(tensors.items())},
         sources=sources,
     )
+
+
+def share_out(count: int, weights: Sequence[float]) -> list[int]:
+    """A number of windows by weight: whole ones, the largest remainders rounded up."""
+    exact = [count * weight / sum(weights) for weight in weights]
+    shares = [int(share) for share in exact]
+    order = sorted(range(len(weights)), key=lambda i: shares[i] - exact[i])
+    for i in order[: count - sum(shares)]:
+        shares[i] += 1
+    return shares
 
 
 def load_test_windows(
@@ -288,6 +299,89 @@ class _Pool:
         return cls(windows, digests, list(range(len(windows))), characters)
 
 
+@dataclass
+class _Part:
+    """What a role takes of one source.
+
+    Attributes:
+        role: whose.
+        number: of the source in the role's mix.
+        source: its name.
+        count: windows.
+        label: of the source's text.
+        drawn: windows of it, by index.
+    """
+
+    role: Role
+    number: int
+    source: str
+    count: int
+    label: str = ""
+    drawn: list[int] = field(default_factory=list)
+
+
+def _turns(counts: Sequence[int]) -> list[int]:
+    """Which source each window is of: any first part of them has about the mix of the whole."""
+    taken, turns = [0] * len(counts), []
+    for number in range(1, sum(counts) + 1):
+        behind = [c * number / sum(counts) - t for c, t in zip(counts, taken, strict=True)]
+        turn = behind.index(max(behind))
+        taken[turn] += 1
+        turns.append(turn)
+    return turns
+
+
+def _parts(options: TextOptions, write: Writer | None) -> tuple[list[_Part], dict[str, _Text]]:
+    """What each role takes of each of its sources, and their texts by label."""
+    parts: list[_Part] = []
+    for role in ROLES:
+        mix, count = options.sources(role), getattr(options.windows, role)
+        for number, share in enumerate(share_out(count, [one.weight for one in mix])):
+            if share:
+                parts.append(_Part(role, number, mix[number].source, share))
+            elif role == "calibration":
+                raise InputError(
+                    f"{mix[number].source} gets none of the {count} calibration windows by its "
+                    "weight: raise texts.windows.calibration or the weight, or leave it out"
+                )
+    texts: dict[str, _Text] = {}
+    for part in parts:
+        if part.source != SELF:
+            text = _open(part.source, part.role)
+        elif SELF in texts:
+            text = texts[SELF]
+        elif write is None:
+            raise InputError(f"{SELF}, the {part.role} text, is only written in a run")
+        else:
+            path = write(sum(p.count for p in parts if p.source == SELF))
+            text = replace(_file(path), label=SELF)
+        if any(text.label == p.label for p in parts if p.role == part.role):
+            raise InputError(f"{text.label} is twice among the sources of the {part.role} text")
+        part.label = text.label
+        texts[text.label] = text
+    return parts, texts
+
+
+def _draw(part: _Part, pool: _Pool, seed: int, options: TextOptions) -> None:
+    """Take a part's windows from those that its text has left."""
+    role, count = part.role, part.count
+    if len(pool.left) < count:
+        own = options.guard is None and role == "guard"
+        raise InputError(
+            f"{part.label} has {len(pool.left)} windows of {options.windows.length} tokens left "
+            f"for the {role} text{_bound(pool.characters)}, {count} are asked for: lower "
+            f"texts.windows.{role} or texts.windows.length, or give more text"
+            f"{', or texts.guard a source of its own' if own else ''}"
+        )
+    if role != "test":
+        number = f"/{part.number}" if part.number else ""
+        random.Random(f"{seed}/{role}{number}").shuffle(pool.left)
+    part.drawn, rest = pool.left[:count], pool.left[count:]
+    # A text that repeats itself must not give one role what another has.
+    taken = {pool.digests[index] for index in part.drawn}
+    pool.left = [index for index in rest if pool.digests[index] not in taken]
+
+
 def _bound(characters: int) -> str:
     """Words for a text of which only the beginning was read."""
     if characters < _POOL_CHARACTERS:
@@ -299,24 +393,16 @@ def _tensor(windows: NDArray[np.int32]) -> Tensor:
     return torch.from_numpy(windows.astype(np.int64))
 
 
-def _source(options: TextOptions, role: Role) -> str:
-    if role == "guard":
-        return options.guard or options.calibration
-    return options.calibration if role == "calibration" else options.test
-
-
-def _refuse_shared(
-    drawn: dict[str, list[int]], pools: dict[str, _Pool], sources: dict[str, str]
-) -> None:
+def _refuse_shared(parts: Sequence[_Part], pools: dict[str, _Pool]) -> None:
     """Refuse a window that another role's source holds anywhere, drawn from there or not."""
     whole = {label: set(pool.digests) for label, pool in pools.items()}
-    for role, other in permutations(ROLES, 2):
-        if sources[role] != sources[other] and not whole[sources[other]].isdisjoint(
-            pools[sources[role]].digests[index] for index in drawn[role]
-        ):
+    for part, other in permutations(parts, 2):
+        drawn = {pools[part.label].digests[index] for index in part.drawn}
+        alike = part.role == other.role or part.label == other.label
+        if not alike and not whole[other.label].isdisjoint(drawn):
             raise InputError(
-                f"the {role} text ({sources[role]}) holds a window that the {other} text "
-                f"({sources[other]}) holds too: name the same source for both, so that they "
+                f"the {part.role} text ({part.label}) holds a window that the {other.role} text "
+                f"({other.label}) holds too: name the same source for both, so that they "
                 "are kept apart, or give different texts"
             )
 
