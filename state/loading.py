@@ -3,6 +3,7 @@
 import difflib
 import math
 from contextlib import suppress
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -67,9 +68,15 @@ def _words(error: yaml.YAMLError) -> str:
     return f"{where}: {problem}" if problem else where
 
 
+PRESETS = ("paper", "fast", "best")
+"""Configurations that come with the package, to begin from."""
+
+
 def load_config(
     path: str | Path | None = None,
     overrides: Annotated[list[str] | None, "key=value"] = None,
+    *,
+    preset: str | None = None,
     **values: Any,
 ) -> PruneConfig:
     """Read a YAML file, apply ``key=value`` overrides (dots reach nested keys), validate.
@@ -77,23 +84,38 @@ def load_config(
     Args:
         path: the YAML file; None starts from the defaults.
         overrides: as given to ``--set``; lists, mappings and null in YAML's flow form.
-        values: top-level keys that win over both; None values are ignored.
+        preset: one of `PRESETS`, which wins over the defaults alone.
+        values: top-level keys that win over all; None values are ignored.
 
     Raises:
-        InputError: unreadable file, unknown key (with a suggestion) or invalid value.
+        InputError: unreadable file, unknown preset or key (with a suggestion), or invalid value.
     """
-    data = read_settings(path, overrides)
+    data = read_settings(path, overrides, preset)
     data.update({k: v for k, v in values.items() if v is not None})
     return validate_config(data)
 
 
+def read_preset(name: str) -> str:
+    """The YAML of a preset.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    if name not in PRESETS:
+        raise InputError(f"there is no preset {name!r}; known: {', '.join(PRESETS)}")
+    file = resources.files("prunewright.state") / "presets" / f"{name}.yaml"
+    return file.read_text(encoding="utf-8")
+
+
 def read_settings(
-    path: str | Path | None = None, overrides: list[str] | None = None
+    path: str | Path | None = None, overrides: list[str] | None = None, preset: str | None = None
 ) -> dict[str, Any]:
     """The keys and values of a YAML file with ``key=value`` overrides applied, not validated yet.
 
+    Those of a preset are below the file's, key by key.
+
     Raises:
-        InputError: unreadable file, or an override of another form.
+        InputError: unreadable file, unknown preset, or an override of another form.
     """
     data: dict[str, Any] = {}
     if path is not None:
@@ -106,9 +128,21 @@ def read_settings(
         if not isinstance(loaded, dict | None):
             raise InputError(f"{path} must hold a mapping of keys to values")
         data = loaded or {}
+    if preset is not None:
+        data = _over(parse_yaml(read_preset(preset), f"preset {preset} is"), data)
     for override in overrides or []:
         _apply_override(data, override)
     return data
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Two mappings as one, nested ones, too; of a key that both have the second's value."""
+    both = {
+        key: _over(below[key], value)
+        for key, value in above.items()
+        if isinstance(value, dict) and isinstance(below.get(key), dict) and key not in _FREE
+    }
+    return below | above | both
 
 
 def validate_config(data: dict[str, Any]) -> PruneConfig:

@@ -1,11 +1,13 @@
 """What several commands take, and under which heading their help has it."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from prunewright.graph.cli import completing
+from prunewright.state.loading import PRESETS
 
 CONFIGURATION = "Configuration"
 REQUEST = "What is asked for"
@@ -25,6 +27,18 @@ ConfigOption = Annotated[
     Path | None,
     typer.Option(
         "--config", "-c", help="YAML file with the configuration.", rich_help_panel=CONFIGURATION
+    ),
+]
+
+
+PresetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        help="Begin from settings that come with the package: paper, fast or best; "
+        "`prunewright config --preset best` prints them.",
+        autocompletion=completing.values(*PRESETS),
+        rich_help_panel=CONFIGURATION,
     ),
 ]
 
@@ -85,10 +99,11 @@ PatternOption = Annotated[
 
 
 CalibrationOption = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         "--calibration",
-        help="Text for the statistics: embedded, a file or a hub data set.",
+        help="Text for the statistics: embedded, self (the model writes it), a file or a hub data "
+        "set. Repeated, a mix.",
         rich_help_panel=REQUEST,
     ),
 ]
@@ -111,9 +126,10 @@ DeviceOption = Annotated[
 ]
 
 
-def with_calibration(overrides: list[str] | None, calibration: str | None) -> list[str]:
+def with_calibration(overrides: list[str] | None, calibration: list[str] | None) -> list[str]:
     """The values of --set and --calibration, which wins."""
-    return [*(overrides or []), *([f"texts.calibration={calibration}"] if calibration else [])]
+    named = [f"texts.calibration={json.dumps(calibration)}"] if calibration else []
+    return [*(overrides or []), *named]
 
 
 OutOption = Annotated[

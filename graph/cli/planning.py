@@ -13,6 +13,7 @@ from prunewright.graph.cli.options import (
     JsonOption,
     ModelOption,
     OutOption,
+    PresetOption,
     SetOption,
     TargetOption,
 )
@@ -21,26 +22,34 @@ from prunewright.graph.cli.session import Session, quiet_transformers
 from prunewright.graph.words.numbers import duration, size
 from prunewright.graph.words.runs import request_rows
 from prunewright.state import InputError, PruneConfig, load_config
+from prunewright.state.loading import read_preset, read_settings
 from prunewright.state.reference import reference
 
 if TYPE_CHECKING:
     from prunewright.tools.plan import Plan
 
 
-def config_command(ctx: typer.Context, _json: JsonOption = False) -> None:
+def config_command(
+    ctx: typer.Context, preset: PresetOption = None, _json: JsonOption = False
+) -> None:
     """Print every key of the configuration with its meaning, type, bounds and default, as YAML.
 
-    Redirect it to a file, edit that, and give it to `--config`. With --json its JSON schema.
+    Redirect it to a file, edit that, and give it to `--config`. With --json its JSON schema. With
+    --preset what that sets, and nothing else.
     """
     session: Session = ctx.obj
-    session.emit(PruneConfig.model_json_schema())
+    if preset is not None:
+        session.emit(read_settings(preset=preset))
+    else:
+        session.emit(PruneConfig.model_json_schema())
     if not session.json:
-        sys.stdout.write(reference())
+        sys.stdout.write(reference() if preset is None else read_preset(preset))
 
 
 def plan_command(
     ctx: typer.Context,
     config: ConfigOption = None,
+    preset: PresetOption = None,
     overrides: SetOption = None,
     agent: AgentOption = None,
     criterion: CriterionOption = None,
@@ -59,7 +68,13 @@ def plan_command(
     """
     session: Session = ctx.obj
     settled = load_config(
-        config, overrides, agent=agent, criterion=criterion, model=model, target=target
+        config,
+        overrides,
+        preset=preset,
+        agent=agent,
+        criterion=criterion,
+        model=model,
+        target=target,
     )
     from prunewright.graph.agents import check_agent
     from prunewright.graph.whole_layers import check_request

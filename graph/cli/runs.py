@@ -24,6 +24,7 @@ from prunewright.graph.cli.options import (
     ModelOption,
     OutOption,
     PatternOption,
+    PresetOption,
     RunArgument,
     SeedOption,
     SetOption,
@@ -53,6 +54,7 @@ _GOOD_ENDS = ("target_reached", "baseline")
 def run_command(
     ctx: typer.Context,
     config: ConfigOption = None,
+    preset: PresetOption = None,
     overrides: SetOption = None,
     agent: AgentOption = None,
     criterion: CriterionOption = None,
@@ -82,13 +84,14 @@ def run_command(
 ) -> None:
     """Prune a model step by step and save the result.
 
-    Starts from the defaults, then --config, then --set, then the other options. A run that was
+    Starts from the defaults, then --preset, --config, --set, and the other options. A run that was
     stopped or failed goes on with `prunewright resume RUN_DIR`.
     """
     session: Session = ctx.obj
     settled = load_config(
         config,
         with_calibration(overrides, calibration),
+        preset=preset,
         agent=agent,
         criterion=criterion,
         pattern=pattern,
@@ -247,6 +250,7 @@ def watch_command(
 def baseline_command(
     ctx: typer.Context,
     config: ConfigOption = None,
+    preset: PresetOption = None,
     overrides: SetOption = None,
     criterion: CriterionOption = None,
     pattern: PatternOption = None,
@@ -276,6 +280,7 @@ def baseline_command(
     settled = load_config(
         config,
         with_calibration(overrides, calibration),
+        preset=preset,
         criterion=criterion,
         pattern=pattern,
         allocation=allocation,

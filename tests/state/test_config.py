@@ -18,6 +18,7 @@ from prunewright.state import (
     parse_pattern,
     validate_config,
 )
+from prunewright.state.loading import PRESETS, read_preset
 from prunewright.state.study import load_comparison_config
 
 
@@ -340,3 +341,26 @@ def test_the_guard_asks_no_questions_that_calibration_answers() -> None:
         validate_config({"texts": texts, "guard": {"max_knowledge_drop": 0.2}})
     own = {"texts": {"calibration": "embedded"}, "guard": {"max_knowledge_drop": 0.2}}
     assert validate_config(own).texts.knowledge == "embedded"  # questions, and a corpus
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_below_a_file_and_above_the_defaults(name: str, tmp_path: Path) -> None:
+    written = yaml.safe_load(read_preset(name))
+    alone = load_config(preset=name)
+    defaults = load_config()
+    for key, value in written.items():
+        if not isinstance(value, dict):
+            assert alone.model_dump(mode="json")[key] == value
+    assert alone.target == defaults.target
+    file = tmp_path / "config.yaml"
+    file.write_text("criterion: magnitude\ntexts: {calibration: x, windows: {guard: 3}}\n")
+    below = load_config(file, ["texts.windows.test=5"], preset=name, target=0.2)
+    assert (below.criterion, below.texts.calibration, below.target) == ("magnitude", "x", 0.2)
+    windows, own = below.texts.windows, alone.texts.windows
+    assert (windows.guard, windows.test) == (3, 5)
+    assert (windows.calibration, windows.gradient) == (own.calibration, own.gradient)
+
+
+def test_an_unknown_preset_is_refused() -> None:
+    with pytest.raises(InputError, match="no preset 'bset'; known: paper, fast, best"):
+        load_config(preset="bset")

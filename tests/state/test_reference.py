@@ -1,5 +1,6 @@
 """The configuration's reference is whole, can be edited, and is the page that docs/ holds."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from typer.testing import CliRunner
 
 from prunewright.graph.cli import app
 from prunewright.state import InputError, load_config, validate_config
+from prunewright.state.loading import PRESETS
 from prunewright.state.reference import reference
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
@@ -19,6 +21,17 @@ def test_what_the_command_prints_is_read_back_to_the_defaults(tmp_path: Path) ->
     file = tmp_path / "config.yaml"
     file.write_text(printed.stdout, encoding="utf-8")
     assert load_config(file) == validate_config({})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_that_is_printed_is_what_it_sets(name: str, tmp_path: Path) -> None:
+    printed = CliRunner().invoke(app, ["config", "--preset", name])
+    assert printed.exit_code == 0
+    file = tmp_path / "config.yaml"
+    file.write_text(printed.stdout, encoding="utf-8")
+    assert load_config(file) == load_config(preset=name) != load_config()
+    as_json = CliRunner().invoke(app, ["config", "--preset", name, "--json"])
+    assert json.loads(as_json.stdout) == yaml.safe_load(printed.stdout)
 
 
 def test_an_edited_reference_is_what_was_meant(tmp_path: Path) -> None:
