@@ -28,16 +28,20 @@ from prunewright.tools.model.loading import (
     resolve_dtype,
 )
 from prunewright.tools.model.tokens import embedding_rows
+from prunewright.tools.model.writing import AT_ONCE, LENGTH, batches_of
 from prunewright.tools.saving.model import revision_bytes
 from prunewright.tools.solve import reconstruction
 from prunewright.tools.solve.fit import HELD_OUT
 from prunewright.tools.solve.solving import solves
+from prunewright.tools.texts.windows import own_windows
 
 _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 TEXTS = 160 * 2**20
 """Bytes that reading and tokenizing texts takes, at most: of a long text 124 MiB were measured."""
 PRODUCT = 1024
 """Rows and columns of the product that is timed."""
+OWN = "own text"
+"""What is predicted of the text that the dense model writes by itself, where it does."""
 SHORT = 32 * 2**20
 """The same of the embedded texts."""
 HELD = 384 * 2**20
@@ -75,11 +79,12 @@ class Plan(BaseModel):
         recommended: the ``offload`` that fits and is fastest; None if none fits.
         memory_available: of the device or, on the processor, of the machine.
         host_available: of the machine.
-        flops: by what is done in a step, and after the last one: ``solve``, ``finish``.
+        flops: by what is done in a step, after the last one: ``solve``, ``finish``, and before
+            the first one: ``own text``.
         steps: fewest steps that reach the target.
         seconds: ``window`` (measured) and ``masks`` of all layers (from one that is measured), and
-            from them ``step`` (mean), ``finish`` and ``run`` (with the fewest steps); empty if
-            nothing was timed.
+            from them ``step`` (mean), ``finish`` and ``run`` (with the fewest steps); ``own text``,
+            from the time of a token; empty if nothing was timed.
         warnings: what will not fit.
     """
 
@@ -122,6 +127,8 @@ class _Shape(BaseModel):
     prunable: int
     active: float
     largest: int
+    cached: int
+    """Values that a block keeps of each token while text is written: its keys and values."""
     squares: float
     """Sum of the layers' inputs squared."""
     cubes: float
@@ -140,8 +147,9 @@ def make_plan(request: PruneRequest, out: Path = Path(), *, timed: bool = False)
     layer and token for X^T X, and the solve itself.
 
     Time: one window is scored by the loaded model, and all else takes as much longer as it has
-    operations more. But for solves, whose float32 products are timed by themselves, and for masks,
-    of which one is timed. Loading, saving, and what an LLM takes to answer are not counted.
+    operations more. But for solves, whose float32 products are timed by themselves, for masks, of
+    which one is timed, and for text that the model writes by itself, of which a token is. Loading,
+    saving, and what an LLM takes to answer are not counted.
 
     Memory: this process now, the live weights, and the largest of a pass, of a backward pass
     (activations of every block, or with checkpointing every block's input and one block's
@@ -204,7 +212,7 @@ def _seconds(
     request: PruneRequest, flops: dict[str, float], steps: int, prunable: int, dtype: torch.dtype
 ) -> dict[str, float]:
     """Seconds of a run's parts, from those that one window takes."""
-    window = time_window(request)
+    window, token = time_window(request)
     rate = flops["guard"] / request.texts.windows.guard / window
     parts = {name: n / rate for name, n in flops.items()}
     device = resolve_device(request.device)
@@ -212,9 +220,15 @@ def _seconds(
         parts["solve"] = flops["solve"] / time_products(device)
     masks = prunable * time_mask(request.criterion, dtype, device)
     finish = sum(parts.pop(name) for name in ("finish", "solve", "solve passes"))
+    own: dict[str, float] = {}
+    if OWN in parts:
+        del parts[OWN]
+        windows = request.texts.windows
+        batches = batches_of(own_windows(request.texts) * windows.length, chats=True)
+        own[OWN] = len(batches) * LENGTH * token
     step = sum(parts.values()) + masks
-    run = window * request.texts.windows.guard + steps * step + finish
-    return {"window": window, "masks": masks, "step": step, "finish": finish, "run": run}
+    run = window * request.texts.windows.guard + steps * step + finish + sum(own.values())
+    return {"window": window, "masks": masks, "step": step, "finish": finish, "run": run} | own
 
 
 def time_products(device: torch.device) -> float:
@@ -243,8 +257,10 @@ def time_mask(criterion: str, dtype: torch.dtype, device: torch.device) -> float
     return min(seconds) / weight.numel()
 
 
-def time_window(request: PruneRequest) -> float:
+def time_window(request: PruneRequest) -> tuple[float, float]:
     """Seconds that the loaded model takes to score one window, once it is warm.
+
+    And those of one more token of each text of a batch, 0 if it writes none.
 
     Raises:
         InputError: as `load_model`, or windows are longer than the model takes.
@@ -266,7 +282,14 @@ def time_window(request: PruneRequest) -> float:
         began = time.perf_counter()
         # The losses are numbers of Python: a device that computes on its own is waited for.
         loaded.execution.window_losses(head, window)
-        return time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        if not _writes(request) or request.offload != "none":
+            return seconds, 0.0
+        tokens = window[:, :1].expand(AT_ONCE, 1).to(loaded.device)
+        with torch.no_grad():
+            began = time.perf_counter()
+            float(loaded.model(input_ids=tokens).logits[0, 0, 0])
+        return seconds, time.perf_counter() - began
     finally:
         loaded.close()
 
@@ -281,6 +304,8 @@ def _shape(model: torch.nn.Module, layers: dict[str, Layer]) -> _Shape:
     share = min(1.0, (getattr(config, "num_experts_per_tok", None) or experts) / experts)
     routed = sum(ly.numel for ly in layers.values() if "experts" in ly.projection.split("."))
     prunable = sum(layer.numel for layer in layers.values())
+    heads = getattr(config, "num_attention_heads", None) or 1
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return _Shape(
         blocks=len(named_blocks(model)),
         width=config.hidden_size,
@@ -291,6 +316,7 @@ def _shape(model: torch.nn.Module, layers: dict[str, Layer]) -> _Shape:
         prunable=prunable,
         active=prunable - routed + routed * share,
         largest=max(layer.numel for layer in layers.values()),
+        cached=2 * width * (getattr(config, "num_key_value_heads", None) or heads),
         squares=sum(float(_outputs_inputs(ly)[1]) ** 2 for ly in layers.values()),
         cubes=sum(float(ly.numel) * _outputs_inputs(ly)[1] for ly in layers.values()),
     )
@@ -316,7 +342,12 @@ def _flops(request: PruneRequest, shape: _Shape) -> dict[str, float]:
         "solve": solve,
         "guard": windows.guard * scored,
         "finish": 2 * windows.test * scored,
-    }  # fmt: skip
+    } | ({OWN: own_windows(request.texts) * scored} if _writes(request) else {})  # fmt: skip
+
+
+def _writes(request: PruneRequest) -> bool:
+    """Whether the dense model writes text by itself first."""
+    return SELF in request.texts.named
 
 
 def _solve_passes(request: PruneRequest) -> float:
@@ -391,6 +422,9 @@ def _memory(
         # their gradients, and the best so far.
         fit = one_block // size * (16 + 3 * size) + block
         parts["solve"] = entering + block + max(solved, fit if fitted else 0) + one_block
+    if _writes(request) and not away:
+        cache = LENGTH * shape.blocks * shape.cached * size
+        parts[OWN] = AT_ONCE * (cache + 3 * 4 * shape.vocabulary)
     base = _base()
     # The mean squares of each weight's gradient, in float32, and those of the newest, too, while
     # the older are let go.
@@ -513,6 +547,11 @@ def _warnings(
     free: int,
 ) -> list[str]:
     found = []
+    if _writes(request) and request.offload != "none":
+        found.append(
+            f"with offload {request.offload} a model does not write text by itself: a run is "
+            "refused, unless it is resumed and has its self.jsonl"
+        )
     # On a processor the weights are in memory, whether none of them or all are sent there.
     way = ways.get(request.offload, ways["none"])
     if not _fits(way, available, host):

@@ -8,6 +8,7 @@ import typer
 
 from prunewright.graph.cli.options import (
     AgentOption,
+    CalibrationOption,
     ConfigOption,
     CriterionOption,
     JsonOption,
@@ -16,6 +17,7 @@ from prunewright.graph.cli.options import (
     PresetOption,
     SetOption,
     TargetOption,
+    with_calibration,
 )
 from prunewright.graph.cli.screen.lines import Screen
 from prunewright.graph.cli.session import Session, quiet_transformers
@@ -55,6 +57,7 @@ def plan_command(
     criterion: CriterionOption = None,
     model: ModelOption = None,
     target: TargetOption = None,
+    calibration: CalibrationOption = None,
     out: OutOption = None,
     timed: Annotated[
         bool,
@@ -69,7 +72,7 @@ def plan_command(
     session: Session = ctx.obj
     settled = load_config(
         config,
-        overrides,
+        with_calibration(overrides, calibration),
         preset=preset,
         agent=agent,
         criterion=criterion,
@@ -158,7 +161,9 @@ def _time_words(plan: "Plan") -> str:
     if not plan.seconds:
         return f"{steps}; --time loads the model and times one window to say how long"
     window, step, run = (duration(plan.seconds[k]) for k in ("window", "step", "run"))
+    own = plan.seconds.get("own text")
+    written = "" if own is None else f" with {duration(own)} for text of its own"
     return (
-        f"about {step} a step, {steps}, {run} in all, by a window of {window}; to it come loading, "
-        "saving, and what the agent takes to answer"
+        f"about {step} a step, {steps}, {run} in all{written}, by a window of {window}; to it come "
+        "loading, saving, and what the agent takes to answer"
     )

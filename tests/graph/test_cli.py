@@ -659,6 +659,25 @@ def test_plan_predicts_the_time_from_one_window(config_file: Path) -> None:
     assert "a step, 3 steps or more" in words
 
 
+def test_plan_counts_the_text_that_the_model_writes(config_file: Path) -> None:
+    without = json.loads(invoke("plan", "-c", config_file, "--json").stdout)
+    own = ["-c", config_file, "--calibration", "embedded", "--calibration", "self"]
+    plan = json.loads(invoke("plan", *own, "--time", "--json").stdout)
+    windows = yaml.safe_load(config_file.read_text())["texts"]["windows"]
+    # Half of the calibration windows, and one of three of the guard.
+    scored = without["flops"]["guard"] / windows["guard"]
+    assert plan["flops"]["own text"] == pytest.approx(scored * (windows["calibration"] // 2 + 1))
+    # Keys and values of 2 heads of 8 in 2 blocks, 512 tokens of 32 texts; logits of these.
+    assert plan["memory"]["own text"] == 32 * (512 * 2 * (2 * 2 * 8) * 4 + 3 * 4 * 512)
+    seconds = plan["seconds"]
+    rest = seconds["window"] * windows["guard"] + 3 * seconds["step"] + seconds["finish"]
+    assert seconds["own text"] > 0
+    assert seconds["run"] == pytest.approx(rest + seconds["own text"])
+    assert "for text of its own" in flat(invoke("plan", *own, "--time").stdout)
+    away = json.loads(invoke("plan", *own, "--set", "offload=disk", "--json").stdout)
+    assert "does not write text by itself" in away["warnings"][0]
+
+
 def test_plan_takes_what_a_run_takes(config_file: Path) -> None:
     dense = json.loads(invoke("plan", "-c", config_file, "--json").stdout)
     assert dense["memory"]["gradients"] == dense["disk"]["copy"] == 0

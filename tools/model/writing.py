@@ -7,7 +7,7 @@ request and answer (Magpie, arXiv 2406.08464).
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,9 +76,7 @@ def write_documents(
         torch.manual_seed(draw.getrandbits(63))
         missing = float(tokens)
         while missing > 0:
-            wanted = math.ceil(missing * _SPARE / length) + 1
-            kinds = [wanted - wanted // 2, wanted // 2] if chats else [wanted]
-            batches = [(kind, size) for kind, n in enumerate(kinds) for size in _batches(n)]
+            batches = batches_of(missing, length, chats=chats)
             given = (1 + len(start), len(chat))
             writer.total += sum(length - given[kind] for kind, _ in batches)
             for is_chat, size in batches:
@@ -94,6 +92,25 @@ def write_documents(
                     documents.append(str(tokenizer.decode(row[begin:])))
                     missing -= len(tokenizer(documents[-1], add_special_tokens=False).input_ids)
     return documents
+
+
+def batches_of(tokens: float, length: int = LENGTH, *, chats: bool) -> list[tuple[int, int]]:
+    """What is written for a number of tokens, in as few batches as there can be.
+
+    Args:
+        tokens: how many are needed.
+        length: tokens of a document.
+        chats: whether half of the documents are chats.
+
+    Returns:
+        Of each batch whether it is of chats (1) and the number of its documents.
+    """
+    wanted = math.ceil(tokens * _SPARE / length) + 1
+    found = []
+    for kind, count in enumerate([wanted - wanted // 2, wanted // 2] if chats else [wanted]):
+        parts = math.ceil(count / AT_ONCE)
+        found += [(kind, count // parts + (i < count % parts)) for i in range(parts)]
+    return found
 
 
 class _Writer(StoppingCriteria):
@@ -166,12 +183,6 @@ def _own_settings(model: PreTrainedModel) -> Iterator[None]:
 def _devices(model: PreTrainedModel) -> list[torch.device]:
     """Devices beside the processor whose random numbers are drawn."""
     return [model.device] if model.device.type == "cuda" else []
-
-
-def _batches(count: int) -> Sequence[int]:
-    """A number of documents in as few batches as there can be, all about as large."""
-    batches = math.ceil(count / AT_ONCE)
-    return [count // batches + (i < count % batches) for i in range(batches)]
 
 
 def _barred(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[set[int], list[int]]:

@@ -331,8 +331,17 @@ def _turns(counts: Sequence[int]) -> list[int]:
     return turns
 
 
-def _parts(options: TextOptions, write: Writer | None) -> tuple[list[_Part], dict[str, _Text]]:
-    """What each role takes of each of its sources, and their texts by label."""
+def own_windows(options: TextOptions) -> int:
+    """How many windows are drawn from what the dense model writes by itself.
+
+    Raises:
+        InputError: a source gets no window of calibration.
+    """
+    return sum(part.count for part in _shares(options) if part.source == SELF)
+
+
+def _shares(options: TextOptions) -> list[_Part]:
+    """What each role takes of each of its sources, where it takes any."""
     parts: list[_Part] = []
     for role in ROLES:
         mix, count = options.sources(role), getattr(options.windows, role)
@@ -344,6 +353,12 @@ def _parts(options: TextOptions, write: Writer | None) -> tuple[list[_Part], dic
                     f"{mix[number].source} gets none of the {count} calibration windows by its "
                     "weight: raise texts.windows.calibration or the weight, or leave it out"
                 )
+    return parts
+
+
+def _parts(options: TextOptions, write: Writer | None) -> tuple[list[_Part], dict[str, _Text]]:
+    """What each role takes of each of its sources, and their texts by label."""
+    parts = _shares(options)
     texts: dict[str, _Text] = {}
     for part in parts:
         if part.source != SELF:
@@ -353,7 +368,7 @@ def _parts(options: TextOptions, write: Writer | None) -> tuple[list[_Part], dic
         elif write is None:
             raise InputError(f"{SELF}, the {part.role} text, is only written in a run")
         else:
-            path = write(sum(p.count for p in parts if p.source == SELF))
+            path = write(own_windows(options))
             text = replace(_file(path), label=SELF)
         if any(text.label == p.label for p in parts if p.role == part.role):
             raise InputError(f"{text.label} is twice among the sources of the {part.role} text")
