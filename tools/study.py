@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prunewright.state import InputError, PruneConfig, PrunewrightError, StoreError
-from prunewright.state.config import SELF
+from prunewright.state.config import EMBEDDED, SELF
 from prunewright.state.metrics import Metrics
 from prunewright.state.run import TOLERANCE
 from prunewright.state.study import (
@@ -30,11 +30,11 @@ from prunewright.state.study import (
     experiment_name,
 )
 from prunewright.tools.evaluation import Evaluation
-from prunewright.tools.evaluation.harness import prepare_tasks
+from prunewright.tools.evaluation.harness import Quiz, prepare_tasks
 from prunewright.tools.model.loading import model_digest
 from prunewright.tools.store.storage import canonical_json, read_json, sha256_bytes
-from prunewright.tools.texts.questions import hash_questions, load_facts
-from prunewright.tools.texts.windows import ROLES, Role, source_digest
+from prunewright.tools.texts.questions import as_text, hash_questions, load_facts
+from prunewright.tools.texts.windows import ROLES, Role, read_documents, source_digest
 
 NOT_SCORED_FOR_CHOOSING = ("test", "llm")
 """Uses of tokens that choose nothing, or that are exchanged and not scored."""
@@ -46,7 +46,8 @@ class Digests:
 
     _models: dict[str, str] = field(default_factory=dict)
     _texts: dict[tuple[str, Role], str] = field(default_factory=dict)
-    _questions: dict[EvaluationTask, str] = field(default_factory=dict)
+    _questions: dict[EvaluationTask, Quiz] = field(default_factory=dict)
+    _answered: dict[tuple[str, Role], set[str]] = field(default_factory=dict)
 
     def model(self, name: str) -> str:
         """Of a model's files.
@@ -82,8 +83,23 @@ class Digests:
         """
         for task in evaluation.tasks:
             if task not in self._questions:
-                self._questions[task] = prepare_tasks([task])[0].data_hash
-        return {task.name: self._questions[task] for task in evaluation.tasks}
+                self._questions[task] = prepare_tasks([task])[0]
+        return {task.name: self._questions[task].data_hash for task in evaluation.tasks}
+
+    def answered(self, source: str, role: Role, evaluation: EvaluationOptions) -> str:
+        """The first task of which a source has a question, with its answer; "" for none."""
+        if source in (EMBEDDED, SELF):
+            return ""
+        if (source, role) not in self._answered:
+            documents = read_documents(source, role)
+            self._answered[source, role] = {d for d in documents if d.startswith("Question: ")}
+        self.questions(evaluation)
+        for task in evaluation.tasks:
+            quiz = self._questions[task]
+            asked = {as_text(quiz.questions[index]) for index in quiz.asked}
+            if not asked.isdisjoint(self._answered[source, role]):
+                return task.name
+        return ""
 
     def calibration(self, config: PruneConfig) -> dict[str, str]:
         """Of a configuration's own texts, and of the facts that its guard asks, by role."""
@@ -144,13 +160,19 @@ def experiment_key(
         InputError: the model or a text cannot be used, or an evaluation text chooses something.
     """
     own, scored = digests.calibration(config), digests.evaluation(evaluation)
-    for name, digest in scored.items():
-        for role in ("calibration", "guard"):
-            if own[role] == digest:
-                raise InputError(
-                    f"the evaluation text {name} is the {role} text too: results are only worth "
-                    "something on a text that chooses nothing. Give another"
-                )
+    choosing = [(role, one) for role in ROLES[:2] for one in config.texts.sources(role)]
+    for role, one in choosing:
+        digest = digests.text(one.source, role)
+        if name := next((n for n, value in scored.items() if value == digest), None):
+            raise InputError(
+                f"the evaluation text {name} is the {role} text too: results are only worth "
+                "something on a text that chooses nothing. Give another"
+            )
+        if name := digests.answered(one.source, role, evaluation):
+            raise InputError(
+                f"the {role} text {one.source} answers questions that {name} asks: results are "
+                "only worth something on others. Give them in two files"
+            )
     return _key(
         kind=kind,
         request=config.request.identity(),

@@ -18,11 +18,13 @@ from prunewright.state import InputError, PruneConfig, validate_config
 from prunewright.state.study import (
     Comparison,
     EvaluationOptions,
+    EvaluationTask,
     Experiment,
     Spread,
     TextResult,
 )
 from prunewright.tools import study as module
+from prunewright.tools.evaluation.harness import prepare_tasks
 from prunewright.tools.report.comparison import (
     build_page,
     comparison_charts,
@@ -227,7 +229,7 @@ def keys(
         texts = pico_config["texts"] | {
             role: str(tmp_path / f"{role}.txt") for role in ("calibration", "test")
         }
-        texts |= {"knowledge": own.pop("knowledge", "embedded")}
+        texts |= {name: own.pop(name) for name in ("knowledge", "calibration") if name in own}
         config = validate_config(pico_config | {"model": str(model), "texts": texts} | own)
         text = {"name": "scored", "source": str(tmp_path / "scored.txt"), "windows": 3}
         scored = EvaluationOptions.model_validate({"texts": [text]} | (evaluation or {}))
@@ -270,6 +272,42 @@ def test_a_text_that_chooses_is_not_scored_on(keys: Callable[..., str], tmp_path
     (tmp_path / "scored.txt").write_text((tmp_path / "calibration.txt").read_text())
     with pytest.raises(InputError, match="scored is the calibration text too"):
         keys()
+    mix = ["embedded", str(tmp_path / "scored.txt")]
+    with pytest.raises(InputError, match="scored is the calibration text too"):
+        keys(calibration=mix)
+
+
+def test_a_key_changes_with_a_mix_and_its_weights(keys: Callable[..., str], tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("Another text. " * 9)
+    mixes = [
+        ["embedded", str(other)],
+        ["embedded", {"source": str(other), "weight": 2}],
+        ["embedded", "self"],
+    ]
+    found = [keys(), *(keys(calibration=mix) for mix in mixes)]
+    other.write_text("Changed. " * 9)
+    found.append(keys(calibration=mixes[0]))
+    assert len(set(found)) == len(found)
+
+
+def test_questions_that_are_asked_are_not_calibrated_on(
+    keys: Callable[..., str], tmp_path: Path
+) -> None:
+    rows = [
+        {"question": f"What is the capital of country {n}?", "answers": [f"city {n}"]}
+        for n in range(40)
+    ]
+    whole, rest = tmp_path / "whole.jsonl", tmp_path / "rest.jsonl"
+    whole.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"name": "capitals", "task": "facts", "data": str(whole), "limit": 10, "shots": 2}
+    asking = {"tasks": [task]}
+    with pytest.raises(InputError, match="answers questions that capitals asks"):
+        keys(evaluation=asking, calibration=["embedded", str(whole)])
+    (quiz,) = prepare_tasks([EvaluationTask.model_validate(task)])
+    asked = {quiz.questions[index].question for index in quiz.asked}
+    rest.write_text("".join(json.dumps(r) + "\n" for r in rows if r["question"] not in asked))
+    assert keys(evaluation=asking, calibration=["embedded", str(rest)])
 
 
 def test_experiments_know_their_names_and_errors() -> None:

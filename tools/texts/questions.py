@@ -116,23 +116,29 @@ def shown_form(answers: Sequence[str]) -> str:
     return " ".join(word[:1].upper() + word[1:] for word in form.split(" "))
 
 
-def question_text(row: dict[str, Any], where: str) -> str:
-    """A row of questions as a document: the question with its right answer.
+def as_text(question: Question) -> str:
+    """A question as a document, with its right answer."""
+    right = (
+        question.choices[question.answer].strip()
+        if isinstance(question, ChoiceQuestion)
+        else shown_form(question.answers)
+    )
+    return f"Question: {question.question.strip()}\nAnswer: {right}"
+
+
+def row_as_text(row: dict[str, Any], where: str) -> str:
+    """A row of questions, of either form, as a document.
 
     Args:
-        row: of either form.
+        row: the row.
         where: it lies, for messages.
 
     Raises:
         InputError: it is no question.
     """
     if "choices" in row:
-        choice = _checked(row, "1", where, _choice)
-        question, answer = choice.question, choice.choices[choice.answer].strip()
-    else:
-        fact = _checked(row, "1", where, _fact)
-        question, answer = fact.question, shown_form(fact.answers)
-    return f"Question: {question.strip()}\nAnswer: {answer}"
+        return as_text(_checked(row, "1", where, _choice))
+    return as_text(_checked(row, "1", where, _fact))
 
 
 def hash_questions(questions: Sequence[Question]) -> str:

@@ -19,7 +19,7 @@ from prunewright.state import InputError
 from prunewright.state.config import EMBEDDED, SELF, TextOptions
 from prunewright.tools.model.tokens import check_ids, start_tokens, token_ids
 from prunewright.tools.sources import choose_split, find_local, first_line, loading_data_set
-from prunewright.tools.texts.questions import MARKS, question_text
+from prunewright.tools.texts.questions import MARKS, row_as_text
 from prunewright.tools.texts.rows import Row, fields_of, is_file_name, read_file
 
 Role = Literal["calibration", "guard", "test"]
@@ -171,6 +171,15 @@ def load_test_windows(
     return found
 
 
+def read_documents(source: str, role: Role) -> Iterator[str]:
+    """A source's documents, as far as a role reads them.
+
+    Raises:
+        InputError: missing or unreadable.
+    """
+    yield from _open(source, role).documents(_POOL_CHARACTERS)
+
+
 def source_digest(source: str, role: Role) -> str:
     """sha256 of a source's documents, as far as a role reads them.
 
@@ -178,7 +187,7 @@ def source_digest(source: str, role: Role) -> str:
         InputError: missing or unreadable.
     """
     digest = hashlib.sha256()
-    for document in _open(source, role).documents(_POOL_CHARACTERS):
+    for document in read_documents(source, role):
         data = document.encode("utf-8", "surrogatepass")
         digest.update(len(data).to_bytes(8, "big") + data)
     return digest.hexdigest()
@@ -517,7 +526,7 @@ def _row_text(row: Row, source: str) -> str:
         raise InputError(f"{where}: no field 'text': the row is {type(value).__name__}, no object")
     if "text" not in value:
         if any(mark in value for mark in MARKS):
-            return question_text(value, where)
+            return row_as_text(value, where)
         raise InputError(f"{where}: no field 'text', only {fields_of(value)}")
     text = value["text"]
     if text is None:
