@@ -32,8 +32,9 @@ LENGTH = 512
 """Tokens of a document: what is sampled further on strays."""
 GREEDY = 4
 """Tokens after a random first one that are the likeliest each."""
-TEMPERATURE = 0.8
-"""Of the sampling: at 1 what a small model writes falls apart."""
+TEMPERATURE = 1.0
+"""Of the sampling. At 0.8 SmolLM2-135M repeats itself: zlib packs 300 tokens of its prose 2.5 to 1,
+those of C4 2.0 to 1, and those written at 1.0 1.8 to 1."""
 _SPARE = 1.03
 """Text in tokens is tokenized again, to a few less."""
 _REQUEST = "REQUEST"
