@@ -311,7 +311,7 @@ class PruneRequest(Options):
     )
     max_layer_sparsity: float = Field(0.9, gt=0, le=1, description="ceiling of any one layer")
     criterion: Name = Field(
-        "wanda",
+        "fisher",
         description="which weights inside a layer go first; your own as import:package.module:name",
         examples=list(CRITERIA),
     )
@@ -328,7 +328,7 @@ class PruneRequest(Options):
         "from few tokens; 0: as published",
     )
     reconstruct: Reconstruct = Field(
-        "none",
+        "block",
         description="what is done to the kept weights after the last step, without training: none; "
         "layer, each matrix by least squares; block, after that each block fitted to the dense one "
         "(true and false are read as layer and none)",
@@ -420,12 +420,11 @@ class PruneContext(Options):
         default_factory=dict,
         description="passed to the agent; Gemini's temperature is 0.5 unless it is set here",
     )
-    allocation: str = Field(
-        "uniform",
-        description="how a baseline shares the target out over the layers: uniform, owl, "
+    allocation: str | None = Field(
+        None,
+        description="how a baseline shares the target out over the layers (null: global): uniform, owl, "
         "alphapruning, atp, greedy, evolutionary, global, from:RUN_DIR, or your own as "
-        "import:package.module:name; a run's agent does this itself, and a run refuses any but "
-        "uniform",
+        "import:package.module:name; a run's agent does this itself, and a run refuses any",
     )
     allocation_options: dict[str, Any] = Field(
         default_factory=dict, description="passed to the allocation"
@@ -495,6 +494,13 @@ class PruneConfig(PruneRequest, PruneContext):
     def request(self) -> PruneRequest:
         """The half that defines the run."""
         return PruneRequest(**{k: getattr(self, k) for k in PruneRequest.model_fields})
+
+    @property
+    def one_shot(self) -> str:
+        """The allocation of a baseline; an N:M pattern takes every layer alike."""
+        if self.allocation is not None:
+            return self.allocation
+        return "global" if self.pattern == "unstructured" else "uniform"
 
     @property
     def context(self) -> PruneContext:

@@ -286,6 +286,9 @@ def pico_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 def pico_config(pico_models: Callable[..., Path]) -> dict[str, Any]:
     """The configuration of a run on a pico Llama that takes a second or two."""
     return {
+        "criterion": "wanda",
+        "allocation": "uniform",
+        "reconstruct": "none",
         "model": str(pico_models()),
         "dtype": "float32",
         "device": "cpu",

@@ -55,7 +55,7 @@ def prune_once(
         StoreError: cannot write.
     """
     request = config.request
-    allocate = resolve_allocation(config.allocation, config.allocation_options, request.pattern)
+    allocate = resolve_allocation(config.one_shot, config.allocation_options, request.pattern)
     with workbench(request, run.path, progress) as bench:
         _check_pattern(request.pattern, bench.loaded.layers)
         check_pattern(bench)
@@ -89,7 +89,7 @@ def prune_once(
             agent=BASELINE,
             verdict="accepted",
             decision=Decision(
-                reasoning=f"Allocation {config.allocation}, one shot, pattern {request.pattern}.",
+                reasoning=f"Allocation {config.one_shot}, one shot, pattern {request.pattern}.",
                 layers=[LayerDelta(name=n, delta=s) for n, s in applied.items()],
             ),
             applied=applied,
@@ -113,7 +113,7 @@ def prune_once(
             status=BASELINE,
             method={
                 "agent": BASELINE,
-                "allocation": config.allocation,
+                "allocation": config.one_shot,
                 "allocation_options": json.dumps(config.allocation_options),
                 "criterion": request.criterion,
                 "pattern": request.pattern,

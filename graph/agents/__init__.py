@@ -120,7 +120,8 @@ def check_agent(context: PruneContext) -> ResolvedAgent:
         InputError: as `resolve_agent`, an unknown provider, options that do not fit, signals or
             templates of the prompt that cannot work, or an allocation, which is a baseline's.
     """
-    if context.allocation != "uniform" or context.allocation_options:
+    # Earlier versions wrote uniform into the configuration of every run.
+    if context.allocation not in (None, "uniform") or context.allocation_options:
         raise InputError(
             f"allocation {context.allocation} is for `prunewright baseline`: in a run the agent "
             "shares the target out. Leave allocation and allocation_options away, or use baseline"

@@ -292,7 +292,7 @@ def baseline_command(
     session.run = _directory(settled, out)
     screen = session.screen
     one_shot = settled.model_copy(update={"agent": BASELINE})
-    _print_head(screen, one_shot, session.run, f"none: {settled.allocation}, one shot")
+    _print_head(screen, one_shot, session.run, f"none: {settled.one_shot}, one shot")
     with _live(screen, one_shot, session.run) as live:
         from prunewright.graph.running import runner
 

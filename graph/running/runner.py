@@ -156,7 +156,7 @@ def baseline(
     from prunewright.tools.allocation import resolve_allocation  # torch takes seconds
 
     settled = _settle(config).model_copy(update={"agent": BASELINE})
-    resolve_allocation(settled.allocation, settled.allocation_options, settled.pattern)
+    resolve_allocation(settled.one_shot, settled.allocation_options, settled.pattern)
     thread = new_thread()
     directory = RunDirectory(out or settled.out or Path("runs") / thread)
     settled, write = _given(directory, settled, model, tokenizer)

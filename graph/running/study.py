@@ -149,11 +149,11 @@ def _experiment_files(config: PruneConfig, kind: str) -> dict[str, str]:
             paths = [path / "trace.jsonl" if path.is_dir() else path]
         if config.prompts is not None:
             paths += sorted(Path(config.prompts).expanduser().glob("*.md"))
-    elif config.allocation.startswith(allocation.FROM_RUN):
-        path = Path(config.allocation.removeprefix(allocation.FROM_RUN)).expanduser()
+    elif config.one_shot.startswith(allocation.FROM_RUN):
+        path = Path(config.one_shot.removeprefix(allocation.FROM_RUN)).expanduser()
         paths = [RunDirectory(path).trace_file]
     else:
-        code["allocation"] = allocation.REGISTRY.source(config.allocation)
+        code["allocation"] = allocation.REGISTRY.source(config.one_shot)
     found = [*code.items(), *((path.name, path) for path in paths if path is not None)]
     return {name: sha256_file(path) for name, path in found if path and path.is_file()}
 

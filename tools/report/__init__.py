@@ -78,13 +78,13 @@ class Compared:
     @property
     def is_uniform(self) -> bool:
         """Whether it is one-shot pruning with every layer alike."""
-        return self.is_baseline and self.story.config.allocation == "uniform"
+        return self.is_baseline and self.story.config.one_shot == "uniform"
 
     @property
     def method(self) -> str:
         """Who decided."""
         if self.is_baseline:
-            return f"{self.story.config.allocation}, one shot"
+            return f"{self.story.config.one_shot}, one shot"
         agents = dict.fromkeys(record.agent for record in self.story.records)
         return ", then ".join(agents) or self.story.config.agent
 
