@@ -205,7 +205,7 @@ def _context(config: PruneConfig) -> dict[str, Any]:
     """Who decides and how, without the paths of files, which have hashes of their own."""
     context = config.context.model_dump(mode="json", exclude={"out", "prompts"})
     for name, kind in (("agent", "replay:"), ("allocation", "from:")):
-        if context[name].startswith(kind):
+        if (context[name] or "").startswith(kind):
             context[name] = kind
     return context
 
