@@ -374,7 +374,8 @@ class PruneRequest(Options):
     @field_validator("reconstruct", mode="before")
     @classmethod
     def _as_named(cls, value: object) -> object:
-        return {True: "layer", False: "none"}[value] if isinstance(value, bool) else value
+        # Words, too: the command line has no others.
+        return {"true": "layer", "false": "none"}.get(str(value).lower(), value)
 
     @field_validator("pattern", mode="before")
     @classmethod

@@ -31,8 +31,16 @@ OVERFITTING = Criterion(
 
 @pytest.fixture
 def settings(config: dict[str, Any]) -> dict[str, Any]:
-    """A run of two steps, at whose end there is a stage."""
-    return config | {"reconstruct": True, "target": 0.2, "max_layer_sparsity": 0.75}
+    """A run of two steps, at whose end there is a stage that helps."""
+    more = {"calibration": 16, "gradient": 16, "guard": 8}
+    return config | {
+        "reconstruct": True,
+        "target": 0.3,
+        "step": 0.15,
+        "max_layer_sparsity": 0.75,
+        "guard": {"max_increase": 10.0},
+        "texts": {"windows": config["texts"]["windows"] | more},
+    }
 
 
 @pytest.fixture
@@ -151,9 +159,9 @@ def test_a_run_goes_on_from_masks_alone(settings: dict[str, Any], tmp_path: Path
     first = run(settings, out=out).metrics
     assert first.stages[0].kept
     assert holds_values(out, first.revision)
-    higher = fork(out, out=tmp_path / "fork", target=0.3).metrics
+    higher = fork(out, out=tmp_path / "fork", target=0.4).metrics
     assert metrics(out)["revision"] == first.revision
-    here = resume(out, target=0.3).metrics
+    here = resume(out, target=0.4).metrics
     assert (here.revision, here.stages[0].before) == (higher.revision, higher.stages[0].before)
     for record in RunDirectory(out).read_trace():
         assert not holds_values(out, record.revision)
@@ -236,5 +244,5 @@ def test_a_run_that_died_at_its_end_takes_more_steps_only_if_a_change_lets_it(
     assert (ended.status, ended.steps, len(ended.stages)) == ("max_steps", 1, 1)
     more = resume(longer, max_steps=9).metrics
     assert (more.status, more.steps) == ("target_reached", 2)
-    further = resume(higher, max_steps=9, target=0.3).metrics
+    further = resume(higher, max_steps=9, target=0.4).metrics
     assert (further.status, further.steps) == ("target_reached", 3)
