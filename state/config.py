@@ -423,8 +423,8 @@ class PruneContext(Options):
     )
     allocation: str | None = Field(
         None,
-        description="how a baseline shares the target out over the layers (null: global): uniform, owl, "
-        "alphapruning, atp, greedy, evolutionary, global, from:RUN_DIR, or your own as "
+        description="how a baseline shares the target out over the layers (null: global): uniform, "
+        "owl, alphapruning, atp, greedy, evolutionary, global, from:RUN_DIR, or your own as "
         "import:package.module:name; a run's agent does this itself, and a run refuses any",
     )
     allocation_options: dict[str, Any] = Field(

@@ -76,7 +76,7 @@ def metrics(path: Path) -> dict[str, Any]:
         ({"at": "prunewright.tools.finishing:write_json", "nth": 2}, False),
         ({"at": "prunewright.tools.results:write_json", "nth": 1}, False),
     ],
-    ids=["before the stage", "one block solved", "solved, not judged", "stage stored", "all written"],
+    ids=["before the stage", "one block", "solved, not judged", "stage stored", "all written"],
 )
 def test_a_kill_at_the_end_resumes_to_the_same_weights_and_does_no_stage_twice(
     kill: dict[str, Any],
