@@ -282,6 +282,40 @@ class AskingOptions(Options):
     )
 
 
+class AdaptOptions(Options):
+    """How the kept weights are trained once the target is reached, with the masks fixed."""
+
+    tokens: int = Field(
+        1_228_800,
+        ge=1,
+        description="tokens of calibration text to train on, in whole batches; where there are "
+        "fewer, they come again in another order",
+    )
+    learning_rate: float = Field(
+        3e-4, gt=0, allow_inf_nan=False, description="its highest value, after the warm-up"
+    )
+    batch: int = Field(8, ge=1, description="windows of one step of the optimizer")
+    warmup: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="share of the steps in which the rate rises; it then falls to 0 on a cosine",
+    )
+    optimizer: Literal["adamw", "adafactor"] = Field(
+        "adamw",
+        description="adamw keeps two moments of each trained weight, 8 bytes; adafactor a mean "
+        "square of each row and column",
+    )
+    layers: tuple[str, ...] | None = Field(
+        None,
+        description='names of the layers that are trained, with wildcards: ["*.mlp.*"]; null: all '
+        "that are pruned",
+    )
+    checkpoint_minutes: float = Field(
+        10.0, ge=0, description="minutes between two checkpoints that a killed run goes on from"
+    )
+
+
 class PruneRequest(Options):
     """What defines a run; it never changes on a thread."""
 
@@ -449,6 +483,11 @@ class PruneContext(Options):
         False,
         description="measure uniform pruning at the sparsity reached, too, by the same criterion "
         "on the same texts, so that there is something to compare the run with",
+    )
+    adapt: AdaptOptions | None = Field(
+        None,
+        description="train the kept weights at the end, distilled from the dense model; null: no "
+        "training",
     )
     max_steps: int = Field(40, ge=1, le=10_000, description="steps that end the run")
     max_stalls: int = Field(

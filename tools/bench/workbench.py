@@ -91,7 +91,7 @@ class Workbench:
             (name, None): zeros for name, zeros in self._zeros.items()
         }
         """Zeros of a layer by the mask that it had: a rollback need not count them again."""
-        uses = ("calibration", "gradient", "solve", "guard", "probe", "allocation", "test")
+        uses = ("calibration", "gradient", "solve", "guard", "probe", "allocation", "adapt", "test")
         self.tokens = dict.fromkeys(uses, 0)
         """Tokens run through the model so far, by use."""
         self._activations: tuple[str, Activations] | None = None
@@ -586,6 +586,17 @@ class Workbench:
         # What is left keeps the values that it has, which a solve may have changed.
         tried = torch.where(weight != 0, weight, dense).masked_fill_(mask.to(weight.device), 0)
         self.loaded.execution.weights.write(layer, tried)
+
+    @contextmanager
+    def lent(self, names: Iterable[str]) -> Iterator[None]:
+        """Let someone change the live weights of some layers; the next `sync` takes that back.
+
+        Args:
+            names: of the layers.
+        """
+        names = list(names)
+        self._at |= dict.fromkeys(names, "")  # no revision's
+        yield
 
     def _masks(
         self,
