@@ -3,12 +3,11 @@
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -83,7 +82,9 @@ class Checkpoints:
         """Where the weights after a step are, if they were the best then."""
         return self.folder / f"best-{step:06d}"
 
-    def save_state(self, standing: Standing, layers: Iterable[tuple[str, dict[str, Tensor]]]) -> None:
+    def save_state(
+        self, standing: Standing, layers: Iterable[tuple[str, dict[str, Tensor]]]
+    ) -> None:
         """Make a checkpoint, and remove what only the one before needed.
 
         Raises:
@@ -92,12 +93,12 @@ class Checkpoints:
         if standing.step:
             self._write(self.state(standing.step), layers)
         write_json(self._file, {"identity": self._identity} | asdict(standing))
-        self.saved = Standing(
-            standing.step, [*standing.losses], [*standing.guard], standing.best
-        )
+        self.saved = Standing(standing.step, [*standing.losses], [*standing.guard], standing.best)
         self._clear({standing.best})
 
-    def save_best(self, standing: Standing, layers: Iterable[tuple[str, dict[str, Tensor]]]) -> None:
+    def save_best(
+        self, standing: Standing, layers: Iterable[tuple[str, dict[str, Tensor]]]
+    ) -> None:
         """Keep the weights as they are now beside those that the last checkpoint names.
 
         Raises:
@@ -113,7 +114,9 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _write(self, path: Path, layers: Iterable[tuple[str, dict[str, Tensor]]]) -> None:
-        shutil.rmtree(path, ignore_errors=True)  # of a training that was killed since, and is done again
+        shutil.rmtree(
+            path, ignore_errors=True
+        )  # of a training that was killed since, and is done again
         with appearing(path, directory=True) as scratch:
             for name, tensors in layers:
                 save_file(tensors, scratch / f"{name}.safetensors")

@@ -7,7 +7,6 @@ pruned layers change: a gradient is 0 wherever a weight is, so zeros stay zeros.
 precision have masters in float32.
 """
 
-import logging
 import math
 import random
 import time
@@ -26,6 +25,7 @@ from transformers.optimization import Adafactor
 from prunewright.state import InputError, PrunewrightError
 from prunewright.state.config import AdaptOptions
 from prunewright.tools.adapt.checkpoints import Checkpoints, Standing
+from prunewright.tools.adapt.memory import check_disk, check_room, free_memory, sizes_of
 from prunewright.tools.adapt.teacher import Teacher
 from prunewright.tools.bench.workbench import Workbench
 from prunewright.tools.fast import unpack_bits
@@ -91,7 +91,7 @@ def adapt(
         StoreError: a file cannot be written, or is damaged.
     """
     layers = trained_layers(bench, revision, options)
-    _check(bench, options)
+    _check(bench, layers, options, folder)
     windows = bench.windows.calibration
     schedule = Schedule(options, len(windows), windows.shape[1], bench.request.seed)
     kept = Checkpoints(folder, _identity(bench, revision, options))
@@ -120,7 +120,9 @@ def trained_layers(bench: Workbench, revision: str, options: AdaptOptions) -> li
     Raises:
         InputError: there are none, or a pattern names none.
     """
-    pruned = [ly for name, ly in bench.loaded.layers.items() if name in bench.store.manifest(revision)]
+    pruned = [
+        ly for name, ly in bench.loaded.layers.items() if name in bench.store.manifest(revision)
+    ]
     if not pruned:
         raise InputError("adapt trains the kept weights of pruned layers, and no layer is pruned")
     if options.layers is None:
@@ -128,13 +130,14 @@ def trained_layers(bench: Workbench, revision: str, options: AdaptOptions) -> li
     for pattern in options.layers:
         if not any(fnmatchcase(layer.name, pattern) for layer in pruned):
             raise InputError(
-                f"adapt.layers: no pruned layer has a name like {pattern!r}; one is {pruned[0].name}"
+                f"adapt.layers: no pruned layer has a name like {pattern!r}: write "
+                f"{pruned[0].name}, for one, with * for any part of it"
             )
     return [ly for ly in pruned if any(fnmatchcase(ly.name, one) for one in options.layers)]
 
 
-def _check(bench: Workbench, options: AdaptOptions) -> None:
-    """Refuse what cannot be trained.
+def _check(bench: Workbench, layers: list[Layer], options: AdaptOptions, folder: Path) -> None:
+    """Refuse what cannot be trained, or has no room.
 
     Raises:
         InputError: saying why.
@@ -149,6 +152,17 @@ def _check(bench: Workbench, options: AdaptOptions) -> None:
             "adapt cannot train this model: its logits do not follow from its last hidden states "
             "by its head alone, so the dense model's cannot be kept"
         )
+    loaded = bench.loaded
+    sizes = sizes_of(
+        loaded.model,
+        {layer.name: layer for layer in layers},
+        bench.request,
+        options,
+        loaded.dtype,
+        loaded.device,
+    )
+    check_room(options, sizes, layers, free_memory(loaded.device), loaded.device.type)
+    check_disk(options, sizes, len(bench.windows.calibration), folder)
 
 
 def _identity(bench: Workbench, revision: str, options: AdaptOptions) -> dict[str, object]:
@@ -284,7 +298,10 @@ class _Student:
         for index, master in enumerate(self.masters.values()):
             state = self.optimizer.state[master]
             values = {key: torch.as_tensor(value) for key, value in state.items()}
-            yield _file(index), {"master": master.data} | {f"state.{k}": v for k, v in values.items()}
+            yield (
+                _file(index),
+                {"master": master.data} | {f"state.{k}": v for k, v in values.items()},
+            )
 
     @torch.no_grad()
     def load(self, read: Callable[[str], dict[str, Tensor]]) -> None:
@@ -404,9 +421,13 @@ def _step(
             ways = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
             stack.enter_context(sdpa_kernel(ways, set_priority=True))
         for ids in execution.groups(LABEL, chosen, lambda _, done, __: tell(done * length)):
-            states = torch.stack([teacher.states(window) for _, window in zip(ids, left, strict=False)])
+            states = torch.stack(
+                [teacher.states(window) for _, window in zip(ids, left, strict=False)]
+            )
             hidden = execution.hidden_states(ids)
-            losses.append(_backward(bench.head, hidden, states.to(hidden.device, non_blocking=True)))
+            losses.append(
+                _backward(bench.head, hidden, states.to(hidden.device, non_blocking=True))
+            )
     tokens = chosen.numel()
     bench.tokens["adapt"] += tokens
     norm = student.clip(tokens)
@@ -494,9 +515,11 @@ def _notes(schedule: Schedule, standing: Standing, windows: int) -> list[str]:
     ]
     if standing.step < schedule.steps:
         notes.append(
-            f"adapt ended after {standing.step} of {schedule.steps} steps: the guard was worse than "
-            f"at its best {PATIENCE} times in a row"
+            f"adapt ended after {standing.step} of {schedule.steps} steps: the guard was worse "
+            f"than at its best {PATIENCE} times in a row"
         )
     if standing.best < standing.step:
-        notes.append(f"adapt keeps the weights after {standing.best} steps, where the guard is best")
+        notes.append(
+            f"adapt keeps the weights after {standing.best} steps, where the guard is best"
+        )
     return notes
