@@ -90,8 +90,19 @@ class Checkpoints:
         Raises:
             StoreError: it cannot be written.
         """
-        if standing.step:
-            self._write(self.state(standing.step), layers)
+        self._write(self.state(standing.step), layers)
+        self._name(standing)
+
+    def end(self, standing: Standing) -> None:
+        """Say that training has ended: of its tensors only the best weights are left.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        self._name(standing)
+        shutil.rmtree(self.state(standing.step), ignore_errors=True)
+
+    def _name(self, standing: Standing) -> None:
         write_json(self._file, {"identity": self._identity} | asdict(standing))
         self.saved = Standing(standing.step, [*standing.losses], [*standing.guard], standing.best)
         self._clear({standing.best})

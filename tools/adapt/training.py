@@ -91,18 +91,19 @@ def adapt(
         StoreError: a file cannot be written, or is damaged.
     """
     layers = trained_layers(bench, revision, options)
-    _check(bench, layers, options, folder)
     windows = bench.windows.calibration
     schedule = Schedule(options, len(windows), windows.shape[1], bench.request.seed)
     kept = Checkpoints(folder, _identity(bench, revision, options))
-    teacher = Teacher(bench, folder / "dense", progress)
-    bench.sync(revision)
-    with bench.lent([layer.name for layer in layers]):
+    if not _ended(kept.saved, schedule):
+        _check(bench, layers, options, folder)
+        teacher = Teacher(bench, folder / "dense", progress)
+        bench.sync(revision)
         student = _Student(bench, layers, options)
         try:
-            standing = _train(bench, student, teacher, schedule, kept, options, progress)
+            _train(bench, student, teacher, schedule, kept, options, progress)
         finally:
             student.close()
+    standing = kept.saved
     found = _store(bench, revision, layers, standing, kept, progress)
     each = schedule.tokens
     return Adapted(
@@ -223,8 +224,9 @@ class _Student:
     """The live model while it is trained: its weights, their masters, and the optimizer."""
 
     def __init__(self, bench: Workbench, layers: list[Layer], options: AdaptOptions) -> None:
-        self._model, self.layers = bench.loaded.model, layers
-        self._parameters = {ly.name: self._model.get_parameter(ly.parameter) for ly in layers}
+        bench.lend(layer.name for layer in layers)
+        model = bench.loaded.model
+        self._parameters = {ly.name: model.get_parameter(ly.parameter) for ly in layers}
         self._hooks = []
         self.masters: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
@@ -344,8 +346,8 @@ def _train(
     kept: Checkpoints,
     options: AdaptOptions,
     progress: Progress | None,
-) -> Standing:
-    """Take all steps, from the last checkpoint on."""
+) -> None:
+    """Take all steps, from the last checkpoint on, and leave one that says so."""
     saved = kept.saved
     standing = Standing(saved.step, [*saved.losses], [*saved.guard], saved.best)
     if standing.step:
@@ -362,8 +364,8 @@ def _train(
     try:
         while True:
             _measure(bench, student, schedule, standing, kept, progress)
-            if standing.step == schedule.steps or standing.turned >= PATIENCE:
-                return standing
+            if _ended(standing, schedule):
+                break
             _step(bench, student, teacher, schedule, standing, tell)
             if time.monotonic() - last >= 60 * options.checkpoint_minutes:
                 kept.save_state(standing, student.state())
@@ -373,6 +375,13 @@ def _train(
         if standing.step > kept.saved.step:
             kept.save_state(standing, student.state())
         raise
+    kept.end(standing)
+
+
+def _ended(standing: Standing, schedule: Schedule) -> bool:
+    """Whether no step is left, or the guard has turned."""
+    measured = bool(standing.guard) and standing.guard[-1][0] == standing.step
+    return measured and (standing.step == schedule.steps or standing.turned >= PATIENCE)
 
 
 def _measure(

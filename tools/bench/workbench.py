@@ -587,16 +587,13 @@ class Workbench:
         tried = torch.where(weight != 0, weight, dense).masked_fill_(mask.to(weight.device), 0)
         self.loaded.execution.weights.write(layer, tried)
 
-    @contextmanager
-    def lent(self, names: Iterable[str]) -> Iterator[None]:
+    def lend(self, names: Iterable[str]) -> None:
         """Let someone change the live weights of some layers; the next `sync` takes that back.
 
         Args:
             names: of the layers.
         """
-        names = list(names)
         self._at |= dict.fromkeys(names, "")  # no revision's
-        yield
 
     def _masks(
         self,
