@@ -17,6 +17,7 @@ from prunewright.state import (
 from prunewright.state.config import BASELINE
 from prunewright.state.metrics import Metrics, Pair
 from prunewright.state.run import DENSE
+from prunewright.tools.adapt.training import check_training
 from prunewright.tools.allocation import resolve_allocation
 from prunewright.tools.bench.own_zeros import check_pattern, check_target, own_zeros_words
 from prunewright.tools.bench.workbench import workbench
@@ -63,6 +64,8 @@ def prune_once(
             check_target(bench)
         bench.forget_statistics()  # those of an earlier baseline of this process
         bench.check_blocks()
+        if config.adapt is not None:
+            check_training(bench, config.adapt, run.path)
         values = try_saving(run, bench, revisions=1)
         told = {"values": values, "notes": bench.loaded.notes}
         run.begin(thread, request, config.context, bench.facts(), **told)

@@ -12,8 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prunewright.state.config import AdaptOptions
 from prunewright.state.metrics import Stage
 from prunewright.state.run import DENSE
+from prunewright.tools.adapt.checkpoints import discard
+from prunewright.tools.adapt.training import adapt
 from prunewright.tools.bench.workbench import Workbench
 from prunewright.tools.losses import perplexity
 from prunewright.tools.model.head import Progress
@@ -72,6 +75,7 @@ def complete(
     bench: Workbench,
     revision: str,
     guard: float,
+    training: AdaptOptions | None = None,
     progress: Progress | None = None,
     tell: Callable[[Stage], None] | None = None,
 ) -> Finished:
@@ -84,16 +88,20 @@ def complete(
         bench: the live model.
         revision: the masks that a run or a baseline came to.
         guard: their perplexity on the guard text.
+        training: how the kept weights are trained in the last stage; None: not at all.
         progress: told of the parts done.
         tell: told of each stage once it has ended, those from before a crash, too.
 
     Raises:
+        InputError: the weights cannot be trained so.
         StoreError: the file is damaged, or something cannot be written.
     """
+    folder = file.with_name(file.stem.replace("finishing", "adapt"))
     began, earlier, done = revision, read_finishing(file), list[Done]()
     left = earlier.done if earlier is not None and earlier.revision == revision else []
     write_json(file, Finishing(revision=began, done=left).model_dump())
-    for planned in _planned(bench, progress) if revision != DENSE else []:
+    stages = _planned(bench, training, folder, progress) if revision != DENSE else []
+    for planned in stages:
         one = left[len(done)] if len(left) > len(done) else None
         if one is None or (one.stage.name, one.settings) != (planned.name, planned.settings):
             left = []  # those after a stage that is another one now began from something else
@@ -105,10 +113,13 @@ def complete(
             tell(one.stage)
         if one.stage.kept and one.stage.after is not None:
             revision, guard = one.stage.revision, one.stage.after
+    discard(folder)
     return Finished(revision, guard, [one.stage for one in done])
 
 
-def _planned(bench: Workbench, progress: Progress | None) -> list[_Planned]:
+def _planned(
+    bench: Workbench, training: AdaptOptions | None, folder: Path, progress: Progress | None
+) -> list[_Planned]:
     """The stages that are asked for, in order."""
     planned = []
     if solves(bench.request):
@@ -118,6 +129,14 @@ def _planned(bench: Workbench, progress: Progress | None) -> list[_Planned]:
             return Made(found, bench.store.about(found).get("notes", []))
 
         planned.append(_Planned("reconstruct", {}, reconstruct))
+    if training is not None:
+
+        def train(revision: str) -> Made:
+            found = adapt(bench, revision, training, folder, progress)
+            return Made(found.revision, found.notes, found.curve)
+
+        settings = training.model_dump(mode="json", exclude={"checkpoint_minutes"})
+        planned.append(_Planned("adapt", settings, train))
     return planned
 
 
@@ -136,7 +155,7 @@ def _run(
         revision=made.revision,
         before=before if math.isfinite(before) else None,
         after=after if finite else None,
-        kept=finite and not after > before,
+        kept=finite and not after > before and made.revision != revision,
         seconds=time.perf_counter() - began,
         tokens={use: n for use, n in spent.items() if n},
         notes=made.notes,

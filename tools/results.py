@@ -75,9 +75,8 @@ def finish(
         PrunewrightError: the saved model does not reload to the same sparsity and losses.
         StoreError: cannot write.
     """
-    ended = complete(
-        run.finishing_file, bench, outcome.revision, outcome.guard.final, progress, tell
-    )
+    revision, guard, training = outcome.revision, outcome.guard.final, run.config().adapt
+    ended = complete(run.finishing_file, bench, revision, guard, training, progress, tell)
     began = time.perf_counter()
     tokens_before = dict(bench.tokens)
     saved = outcome.revision != DENSE
@@ -182,7 +181,7 @@ def _measure_control(
     counts = uniform_counts(bench, wanted).counts
     revision = bench.prune(DENSE, DENSE, counts, progress)
     guard = perplexity(bench.guard_losses(revision, progress))
-    ended = complete(run.control_file, bench, revision, guard, progress)
+    ended = complete(run.control_file, bench, revision, guard, run.config().adapt, progress)
     revision, guard = ended.revision, ended.perplexity
     test_losses = bench.test_losses(revision, progress)
     test = perplexity(test_losses)

@@ -26,7 +26,8 @@ def profile(state: PruneState, work: Work) -> PruneUpdate:
     if fresh and work.thread == NO_THREAD and run.trace_file.exists():
         raise InputError(f"{run.path} holds another run: give another `out`, or a thread_id")
     with work.live_model() as bench:
-        from prunewright.tools.saving.model import try_saving  # torch takes seconds
+        from prunewright.tools.adapt.training import check_training  # torch takes seconds
+        from prunewright.tools.saving.model import try_saving
 
         values = ""
         if fresh:
@@ -40,6 +41,8 @@ def profile(state: PruneState, work: Work) -> PruneUpdate:
         if fresh or run.forked_after() == step:
             steps = math.ceil(request.target / request.step)
             bench.check_blocks()
+            if work.context.adapt is not None:
+                check_training(bench, work.context.adapt, run.path)
             values = try_saving(run, bench, min(steps, work.context.max_steps))
         notes = {"values": values, "notes": bench.loaded.notes}
         run.begin(work.thread, request, work.context, bench.facts(), **notes)

@@ -14,7 +14,6 @@ from prunewright.state import InputError, PrunewrightError, StoreError, validate
 from prunewright.state.config import AdaptOptions
 from prunewright.state.run import DENSE
 from prunewright.tools.adapt import training
-from prunewright.tools.adapt.checkpoints import Checkpoints
 from prunewright.tools.adapt.training import Adapted, adapt
 from prunewright.tools.bench.workbench import Workbench
 from prunewright.tools.losses import perplexity
@@ -119,7 +118,7 @@ def test_the_divergence_falls_and_only_kept_weights_of_pruned_layers_change(
         else:
             assert torch.equal(weight, dense[name]), name
     assert [p.requires_grad for p in bench.loaded.model.parameters()].count(True) == 0
-    assert bench.tokens["adapt"] == found.tokens + bench.windows.calibration.numel()
+    assert bench.tokens["adapt"] == found.tokens
     # What it began with is still there, and so is the dense model.
     assert all(torch.equal(weights(bench, revision)[name], before[name]) for name in before)
 
@@ -199,8 +198,6 @@ def test_training_begins_again_once_it_is_another(bench_of: Bench, tmp_path: Pat
     other = options(5, learning_rate=2e-3)
     found = adapt(bench, revision, other, folder)
     assert found == adapt(bench, revision, other, tmp_path / "new")
-    Checkpoints(folder, {}).remove()
-    assert not folder.exists()
 
 
 def test_a_damaged_checkpoint_is_refused(bench_of: Bench, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ class Checkpoints:
                 f"{self._file} is damaged: delete {folder}, and resume; adapt then begins again"
             ) from error
         _log.warning("adapt begins again: it is no longer what its checkpoint was made for")
-        self.remove()
+        discard(folder)
 
     def state(self, step: int) -> Path:
         """Where masters and moments after a step are."""
@@ -140,13 +140,16 @@ class Checkpoints:
         """
         return read_tensors(path / f"{name}.safetensors")
 
-    def remove(self) -> None:
-        """Delete the folder and all that is in it."""
-        with put_into_words(self.folder):
-            if self.folder.is_symlink():
-                self.folder.unlink()
-            elif self.folder.exists():
-                shutil.rmtree(self.folder)
+
+def discard(folder: Path) -> None:
+    """Delete the folder of a training, and all that is in it.
+
+    Raises:
+        StoreError: it cannot be deleted.
+    """
+    with put_into_words(folder):
+        if folder.exists():
+            shutil.rmtree(folder)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

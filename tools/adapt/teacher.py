@@ -42,7 +42,7 @@ class Teacher:
             for one, index in zip(states.unbind(), left, strict=False):
                 with appearing(self._file(index)) as scratch:
                     save_file({"states": one.contiguous()}, scratch)
-        bench.tokens["adapt"] += windows[missing].numel()
+        bench.tokens["calibration"] += windows[missing].numel()
 
     def states(self, window: int) -> Tensor:
         """Hidden states [length, width] of a window, on the processor.

@@ -83,7 +83,7 @@ def adapt(
         options: how.
         folder: of its checkpoints and of the dense model's outputs. Its own: what another training
             left there is deleted. It is left as it is, for whoever calls again before the result
-            is stored; `Checkpoints.remove` clears it away.
+            is stored, and then discards it.
         progress: told of each window, and may raise a `PrunewrightError` to stop.
 
     Raises:
@@ -95,7 +95,7 @@ def adapt(
     schedule = Schedule(options, len(windows), windows.shape[1], bench.request.seed)
     kept = Checkpoints(folder, _identity(bench, revision, options))
     if not _ended(kept.saved, schedule):
-        _check(bench, layers, options, folder)
+        check_training(bench, options, folder, layers)
         teacher = Teacher(bench, folder / "dense", progress)
         bench.sync(revision)
         student = _Student(bench, layers, options)
@@ -106,6 +106,7 @@ def adapt(
     standing = kept.saved
     found = _store(bench, revision, layers, standing, kept, progress)
     each = schedule.tokens
+    bench.tokens["adapt"] += each * standing.step  # those from before a kill, too
     return Adapted(
         revision=found,
         curve=[(each * step, loss) for step, loss in enumerate(standing.losses, start=1)],
@@ -126,19 +127,31 @@ def trained_layers(bench: Workbench, revision: str, options: AdaptOptions) -> li
     ]
     if not pruned:
         raise InputError("adapt trains the kept weights of pruned layers, and no layer is pruned")
+    return _chosen(pruned, options)
+
+
+def _chosen(layers: list[Layer], options: AdaptOptions) -> list[Layer]:
     if options.layers is None:
-        return pruned
+        return layers
     for pattern in options.layers:
-        if not any(fnmatchcase(layer.name, pattern) for layer in pruned):
+        if not any(fnmatchcase(layer.name, pattern) for layer in layers):
             raise InputError(
                 f"adapt.layers: no pruned layer has a name like {pattern!r}: write "
-                f"{pruned[0].name}, for one, with * for any part of it"
+                f"{layers[0].name}, for one, with * for any part of it"
             )
-    return [ly for ly in pruned if any(fnmatchcase(ly.name, one) for one in options.layers)]
+    return [ly for ly in layers if any(fnmatchcase(ly.name, one) for one in options.layers)]
 
 
-def _check(bench: Workbench, layers: list[Layer], options: AdaptOptions, folder: Path) -> None:
+def check_training(
+    bench: Workbench, options: AdaptOptions, folder: Path, layers: list[Layer] | None = None
+) -> None:
     """Refuse what cannot be trained, or has no room.
+
+    Args:
+        bench: the model.
+        options: how it is to be trained.
+        folder: where its checkpoints will be.
+        layers: those that are trained; None: as many as may be once they are pruned.
 
     Raises:
         InputError: saying why.
@@ -154,6 +167,8 @@ def _check(bench: Workbench, layers: list[Layer], options: AdaptOptions, folder:
             "by its head alone, so the dense model's cannot be kept"
         )
     loaded = bench.loaded
+    if layers is None:
+        layers = _chosen(list(loaded.layers.values()), options)
     sizes = sizes_of(
         loaded.model,
         {layer.name: layer for layer in layers},
@@ -438,7 +453,6 @@ def _step(
                 _backward(bench.head, hidden, states.to(hidden.device, non_blocking=True))
             )
     tokens = chosen.numel()
-    bench.tokens["adapt"] += tokens
     norm = student.clip(tokens)
     # One transfer: a device that computes on its own is waited for once a step.
     loss, size = torch.stack([torch.stack(losses).sum() / tokens, norm]).tolist()

@@ -316,7 +316,8 @@ class RunDirectory:
         for path in (
             *(self.lock_file, self.holder_file, self.config_file, self.manifest_file),
             *(self.trace_file, self.metrics_file, self.finishing_file, self.control_file),
-            *(self.own_text, self.path / "steps"),
+            self.own_text,
+            *(self.path / name for name in ("steps", "adapt", "adapt-control")),
             *(revisions, revisions / "masks", revisions / "manifests"),
             *self.path.glob(f"{self.database.name}*"),
         ):
