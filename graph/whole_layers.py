@@ -17,11 +17,16 @@ _NAMED = 5
 
 
 def check_request(request: PruneRequest) -> None:
-    """Refuse a pattern that the request's other bounds rule out.
+    """Refuse what no run of steps does: a pattern that other bounds rule out, a pruned copy.
 
     Raises:
         InputError: saying which.
     """
+    if request.pruned is not None:
+        raise InputError(
+            "pruned: a run prunes the dense model step by step. A pruned copy is taken as it is by "
+            "prunewright adapt (or baseline)"
+        )
     whole = request.pattern_sparsity
     if whole is None:
         return

@@ -368,6 +368,11 @@ class PruneRequest(Options):
         "(true and false are read as layer and none)",
     )
     fit: FitOptions = Field(FitOptions(), description="how reconstruct block fits each block")
+    pruned: str | None = Field(
+        None,
+        description="a pruned copy of the model, a local directory or hub name: a baseline takes "
+        "its zeros and kept weights as they are, in place of an allocation; null: none",
+    )
     profile: ProfileOptions = Field(ProfileOptions(), description="how the profile is taken")
     texts: TextOptions = Field(
         TextOptions(), description="texts to calibrate on, to judge steps on and to report on"
@@ -384,13 +389,16 @@ class PruneRequest(Options):
         windows = {"windows": {"batch"}}
         return self.model_dump(
             mode="json",
-            exclude={"model": True, "device": True, "offload": True, "texts": texts | windows},
+            exclude=dict.fromkeys(("model", "pruned", "device", "offload"), True)
+            | {"texts": texts | windows},
         )
 
     @property
     def criterion_words(self) -> str:
         """Criterion, pattern, and whether weights are reconstructed, for people to read."""
         words = f"{self.criterion}, {self.pattern}"
+        if self.pruned is not None:
+            words = "that of the pruned copy"
         if self.reconstruct == "none":
             return words
         return f"{words}, kept weights reconstructed by {self.reconstruct}"

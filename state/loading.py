@@ -186,7 +186,9 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     if value is raw and _FREE.intersection(parents):
         value = _scalar(raw)
     for parent in parents:
-        data = data.setdefault(parent, {})
+        if data.get(parent) is None:  # a key that is off, which one of its own turns on
+            data[parent] = {}
+        data = data[parent]
         if not isinstance(data, dict):
             raise InputError(f"--set {key}: {parent} holds a value, not further keys")
     data[last] = value

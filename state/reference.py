@@ -50,10 +50,20 @@ def _lines(
             written = yaml.safe_dump(defaults[name], default_flow_style=True, width=WIDTH)
             value = written.removesuffix("...\n").strip()  # which ends a bare scalar
             yield f"{indent}{name}: {value}"
+            yield from _keys_inside(key, definitions, depth)
             yield ""
         else:
             yield f"{indent}{name}:"
             yield from _lines(nested, definitions, defaults[name], depth + 1)
+
+
+def _keys_inside(key: dict[str, Any], definitions: dict[str, Any], depth: int) -> Iterator[str]:
+    """The keys of a mapping that is null unless it is given, as comments."""
+    names = [str(option.get("$ref", "")).rpartition("/")[2] for option in key.get("anyOf", ())]
+    for nested in (definitions[name] for name in names if name):
+        defaults = {name: inner.get("default") for name, inner in nested["properties"].items()}
+        *lines, _ = _lines(nested, definitions, defaults, depth + 1)
+        yield from (f"# {line}".rstrip() for line in lines)
 
 
 def _form(key: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from prunewright.state.run import DENSE
 from prunewright.tools.adapt.training import check_training
 from prunewright.tools.allocation import resolve_allocation
 from prunewright.tools.bench.own_zeros import check_pattern, check_target, own_zeros_words
+from prunewright.tools.bench.pruned import PrunedCopy
 from prunewright.tools.bench.workbench import workbench
 from prunewright.tools.losses import change_with_error, perplexity
 from prunewright.tools.model.head import Progress
@@ -44,24 +45,29 @@ def prune_once(
     Args:
         run: a created run directory.
         config: its configuration; target, criterion, pattern and allocation count, the agent
-            does not.
+            does not. Where it names a pruned copy, its zeros and kept weights are taken instead.
         thread: what to call the run.
         progress: told of the parts done.
         tell: is sent ``begun`` once the model is loaded and the manifest written, and each `Stage`.
 
     Raises:
-        InputError: a layer does not divide into the pattern's groups, the allocation cannot be
-            made, the model's own zeros leave nothing to prune, or the model could not be
-            saved.
+        InputError: the pruned copy is none, a layer does not divide into the pattern's groups,
+            the allocation cannot be made, the model's own zeros leave nothing to prune, or the
+            model could not be saved.
         StoreError: cannot write.
     """
     request = config.request
+    unstructured = parse_pattern(request.pattern) is None
     allocate = resolve_allocation(config.one_shot, config.allocation_options, request.pattern)
     with workbench(request, run.path, progress) as bench:
-        _check_pattern(request.pattern, bench.loaded.layers)
-        check_pattern(bench)
-        if parse_pattern(request.pattern) is None:
-            check_target(bench)
+        copy = None
+        if request.pruned is not None:
+            copy = PrunedCopy(bench, request.pruned)
+        else:
+            _check_pattern(request.pattern, bench.loaded.layers)
+            check_pattern(bench)
+            if unstructured:
+                check_target(bench)
         bench.forget_statistics()  # those of an earlier baseline of this process
         bench.check_blocks()
         if config.adapt is not None:
@@ -73,7 +79,7 @@ def prune_once(
         tokens = dict(bench.tokens)
         counts, notes = None, []
         began = time.perf_counter()
-        if parse_pattern(request.pattern) is None:
+        if copy is None and unstructured:
             allotment = allocate(bench, progress)
             counts, notes = allotment.counts, allotment.notes
         allocated = time.perf_counter()
@@ -81,18 +87,33 @@ def prune_once(
         notes = [*filter(None, [values, words]), *notes]
         before = bench.guard_losses(DENSE, progress)
         dense_sparsity = bench.sparsity()
-        revision = bench.prune(DENSE, DENSE, counts, progress)
+        if copy is None:
+            revision = bench.prune(DENSE, DENSE, counts, progress)
+        else:
+            revision = copy.store(progress)
+            del copy  # its weights
         losses = bench.guard_losses(revision, progress)
         applied = bench.sparsities()
         value = perplexity(losses)
         change, stderr = change_with_error(before, losses)
         finite = math.isfinite(value)
+        shared = f"Allocation {config.one_shot}, one shot, pattern {request.pattern}."
+        method = {
+            "agent": BASELINE,
+            "allocation": config.one_shot,
+            "allocation_options": json.dumps(config.allocation_options),
+            "criterion": request.criterion,
+            "pattern": request.pattern,
+        }
+        if request.pruned is not None:
+            shared = "The zeros of a pruned copy."
+            method = {"agent": BASELINE, "pruned": request.pruned}
         step = Step(
             step=0,
             agent=BASELINE,
             verdict="accepted",
             decision=Decision(
-                reasoning=f"Allocation {config.one_shot}, one shot, pattern {request.pattern}.",
+                reasoning=shared,
                 layers=[LayerDelta(name=n, delta=s) for n, s in applied.items()],
             ),
             applied=applied,
@@ -114,13 +135,7 @@ def prune_once(
         run.write_trace([step])
         outcome = Outcome(
             status=BASELINE,
-            method={
-                "agent": BASELINE,
-                "allocation": config.one_shot,
-                "allocation_options": json.dumps(config.allocation_options),
-                "criterion": request.criterion,
-                "pattern": request.pattern,
-            },
+            method=method,
             revision=revision,
             steps=1,
             guard=Pair(dense=perplexity(before), final=value),

@@ -9,7 +9,15 @@ from typing import Annotated
 
 import typer
 
-from prunewright.graph.cli import comparing, evaluating, planning, runs, showing, storing
+from prunewright.graph.cli import (
+    adapting,
+    comparing,
+    evaluating,
+    planning,
+    runs,
+    showing,
+    storing,
+)
 from prunewright.graph.cli.session import Commands, Session
 from prunewright.graph.running.logs import Level, logging_to_stderr
 
@@ -42,6 +50,11 @@ _COMMANDS: dict[str, tuple[str, Callable[..., None], list[str]]] = {
         _PRUNE,
         runs.baseline_command,
         ["baseline -m my-model -t 0.45 --allocation owl", "baseline -m my-model --pattern 2:4"],
+    ),
+    "adapt": (
+        _PRUNE,
+        adapting.adapt_command,
+        ["adapt runs/mine --tokens 1000000", "adapt ./pruned-model -m ./my-model"],
     ),
     "compare": (
         _PRUNE,

@@ -103,17 +103,17 @@ def run_command(
         with_control=with_control or None,
     )
     resolved = resolve_agent(settled.agent, settled.agent_options)
-    session.run = _directory(settled, out)
+    session.run = new_directory(settled, out)
     screen = session.screen
     _check_person(settled)
-    _print_head(screen, settled, session.run, resolved.words)
-    with _live(screen, settled, session.run) as live:
+    print_head(screen, settled, session.run, resolved.words)
+    with live_screen(screen, settled, session.run) as live:
         # Seconds of imports: what will be done is said before them.
         from prunewright.graph.running import runner
 
         quiet_transformers(session.debug)
         result = runner.run(settled, session.run, live.on_event, _reviewer(screen, live))
-    _report(session, screen, result)
+    report_end(session, screen, result)
 
 
 def resume_command(
@@ -145,14 +145,14 @@ def resume_command(
         if who != BASELINE:
             resolved = resolve_agent(who, settled.agent_options)
             who = resolved.words
-        _print_head(screen, settled, run_directory, who)
+        print_head(screen, settled, run_directory, who)
         if records:
             screen.pairs([("resumed", f"after step {records[-1].step + 1}")])
             print_step_line(screen, records[-1])
-    with _live(screen, settled, run_directory, records) as live:
+    with live_screen(screen, settled, run_directory, records) as live:
         reviewer = _reviewer(screen, live)
         result = runner.resume(run_directory, live.on_event, reviewer, **changes)
-    _report(session, screen, result)
+    report_end(session, screen, result)
 
 
 def fork_command(
@@ -192,14 +192,14 @@ def fork_command(
     session.run = out or run_directory.parent / new_thread()
     resolved = resolve_agent(settled.agent, settled.agent_options)
     screen = session.screen
-    _print_head(screen, settled, session.run, resolved.words)
+    print_head(screen, settled, session.run, resolved.words)
     after = "its last step" if step is None else f"step {step}"
     screen.pairs([("forked", f"from {run_directory} after {after}")])
-    with _live(screen, settled, session.run, parent.read_trace()[:step]) as live:
+    with live_screen(screen, settled, session.run, parent.read_trace()[:step]) as live:
         result = go_on(
             run_directory, step, session.run, live.on_event, _reviewer(screen, live), **changes
         )
-    _report(session, screen, result)
+    report_end(session, screen, result)
 
 
 def watch_command(
@@ -228,7 +228,7 @@ def watch_command(
     directory = RunDirectory(run_directory)
     config = directory.config()
     screen = session.screen
-    _print_head(screen, config, run_directory, config.agent)
+    print_head(screen, config, run_directory, config.agent)
     command = f"prunewright resume {shlex.quote(str(run_directory))}"
     try:
         with Live(screen, config=None if config.agent == BASELINE else config) as live:
@@ -244,7 +244,7 @@ def watch_command(
     except KeyboardInterrupt:
         Screen(stderr=True).line("No longer watching; the run is left as it is.")
         raise typer.Exit(128 + signal.SIGINT) from None
-    _report(session, screen, RunResult(run_directory, load_metrics(directory)))
+    report_end(session, screen, RunResult(run_directory, load_metrics(directory)))
 
 
 def baseline_command(
@@ -289,19 +289,19 @@ def baseline_command(
         seed=seed,
         device=device,
     )
-    session.run = _directory(settled, out)
+    session.run = new_directory(settled, out)
     screen = session.screen
     one_shot = settled.model_copy(update={"agent": BASELINE})
-    _print_head(screen, one_shot, session.run, f"none: {settled.one_shot}, one shot")
-    with _live(screen, one_shot, session.run) as live:
+    print_head(screen, one_shot, session.run, f"none: {settled.one_shot}, one shot")
+    with live_screen(screen, one_shot, session.run) as live:
         from prunewright.graph.running import runner
 
         quiet_transformers(session.debug)
         result = runner.baseline(settled, session.run, live.on_event)
-    _report(session, screen, result)
+    report_end(session, screen, result)
 
 
-def _directory(config: PruneConfig, out: Path | None) -> Path:
+def new_directory(config: PruneConfig, out: Path | None) -> Path:
     """The run directory, named now so that every message can name it."""
     if out is not None or config.out is not None:
         return Path(out or config.out or "")
@@ -337,7 +337,8 @@ def _reviewer(screen: Screen, live: Live) -> "TerminalReviewer":
     return TerminalReviewer(screen, live)
 
 
-def _print_head(screen: Screen, config: PruneConfig, directory: Path, agent: str) -> None:
+def print_head(screen: Screen, config: PruneConfig, directory: Path, agent: str) -> None:
+    """Say what is about to be done."""
     screen.pairs(
         [
             ("model", config.model),
@@ -349,12 +350,21 @@ def _print_head(screen: Screen, config: PruneConfig, directory: Path, agent: str
 
 
 @contextmanager
-def _live(
+def live_screen(
     screen: Screen,
     config: PruneConfig,
     directory: Path,
     records: Iterable[Step] = (),
 ) -> Iterator[Live]:
+    """The live lines of a run that begins or goes on.
+
+    Args:
+        screen: where.
+        config: the run's.
+        directory: its own.
+        records: its steps so far.
+    """
+
     def loaded(dense: float | None) -> None:
         from prunewright.graph.agents.replay import other_standing
         from prunewright.tools.store.rundir import RunDirectory
@@ -395,7 +405,7 @@ def _live(
         yield live
 
 
-def _report(session: Session, screen: Screen, result: "RunResult") -> NoReturn:
+def report_end(session: Session, screen: Screen, result: "RunResult") -> NoReturn:
     """Print how a run ended, and leave with the exit code that says it."""
     from prunewright.graph.whole_layers import MISSING
     from prunewright.tools.ending import describe_ending, ended_words

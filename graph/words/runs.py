@@ -4,7 +4,7 @@ import math
 
 from prunewright.graph.words.numbers import calls, count, duration
 from prunewright.state import PruneConfig
-from prunewright.state.config import BASELINE, pattern_sparsity
+from prunewright.state.config import BASELINE, AdaptOptions, pattern_sparsity
 from prunewright.state.metrics import NEGLIGIBLE, Metrics, Pair
 
 
@@ -15,6 +15,7 @@ def request_rows(config: PruneConfig) -> list[tuple[str, str]]:
     return [
         ("target", target_words(config)),
         ("criterion", config.criterion_words),
+        *([("adapt", adapt_words(config.adapt))] if config.adapt else []),
         (
             "texts",
             f"calibration {texts.calibration_words}, {windows.calibration} windows; "
@@ -24,8 +25,20 @@ def request_rows(config: PruneConfig) -> list[tuple[str, str]]:
     ]
 
 
+def adapt_words(options: AdaptOptions) -> str:
+    """How the kept weights are trained in the end."""
+    layers = "" if options.layers is None else f", layers {', '.join(options.layers)}"
+    return (
+        f"training: the kept weights follow the dense model on {options.tokens:,} tokens, "
+        f"{options.optimizer}, learning rate {options.learning_rate:g}, {options.batch} windows a "
+        f"step{layers}"
+    )
+
+
 def target_words(config: PruneConfig) -> str:
     """The target in words; a baseline's is fixed by a pattern, a run takes whole layers to it."""
+    if config.pruned is not None:
+        return f"the zeros of {config.pruned}"
     whole = pattern_sparsity(config.pattern)
     if whole is None:
         return f"{config.target:.1%} of the prunable weights"

@@ -25,10 +25,11 @@ from prunewright.tools.calibration.profile import build_profile, statistics_of
 from prunewright.tools.criteria import find_criterion, prune_mask
 from prunewright.tools.fast import count_bits, count_zeros, read_at_once
 from prunewright.tools.masks import nm_count
+from prunewright.tools.model.checkpoint import weight_files
 from prunewright.tools.model.continuations import answer_scores, continue_text, fact_tokens
 from prunewright.tools.model.head import Head, Progress, told
 from prunewright.tools.model.layers import Layer
-from prunewright.tools.model.loading import LoadedModel, load_model
+from prunewright.tools.model.loading import LoadedModel, load_model, resolve_directory
 from prunewright.tools.model.tokens import embedding_rows
 from prunewright.tools.model.writing import write_documents
 from prunewright.tools.solve.fit import Fit
@@ -36,7 +37,7 @@ from prunewright.tools.solve.solving import BlockSolver, Solved, Wanted, solves
 from prunewright.tools.sources import first_line
 from prunewright.tools.store.revisions import Manifest, RevisionStore, StoredLayer
 from prunewright.tools.store.rundir import OWN_TEXT
-from prunewright.tools.store.standing import setting_files
+from prunewright.tools.store.standing import setting_files, weights_digest
 from prunewright.tools.store.storage import (
     canonical_json,
     read_json,
@@ -142,8 +143,12 @@ class Workbench:
 
     def facts(self) -> dict[str, Any]:
         """What a run on this model and these texts stands on, as JSON values."""
+        pruned = {}
+        if self.request.pruned is not None:
+            pruned["pruned"] = weights_digest(weight_files(resolve_directory(self.request.pruned)))
         return {
-            "model": {
+            "model": pruned
+            | {
                 "name": self.request.model,
                 "sha256": self.loaded.fingerprint,
                 "settings": self.loaded.settings,

@@ -78,11 +78,14 @@ class Compared:
     @property
     def is_uniform(self) -> bool:
         """Whether it is one-shot pruning with every layer alike."""
-        return self.is_baseline and self.story.config.one_shot == "uniform"
+        config = self.story.config
+        return self.is_baseline and config.one_shot == "uniform" and config.pruned is None
 
     @property
     def method(self) -> str:
         """Who decided."""
+        if self.story.config.pruned is not None:
+            return "the pruned copy"
         if self.is_baseline:
             return f"{self.story.config.one_shot}, one shot"
         agents = dict.fromkeys(record.agent for record in self.story.records)
@@ -309,6 +312,8 @@ def _headline(run: Compared) -> list[str]:
             f"{model.get('prunable_layers', 0):,} linear layers"
         )
     by = f"by the criterion {config.criterion}"
+    if config.pruned is not None:
+        by = f"as {config.pruned} has them"
     if config.pattern != "unstructured":
         by += f" in the pattern {config.pattern}"
     undone = {one.name for one in metrics.stages if not one.kept} if metrics is not None else set()
@@ -349,6 +354,8 @@ def _against_uniform(runs: list[Compared]) -> tuple[list[str], list[str]]:
     run = runs[0]
     if run.is_uniform:
         return ["This is the uniform control itself."], []
+    if run.story.config.pruned is not None:
+        return ["It was pruned elsewhere, so there is no uniform control of it."], []
     own = run.story.metrics
     words = [_against(run, other) for other in runs[1:] if other.is_uniform]
     if own is not None and own.control is not None:

@@ -37,7 +37,9 @@ def model_card(config: PruneConfig, metrics: Metrics, directory: Path, values: s
     if base:
         front["base_model"] = base
     front |= license_of(directory)
-    front["tags"] = ["pruning", "sparse", "prunewright", config.criterion]
+    front["tags"] = ["pruning", "sparse", "prunewright"]
+    if config.pruned is None:
+        front["tags"].append(config.criterion)
     title = (base or Path(config.model).name).rpartition("/")[2]
     if title == DENSE_MODEL:  # given in memory, and not from the hub
         title = str(_config(directory).get("model_type"))
@@ -50,7 +52,7 @@ def model_card(config: PruneConfig, metrics: Metrics, directory: Path, values: s
 {yaml.safe_dump(front, sort_keys=False)}---
 # {title}, pruned to {metrics.sparsity:.1%}
 
-Pruned with Prunewright after training{_trained_words(metrics)}.
+{_origin_words(config, metrics)}.
 {metrics.sparsity:.2%} of the weights in the decoder blocks' linear layers are exactly zero{before}.
 Embeddings, norms and the head are dense.
 {f"{chr(10)}Numbers: {values}.{chr(10)}" if values else ""}
@@ -130,6 +132,22 @@ def _plausible(name: str) -> bool:
 
 def license_of(directory: Path) -> dict[str, str]:
     """What the front matter of a model's README.md says of its licence."""
+    found = _front_of(directory)
+    return {
+        key: value for key in _LICENSE_KEYS if isinstance(value := found.get(key), str) and value
+    }
+
+
+def base_of(directory: Path) -> str | None:
+    """The model that a README.md names as the one it was made from, as a configuration would."""
+    found = _front_of(directory).get("base_model")
+    if not isinstance(found, str) or not found:
+        return None
+    return EMBEDDED if found == BASE_OF_EMBEDDED else found
+
+
+def _front_of(directory: Path) -> dict[str, Any]:
+    """The front matter of a model's README.md; empty if there is none that can be read."""
     try:
         with (directory / "README.md").open(encoding="utf-8") as file:
             lines = file.read(_FRONT_BYTES).split("\n")
@@ -137,10 +155,7 @@ def license_of(directory: Path) -> dict[str, str]:
         front = yaml.safe_load("\n".join(lines[1:end]))
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
-    found = front if isinstance(front, dict) else {}
-    return {
-        key: value for key in _LICENSE_KEYS if isinstance(value := found.get(key), str) and value
-    }
+    return front if isinstance(front, dict) else {}
 
 
 def _steps_words(metrics: Metrics) -> str:
@@ -149,9 +164,14 @@ def _steps_words(metrics: Metrics) -> str:
     return f"{metrics.steps} steps, {metrics.rollbacks} rolled back; {metrics.reason}"
 
 
-def _trained_words(metrics: Metrics) -> str:
+def _origin_words(config: PruneConfig, metrics: Metrics) -> str:
+    """How the zeros came about, and whether the weights were trained since."""
     words = metrics.trained_words
-    return f"; then {words}" if words else ", without retraining"
+    if config.pruned is not None:
+        taken = "Made with Prunewright from a model that was pruned before"
+        return f"{taken}; then {words}" if words else f"{taken}, as it was"
+    pruned = "Pruned with Prunewright after training"
+    return f"{pruned}; then {words}" if words else f"{pruned}, without retraining"
 
 
 def _stages_words(metrics: Metrics) -> str:

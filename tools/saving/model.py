@@ -287,7 +287,8 @@ def revision_bytes(request: PruneRequest, prunable: int, itemsize: int) -> tuple
     """Bytes of a step's revision that changes every layer, and of the last one's values.
 
     Args:
-        request: says what is solved after the last step, and the target.
+        request: says what is solved after the last step or taken from a pruned copy, and the
+            target.
         prunable: weights of the prunable layers.
         itemsize: bytes of one of them.
 
@@ -296,7 +297,7 @@ def revision_bytes(request: PruneRequest, prunable: int, itemsize: int) -> tuple
     """
     masks = (prunable + 7) // 8
     kept = math.ceil((1 - request.target / 2) * prunable) * itemsize
-    return masks, masks + kept if solves(request) else 0
+    return masks, masks + kept if solves(request) or request.pruned else 0
 
 
 def _check_room(run: RunDirectory, request: PruneRequest, saving: _Saving, revisions: int) -> None:
