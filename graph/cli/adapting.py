@@ -94,9 +94,8 @@ def adapt_command(
         *(f"{key}={value}" for key, value in wanted.items() if value is not None),
     ]
     settled = _settled(pruned, config, changes, model)
-    update = {"adapt": settled.adapt or AdaptOptions()}
-    update |= {} if seed is None else {"seed": seed}
-    settled = settled.model_copy(update=update | ({} if device is None else {"device": device}))
+    given = {"seed": seed, "device": device, "adapt": settled.adapt or AdaptOptions()}
+    settled = settled.model_copy(update={k: v for k, v in given.items() if v is not None})
     session.run = new_directory(settled, out)
     screen = session.screen
     print_head(screen, settled, session.run, "none: the zeros of a pruned copy")

@@ -3,8 +3,8 @@
 Reads one job a line from standard input, as JSON, and answers with one line each. What takes
 long to import is imported once, before the forks; nothing of a run is kept between them.
 
-    {"do": "run" | "resume" | "fork" | "compare", "config": {...}, "of": "...", "step": 1,
-     "out": "...", "changes": {...},
+    {"do": "run" | "baseline" | "resume" | "fork" | "compare", "config": {...}, "of": "...",
+     "step": 1, "out": "...", "changes": {...},
      "kill": {"at": "module:Class.function", "when": "before" | "after", "nth": 1,
               "match": "part of an argument", "caller": "function on the stack", "pause": seconds},
      "disk": {... as kill, and "bytes": 100, "for_good": false}}
@@ -105,8 +105,8 @@ def work(job: dict[str, Any], answer: Any) -> None:
             sys.path.append(job["path"])
             report = compare(job["config"], job["out"]).errors
         else:
-            if job["do"] == "run":
-                result = graph.run(job["config"], out=job["out"])
+            if job["do"] in ("run", "baseline"):
+                result = getattr(graph, job["do"])(job["config"], out=job["out"])
             elif job["do"] == "fork":
                 result = graph.fork(job["of"], job["step"], out=job["out"])
             else:
