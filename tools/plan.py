@@ -14,7 +14,16 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from prunewright.state import InputError, PruneRequest
-from prunewright.state.config import EMBEDDED, SELF, Offload
+from prunewright.state.config import EMBEDDED, SELF, AdaptOptions, Offload
+from prunewright.tools.adapt.memory import (
+    Sizes,
+    check_room,
+    disk_bytes,
+    pass_bytes,
+    sizes_of,
+    state_bytes,
+)
+from prunewright.tools.adapt.training import MEASURED, check_offload, chosen_layers
 from prunewright.tools.criteria import LayerStatistics, find_criterion, prune_mask
 from prunewright.tools.execution.base import TOKENS
 from prunewright.tools.execution.blocks import STATES
@@ -85,6 +94,9 @@ class Plan(BaseModel):
         seconds: ``window`` (measured) and ``masks`` of all layers (from one that is measured), and
             from them ``step`` (mean), ``finish`` and ``run`` (with the fewest steps); ``own text``,
             from the time of a token; empty if nothing was timed.
+        adapt: what the training at the end takes: bytes of the device's ``memory``, the live
+            weights among it, and of ``disk`` while it goes on; ``flops``; and ``seconds``, which
+            are part of the run's, if it was timed. Empty if there is none.
         warnings: what will not fit.
     """
 
@@ -111,6 +123,7 @@ class Plan(BaseModel):
     flops: dict[str, float]
     steps: int
     seconds: dict[str, float]
+    adapt: dict[str, float]
     warnings: list[str]
 
 
@@ -135,7 +148,13 @@ class _Shape(BaseModel):
     """Sum of the layers' outputs times inputs squared."""
 
 
-def make_plan(request: PruneRequest, out: Path = Path(), *, timed: bool = False) -> Plan:
+def make_plan(
+    request: PruneRequest,
+    out: Path = Path(),
+    *,
+    training: AdaptOptions | None = None,
+    timed: bool = False,
+) -> Plan:
     """Predict a run from the model's structure; no weights are read, unless it is to be timed.
 
     Operations: a forward pass takes 2 operations a weight and token, plus 4 a block, width and
@@ -160,6 +179,7 @@ def make_plan(request: PruneRequest, out: Path = Path(), *, timed: bool = False)
     Args:
         request: what would be run.
         out: where the run directory would be.
+        training: how the kept weights would be trained at the end; None: not at all.
         timed: load the model and score one window, to predict the time.
 
     Raises:
@@ -182,6 +202,21 @@ def make_plan(request: PruneRequest, out: Path = Path(), *, timed: bool = False)
     disk = _disk(request, shape, dtype, steps, saved, copy)
     available, free = _available(device), _free(out)
     host = _available(torch.device("cpu"))
+    seconds = _seconds(request, flops, steps, shape.prunable, dtype) if timed else {}
+    warnings = _warnings(request, ways, available, host, disk["total"], free)
+    adapt: dict[str, float] = {}
+    if training is not None:
+        chosen = chosen_layers(list(layers.values()), training)
+        named = {layer.name: layer for layer in chosen}
+        sizes = sizes_of(model, named, request, training, dtype, device)
+        adapt = _training(request, training, sizes, flops, memory)
+        warnings += _training_warnings(
+            request, training, sizes, chosen, int(adapt["memory"]), available, device
+        )
+        if seconds:
+            rate = flops["guard"] / request.texts.windows.guard / seconds["window"]
+            adapt["seconds"] = adapt["flops"] / rate
+            seconds["run"] += adapt["seconds"]
     return Plan(
         model=request.model,
         directory=str(directory),
@@ -203,8 +238,9 @@ def make_plan(request: PruneRequest, out: Path = Path(), *, timed: bool = False)
         host_available=host,
         flops=flops,
         steps=steps,
-        seconds=_seconds(request, flops, steps, shape.prunable, dtype) if timed else {},
-        warnings=_warnings(request, ways, available, host, disk["total"], free),
+        seconds=seconds,
+        adapt=adapt,
+        warnings=warnings,
     )
 
 
@@ -229,6 +265,55 @@ def _seconds(
     step = sum(parts.values()) + masks
     run = window * request.texts.windows.guard + steps * step + finish + sum(own.values())
     return {"window": window, "masks": masks, "step": step, "finish": finish, "run": run} | own
+
+
+def _training(
+    request: PruneRequest,
+    training: AdaptOptions,
+    sizes: Sizes,
+    flops: dict[str, float],
+    memory: dict[str, int],
+) -> dict[str, float]:
+    """What the training at the end takes; see `Plan.adapt`.
+
+    A token takes what one of a backward pass does, and the head once more, for the dense model's
+    logits. The calibration windows go through the dense model once, and the guard is measured
+    before the training and `MEASURED` times in its course.
+    """
+    windows = request.texts.windows
+    window = flops["guard"] / windows.guard
+    head = 2.0 * sizes.vocabulary * sizes.width * windows.length
+    trained = max(1, training.tokens // (training.batch * windows.length)) * training.batch
+    back = (4 if sizes.checkpointing else 3) * (window - head) + 4 * head
+    own = {"weights", "texts", "gradients", "host", "peak"}
+    largest = max(n for name, n in memory.items() if name not in own)
+    needed = state_bytes(training.optimizer, sizes) + pass_bytes(sizes)
+    return {
+        "memory": memory["peak"] - largest + needed,
+        "disk": disk_bytes(training, sizes, windows.calibration),
+        "flops": trained * back
+        + windows.calibration * (window - head)
+        + (MEASURED + 1) * windows.guard * window,
+    }
+
+
+def _training_warnings(
+    request: PruneRequest,
+    training: AdaptOptions,
+    sizes: Sizes,
+    layers: list[Layer],
+    memory: int,
+    available: int,
+    device: torch.device,
+) -> list[str]:
+    """What of the training at the end would be refused."""
+    beside = memory - state_bytes(training.optimizer, sizes) - pass_bytes(sizes)
+    try:
+        check_offload(request)
+        check_room(training, sizes, layers, max(available - beside, 0), device.type)
+    except InputError as error:
+        return [str(error)]
+    return []
 
 
 def time_products(device: torch.device) -> float:

@@ -86,7 +86,8 @@ def plan_command(
     check_request(settled.request)
 
     quiet_transformers(session.debug)
-    plan = make_plan(settled.request, out or Path(settled.out or "runs"), timed=timed)
+    place = out or Path(settled.out or "runs")
+    plan = make_plan(settled.request, place, training=settled.adapt, timed=timed)
     try:
         who = check_agent(settled.context).words
     except InputError as error:  # a run would be refused; what it takes can be said all the same
@@ -138,6 +139,7 @@ def _print_plan(screen: Screen, config: PruneConfig, plan: "Plan", agent: str) -
                 f"{size(plan.disk['model'])}, masks {size(plan.disk['masks'])} "
                 f"if every layer changes{updated}{copy}), {size(plan.disk_free)} free",
             ),
+            *([("training", _training_words(plan))] if plan.adapt else []),
             ("time", _time_words(plan)),
         ]
     )
@@ -153,6 +155,16 @@ def _offload_words(config: PruneConfig, plan: "Plan") -> str:
         for name, way in plan.ways.items()
     )
     return f"{ways}; recommended: {plan.recommended or 'a smaller model, since no way fits'}"
+
+
+def _training_words(plan: "Plan") -> str:
+    """What the training at the end takes."""
+    found = plan.adapt
+    words = (
+        f"adapt takes about {size(int(found['memory']))} of memory at most, the weights among it, "
+        f"and {size(int(found['disk']))} of disk while it goes on"
+    )
+    return f"{words}; about {duration(found['seconds'])}" if "seconds" in found else words
 
 
 def _time_words(plan: "Plan") -> str:

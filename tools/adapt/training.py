@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.optimization import Adafactor
 
-from prunewright.state import InputError, PrunewrightError
+from prunewright.state import InputError, PruneRequest, PrunewrightError
 from prunewright.state.config import AdaptOptions
 from prunewright.tools.adapt.checkpoints import Checkpoints, Standing
 from prunewright.tools.adapt.memory import check_disk, check_room, free_memory, sizes_of
@@ -127,10 +127,15 @@ def trained_layers(bench: Workbench, revision: str, options: AdaptOptions) -> li
     ]
     if not pruned:
         raise InputError("adapt trains the kept weights of pruned layers, and no layer is pruned")
-    return _chosen(pruned, options)
+    return chosen_layers(pruned, options)
 
 
-def _chosen(layers: list[Layer], options: AdaptOptions) -> list[Layer]:
+def chosen_layers(layers: list[Layer], options: AdaptOptions) -> list[Layer]:
+    """Those of some layers that are to be trained.
+
+    Raises:
+        InputError: a pattern names none.
+    """
     if options.layers is None:
         return layers
     for pattern in options.layers:
@@ -156,11 +161,7 @@ def check_training(
     Raises:
         InputError: saying why.
     """
-    if bench.request.offload != "none":
-        raise InputError(
-            f"adapt trains all blocks at once, so they must be on the device: offload is "
-            f"{bench.request.offload}. Leave adapt away (or set offload=none)"
-        )
+    check_offload(bench.request)
     if not bench.head.exact:
         raise InputError(
             "adapt cannot train this model: its logits do not follow from its last hidden states "
@@ -168,7 +169,7 @@ def check_training(
         )
     loaded = bench.loaded
     if layers is None:
-        layers = _chosen(list(loaded.layers.values()), options)
+        layers = chosen_layers(list(loaded.layers.values()), options)
     sizes = sizes_of(
         loaded.model,
         {layer.name: layer for layer in layers},
@@ -179,6 +180,19 @@ def check_training(
     )
     check_room(options, sizes, layers, free_memory(loaded.device), loaded.device.type)
     check_disk(options, sizes, len(bench.windows.calibration), folder)
+
+
+def check_offload(request: PruneRequest) -> None:
+    """Refuse blocks that are not on the device.
+
+    Raises:
+        InputError: they are elsewhere.
+    """
+    if request.offload != "none":
+        raise InputError(
+            f"adapt trains all blocks at once, so they must be on the device: offload is "
+            f"{request.offload}. Leave adapt away (or set offload=none)"
+        )
 
 
 def _identity(bench: Workbench, revision: str, options: AdaptOptions) -> dict[str, object]:
