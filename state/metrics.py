@@ -6,6 +6,10 @@ NEGLIGIBLE = 5e-4
 """Fraction of the prunable weights up to which zeros of the dense model's own are not told of."""
 
 
+TRAINING = "adapt (training)"
+"""What people read of the stage that trains, wherever it is named."""
+
+
 class Pair(BaseModel):
     """A measure before and after."""
 
@@ -80,7 +84,7 @@ class Stage(BaseModel):
     @property
     def title(self) -> str:
         """Its name, with what nobody may miss: that the one trains."""
-        return "adapt (training)" if self.name == "adapt" else self.name
+        return TRAINING if self.name == "adapt" else self.name
 
     @property
     def words(self) -> str:

@@ -28,6 +28,7 @@ from prunewright.graph.cli.screen.study import print_tables
 from prunewright.graph.words.numbers import percent, perplexity
 from prunewright.graph.words.steps import step_line, steps_to_go
 from prunewright.state import PruneConfig
+from prunewright.state.metrics import TRAINING, Stage
 from prunewright.tools.report.tables import comparison_tables
 
 WIDTH = 80
@@ -194,6 +195,28 @@ def test_the_clock_tells_what_is_left_from_measured_steps(
     now += 40
     take(1, 0.1, 0.4)
     assert live.times() == "8:10"
+
+
+def test_the_clock_tells_what_is_left_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("prunewright.graph.cli.screen.live.time.monotonic", lambda: now)
+    live = Live(Screen(quiet=True))
+
+    def tell(label: str, done: int, total: int) -> None:
+        live.on_event("custom", {"progress": {"label": label, "done": done, "total": total}})
+
+    now += 30
+    tell(f"{TRAINING}, token", 400, 1000)
+    now += 120
+    assert live.times() == "2:30"
+    tell(f"{TRAINING}: KL 0.1 nats, token", 600, 1000)  # it went on from 400
+    assert live.times() == "2:30, about 4 min left"
+    tell("perplexity", 0, 8)
+    now += 60
+    assert live.times() == "3:30, about 3 min left"
+    stage = Stage(name="adapt", revision="0", before=2, after=1, kept=True, seconds=1, tokens={})
+    live.on_event("custom", {"stage": stage.model_dump(mode="json")})
+    assert live.times() == "3:30"
 
 
 def run_in_terminal(command: list[str]) -> str:

@@ -24,6 +24,7 @@ from transformers.optimization import Adafactor
 
 from prunewright.state import InputError, PruneRequest, PrunewrightError
 from prunewright.state.config import AdaptOptions
+from prunewright.state.metrics import TRAINING
 from prunewright.tools.adapt.checkpoints import Checkpoints, Standing
 from prunewright.tools.adapt.memory import check_disk, check_room, free_memory, sizes_of
 from prunewright.tools.adapt.teacher import Teacher
@@ -33,8 +34,6 @@ from prunewright.tools.losses import perplexity
 from prunewright.tools.model.head import TOKENS_AT_ONCE, Head, Progress, told
 from prunewright.tools.model.layers import Layer
 
-LABEL = "adapt (training)"
-"""What progress is told, with the loss after it; its parts are tokens."""
 BETAS = (0.9, 0.95)
 NORM = 1.0
 """Largest norm of a step's gradient."""
@@ -388,7 +387,7 @@ def _train(
         """Say how many tokens of the step in hand are done."""
         if progress is not None:
             loss = f": KL {standing.losses[-1]:.4f} nats" if standing.losses else ""
-            progress(f"{LABEL}{loss}, token", standing.step * schedule.tokens + done, total)
+            progress(f"{TRAINING}{loss}, token", standing.step * schedule.tokens + done, total)
 
     try:
         while True:
@@ -458,7 +457,7 @@ def _step(
             # The other kernels add up gradients in whatever order their threads end.
             ways = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
             stack.enter_context(sdpa_kernel(ways, set_priority=True))
-        for ids in execution.groups(LABEL, chosen, lambda _, done, __: tell(done * length)):
+        for ids in execution.groups(TRAINING, chosen, lambda _, done, __: tell(done * length)):
             states = torch.stack(
                 [teacher.states(window) for _, window in zip(ids, left, strict=False)]
             )
