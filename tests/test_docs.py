@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import prunewright
 from prunewright.graph.cli import app
+from prunewright.state.config import AdaptOptions
 from prunewright.state.study import load_comparison_config
 from tests.conftest import make_pico
 
@@ -33,6 +34,7 @@ QUICK = {
     "evaluate": [],
 }
 QUICK["baseline"] = QUICK["run"]
+QUICK["adapt"] = ["adapt.tokens=800"]
 """What each command is given before the page's own options, which win."""
 FEW = ["--limit", "3"]
 
@@ -182,7 +184,7 @@ def test_commands_and_keys_that_a_page_names_exist(page: Path) -> None:
     named = set(re.findall(r"(?:^|`) *prunewright(?: --[\w-]+(?: info)?)* ([a-z]+)", text, re.M))
     assert named <= set(typer.main.get_command(app).commands)
     for key in re.findall(r"--set '?(?:base\.)?([\w.]+)=", text):
-        found: Any = prunewright.PruneConfig().model_dump()
+        found: Any = prunewright.PruneConfig(adapt=AdaptOptions()).model_dump()
         for part in key.split("."):
             if found == {}:  # options of an agent or an allocation
                 break
