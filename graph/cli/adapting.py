@@ -25,9 +25,11 @@ from prunewright.state.config import BASELINE, AdaptOptions
 if TYPE_CHECKING:
     from prunewright.tools.store.rundir import RunDirectory
 
+_AS_IT_IS = ["criterion=wanda", "reconstruct=none"]
+"""Kept weights are solved for only where that is asked for, too."""
 _NOT_TAKEN_OVER = [
-    *("agent_options={}", "allocation=uniform", "allocation_options={}", "criterion=wanda"),
-    *("reconstruct=false", "prompts=null", "review=false", "with_control=false", "out=null"),
+    *("agent_options={}", "allocation=null", "allocation_options={}"),
+    *("prompts=null", "review=false", "with_control=false", "out=null"),
 ]
 """What a run's configuration says of how its masks were made, as --set takes it back."""
 
@@ -119,12 +121,14 @@ def _settled(
     run = _run_of(Path(pruned))
     if run is None:
         base = model or _base_of(pruned)
-        return load_config(config, overrides, agent=BASELINE, model=base, pruned=pruned)
+        return load_config(
+            config, [*_AS_IT_IS, *overrides], agent=BASELINE, model=base, pruned=pruned
+        )
     directory = RunDirectory(run)
     _check_finished(directory)
     settled = load_config(
         config or directory.config_file,
-        [*([] if config else _NOT_TAKEN_OVER), *overrides],
+        [*_AS_IT_IS, *([] if config else _NOT_TAKEN_OVER), *overrides],
         agent=BASELINE,
         model=model or (directory.config().model if config else None),
         pruned=str(directory.model),

@@ -28,7 +28,7 @@ ADAPT = {"tokens": 8 * 4 * 48, "batch": 4, "learning_rate": 1e-3, "checkpoint_mi
 @pytest.fixture(scope="module")
 def settings(learned_model: Path) -> dict[str, Any]:
     """One shot at half of the weights, then training."""
-    return learned_config(learned_model) | {"target": 0.5, "adapt": ADAPT}
+    return learned_config(learned_model) | {"target": 0.5, "reconstruct": "none", "adapt": ADAPT}
 
 
 @pytest.fixture(scope="module")

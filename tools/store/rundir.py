@@ -547,7 +547,8 @@ class RunDirectory:
         found: dict[str, Any] = {}
         if isinstance(settings, PruneRequest):
             found["model"] = self._find(settings.model)
-            found["pruned"] = self._find(settings.pruned)
+            if settings.pruned is not None:
+                found["pruned"] = self._find(settings.pruned)
             found["texts"] = settings.texts.renamed(self._find)
         if isinstance(settings, PruneContext):
             if settings.prompts is not None:
