@@ -554,7 +554,7 @@ class RunDirectory:
             if settings.prompts is not None:
                 found["prompts"] = self._find(settings.prompts)
             for name, kinds in (("agent", ("replay", "exchange")), ("allocation", ("from",))):
-                kind, _, path = getattr(settings, name).partition(":")
+                kind, _, path = (getattr(settings, name) or "").partition(":")
                 if kind in kinds:
                     found[name] = f"{kind}:{self._find(path)}"
         return settings.model_copy(update=found)
