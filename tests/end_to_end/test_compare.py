@@ -70,6 +70,8 @@ def study(
             "device": "cpu",
             "step": 0.1,
             "max_delta": 0.5,
+            "criterion": "wanda",
+            "reconstruct": "none",
             "guard": {"max_increase": 10.0},
             "texts": {
                 "calibration": str(folder / "calibration.txt"),
@@ -77,7 +79,7 @@ def study(
             },
         },
         "methods": [
-            {"name": "uniform wanda", "settings": {"criterion": "wanda"}},
+            {"name": "uniform wanda", "settings": {"allocation": "uniform"}},
             {"name": HOSTILE, "settings": {"agent": "greedy"}},
         ],
         "seeds": [1],
@@ -151,7 +153,7 @@ def test_every_experiment_is_what_run_and_baseline_come_to(
     # The baseline last: in one process it could take over the run's statistics, and vice versa.
     ours = [
         (method, run(base | {"agent": "greedy"}, tmp_path / "r")),
-        (control, baseline(base | {"criterion": "wanda"}, tmp_path / "b")),
+        (control, baseline(base | {"allocation": "uniform"}, tmp_path / "b")),
     ]
     scored = {}
     for experiment, result in ours:

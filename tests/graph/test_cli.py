@@ -235,14 +235,14 @@ def test_bad_input_is_exit_code_2_and_leaves_nothing(
 def test_what_people_reach_for_has_an_option(config_file: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(p.read_text("utf-8") for p in list(CORPUS.iterdir())[:2]))
-    options = ["--seed", "3", "--device", "cpu", "--preset", "fast"]
+    options = ["--seed", "3", "--device", "cpu", "--preset", "paper"]
     options += ["--calibration", text, "--calibration", "embedded"]
     for command in ("run", "baseline"):
         out = tmp_path / command
         result = invoke(command, "-c", config_file, "-o", out, *options, "--target", "0.1")
         assert result.exit_code == 0, result.output
         found = load_config(out / "config.yaml")
-        assert (found.seed, found.device, found.criterion) == (3, "cpu", "fisher")
+        assert (found.seed, found.device, found.signals) == (3, "cpu", ("z_s", "z_g"))
         assert [one.source for one in found.texts.mix] == [str(text), "embedded"]
     asked = invoke("run", "-c", config_file, "-o", tmp_path / "nobody", "--review")
     assert asked.exit_code == 2  # nobody sits here
