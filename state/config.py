@@ -345,7 +345,7 @@ class PruneRequest(Options):
     )
     max_layer_sparsity: float = Field(0.9, gt=0, le=1, description="ceiling of any one layer")
     criterion: Name = Field(
-        "fisher",
+        "obs",
         description="which weights inside a layer go first; your own as import:package.module:name",
         examples=list(CRITERIA),
     )

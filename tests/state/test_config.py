@@ -39,7 +39,7 @@ def test_the_defaults_are_those_of_the_design() -> None:
     assert config.agent == "google_genai:gemini-3-flash-preview"
     assert config.agent_options == {}
     assert (config.target, config.max_steps, config.max_delta) == (0.45, 40, 0.15)
-    assert (config.max_layer_sparsity, config.criterion) == (0.9, "fisher")
+    assert (config.max_layer_sparsity, config.criterion) == (0.9, "obs")
     assert (config.reconstruct, config.allocation, config.adapt) == ("block", None, None)
     assert (config.guard.max_increase, config.profile.gradient_every) == (0.15, 3)
     windows = config.texts.windows
