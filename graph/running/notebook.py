@@ -42,10 +42,11 @@ class NotebookBar:
         """Take an event of the runner."""
         if mode == "updates":
             for node, update in event.items():
-                self._words = f"{node} is done"
                 if node == "reflect":
                     self._lines.append(update["summary"])
                     self._words = update["status"].replace("_", " ")
+                elif node != "finish":  # how the run ended stays
+                    self._words = f"{node} is done"
         elif "progress" in event:
             part = event["progress"]
             self._words = f"{part['label']} {part['done']} of {part['total']}"

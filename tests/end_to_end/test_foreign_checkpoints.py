@@ -171,7 +171,7 @@ def test_a_checkpoint_does_not_choose_the_model_or_let_its_code_run(foreign: Pat
     with write_checkpoints(directory.database) as saver:
         request = build_graph(saver).get_state(thread).values["request"]  # type: ignore[arg-type]
         changed = request | {"model": str(foreign / "evil"), "trust_remote_code": True}
-        values = {"request": changed, "status": "running"}
+        values = {"request": changed, "status": "running", "result": None}
         build_graph(saver).update_state(thread, values, as_node="reflect")  # type: ignore[arg-type]
     with pytest.raises(StoreError, match=r"trust_remote_code was False, is True"):
         resume(foreign)

@@ -26,6 +26,8 @@ WAYS = {
         "criterion": "wanda",
         "reconstruct": True,
         "max_layer_sparsity": 0.75,
+        "target": 0.25,
+        "guard": {"max_increase": 0.04},
     },
     "sparsegpt, reconstructed": {"criterion": "sparsegpt", "reconstruct": True},
     "obs, reconstructed": {"criterion": "obs", "reconstruct": True},
