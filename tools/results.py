@@ -167,7 +167,8 @@ def _measure_control(
     Args:
         run: the run's directory.
         bench: at the run's final revision, where it is left.
-        outcome: of the run. At its target, the control is what ``prunewright baseline`` comes to.
+        outcome: of the run. At its target, the control is what ``baseline --allocation uniform``
+            comes to.
         final: the run's final revision.
         losses: its own on the test windows.
         progress: told of the parts done.

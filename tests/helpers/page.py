@@ -39,6 +39,7 @@ def make_runs(model: Path, directory: Path) -> tuple[Path, Path]:
         "step": 0.2,
         "max_delta": 0.3,
         "guard": {"max_increase": 10.0},
+        "criterion": "wanda",
         "reconstruct": True,
         "texts": {"windows": windows},
     }
@@ -56,7 +57,7 @@ def make_runs(model: Path, directory: Path) -> tuple[Path, Path]:
         "review": Review(verdict="edited", words=HOSTILE),
     }
     stored.write_trace([records[0], records[1].model_copy(update=broken), *records[2:]])
-    baseline(config, out=other)
+    baseline(config | {"allocation": "uniform"}, out=other)
     return one, other
 
 

@@ -335,7 +335,7 @@ def test_statistics_are_taken_once_a_revision(
     bench.profile(first, DENSE)
     assert sorted(taken) == ["d", "x", "x"]
     tokens = {"calibration": 2 * 4 * 48, "gradient": 2 * 48}
-    others = ("solve", "guard", "probe", "allocation", "test")
+    others = ("solve", "guard", "probe", "allocation", "adapt", "test")
     assert bench.tokens == tokens | dict.fromkeys(others, 0)
 
 

@@ -365,14 +365,13 @@ def _against_uniform(runs: list[Compared]) -> tuple[list[str], list[str]]:
     path = run.story.directory.path
     out = shlex.quote(str(path.with_name(f"{path.resolve().name}-uniform")))
     config = shlex.quote(str(run.story.directory.config_file))
-    own_allocation = (
-        "--allocation uniform --set 'allocation_options={}' " if run.is_baseline else ""
-    )
+    # A run has no options of an allocation to take away.
+    options = "--set 'allocation_options={}' " if run.is_baseline else ""
     return [
         "Uniform pruning was not measured, so nothing here says that this is better. `run "
         "--with-control` measures it at the end of a run; now, these two commands do:"
     ], [
-        f"prunewright baseline --config {config} {own_allocation}--out {out}",
+        f"prunewright baseline --config {config} --allocation uniform {options}--out {out}",
         f"prunewright report {shlex.quote(str(path))} {out}",
     ]
 
