@@ -74,23 +74,17 @@ def test_inputs_that_are_all_zero_leave_the_masked_weights() -> None:
     assert torch.equal(found, weight.masked_fill(mask, 0))
 
 
-@pytest.mark.parametrize("diagonal", [False, True])
-def test_rows_make_up_for_one_another_as_the_gradients_say(diagonal: bool) -> None:
-    """Against the normal equations of all kept weights at once, G (x) A written out."""
+def test_rows_are_pulled_to_the_dense_ones_as_little_as_their_gradients_are_large() -> None:
+    """Against the normal equations of each row, whose pull is over its own damped gradient."""
     weight, mask, x = problem(rows=5, inputs=9)
-    d = torch.randn(200, 5, generator=torch.Generator().manual_seed(1))
-    d = d @ torch.randn(5, 5, generator=torch.Generator().manual_seed(2))
-    gram, outputs = (x.T @ x).double() / len(x), (d.T @ d).double() / len(d)
-    given = outputs.diagonal().float() if diagonal else outputs.float()
-    found = solve(weight, mask, gram.float(), given, ridge=0.1, iterations=200)
-
-    if diagonal:
-        outputs = outputs.diagonal().diag()
-    outputs = outputs + reconstruction.DAMPING * outputs.diagonal().mean() * torch.eye(5)
-    ridge = 0.1 * gram.diagonal().mean() * outputs.diagonal().mean()
-    whole = torch.kron(outputs, gram) + ridge * torch.eye(45)
-    kept = ~mask.flatten()
-    right = (whole @ weight.double().flatten())[kept]
-    best = torch.zeros(45, dtype=torch.float64)
-    best[kept] = torch.linalg.solve(whole[kept][:, kept], right)
-    torch.testing.assert_close(found.double().flatten(), best, rtol=1e-3, atol=1e-4)
+    gram = (x.T @ x) / len(x)
+    squares = torch.tensor([0.01, 0.3, 1.0, 4.0, 20.0])
+    found = solve(weight, mask, gram, squares, ridge=0.1, iterations=200)
+    outputs = (squares + reconstruction.DAMPING * squares.mean()).double()
+    for i, row in enumerate(weight.double()):
+        kept = ~mask[i]
+        pull = 0.1 * gram.double().diagonal().mean() * outputs.mean() / outputs[i]
+        whole = gram.double() + pull * torch.eye(9)
+        best = torch.zeros(9, dtype=torch.float64)
+        best[kept] = torch.linalg.solve(whole[kept][:, kept], (whole @ row)[kept])
+        torch.testing.assert_close(found[i].double(), best, rtol=1e-3, atol=1e-4)

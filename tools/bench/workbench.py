@@ -280,12 +280,9 @@ class Workbench:
             self.tokens["calibration"] += self.windows.calibration.numel()
         return self._activations[1]
 
-    def gradients(
-        self, revision: str, progress: Progress | None = None, *, covariances: bool = False
-    ) -> Gradients:
-        """Gradient statistics at a revision, with the outputs' covariances if they are wanted."""
-        kept = self._gradients
-        if kept is None or kept[0] != revision or (covariances and not kept[1].covariance):
+    def gradients(self, revision: str, progress: Progress | None = None) -> Gradients:
+        """Gradient statistics at a revision."""
+        if self._gradients is None or self._gradients[0] != revision:
             self.sync(revision)
             windows = self.windows.calibration[: self.request.texts.windows.gradient]
             measured = measure_gradients(
@@ -294,12 +291,11 @@ class Workbench:
                 windows,
                 checkpointing=self.request.profile.gradient_checkpointing,
                 by_weight=find_criterion(self.request.criterion).by_weight,
-                covariances=covariances,
                 progress=progress,
             )
-            kept = self._gradients = (revision, measured)
+            self._gradients = (revision, measured)
             self.tokens["gradient"] += windows.numel()
-        return kept[1]
+        return self._gradients[1]
 
     def forget_statistics(self) -> None:
         """Let statistics be taken, and their tokens be counted, again."""
@@ -522,10 +518,9 @@ class Workbench:
         """What a solve is asked for: all layers that a revision prunes."""
         request = self.request
         rule = find_criterion(request.criterion)
-        squares, covariances = dict[str, Tensor](), dict[str, Tensor]()
+        squares: dict[str, Tensor] = {}
         if rule.needs_gradients or request.reconstruct != "none":
-            found = self.gradients(DENSE, progress, covariances=request.reconstruct != "none")
-            squares, covariances = found.gradient_square, found.covariance
+            squares = self.gradients(DENSE, progress).gradient_square
         pattern = parse_pattern(request.pattern)
         wanted = {}
         for name, digest in self.store.manifest(revision).items():
@@ -535,7 +530,6 @@ class Workbench:
                 pruned=count_bits(bits) if pattern is None else None,
                 pattern=pattern,
                 gradient_square=squares.get(name),
-                covariance=covariances.get(name),
                 shrinkage=request.shrinkage if rule.shrinks else 0.0,
             )
         self.sync(revision)

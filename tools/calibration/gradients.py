@@ -21,9 +21,6 @@ from prunewright.tools.model.head import TOKENS_AT_ONCE, Head, Progress
 from prunewright.tools.model.layers import Layer
 from prunewright.tools.model.loading import LoadedModel
 
-WIDEST = 2048
-"""Outputs up to which a layer's whole covariance is taken: 16 MiB of float32."""
-
 
 @dataclass(frozen=True)
 class Gradients:
@@ -32,8 +29,6 @@ class Gradients:
     Attributes:
         mean_absolute: g, the mean over samples and active weights of |dL_i/dW|.
         gradient_square: E[d_i^2] by layer, float32 [outputs] or [experts, outputs].
-        covariance: E[d d^T] by layer, float32 [outputs, outputs], of those that have at most
-            `WIDEST` outputs and are no experts; empty unless it was asked for.
         weight_gradient_square: mean over samples of (dL_i/dW)^2 by layer, float32, in the form
             [..., outputs, inputs]; empty unless it was asked for.
         notes: what a reader must know, such as layers that no gradient reached.
@@ -41,7 +36,6 @@ class Gradients:
 
     mean_absolute: dict[str, float]
     gradient_square: dict[str, Tensor]
-    covariance: dict[str, Tensor]
     weight_gradient_square: dict[str, Tensor]
     notes: list[str]
 
@@ -53,7 +47,6 @@ def measure_gradients(
     *,
     checkpointing: bool = True,
     by_weight: bool = False,
-    covariances: bool = False,
     progress: Progress | None = None,
 ) -> Gradients:
     """g and E[d_i^2] of every layer, each window one sample.
@@ -66,7 +59,6 @@ def measure_gradients(
         head: its head.
         windows: token ids [windows, length].
         checkpointing: recompute activations block by block: less memory, more time.
-        covariances: take E[d d^T], too.
         by_weight: keep the mean square of each weight's gradient, too: 4 bytes a weight.
         progress: told after each window.
 
@@ -77,7 +69,6 @@ def measure_gradients(
     squares, _ = accumulators(loaded, inputs=False)
     sums = {name: square.new_zeros(()) for name, square in squares.items()}
     kept = {n: torch.zeros(ly.shape) for n, ly in loaded.layers.items()} if by_weight else {}
-    products: dict[str, Tensor] = {}
     tokens = windows.shape[1] - 1
 
     def on_product(layer: Layer, expert: int | None, _: Tensor, outputs: Tensor) -> None:
@@ -85,10 +76,6 @@ def measure_gradients(
             rows = gradient.reshape(-1, gradient.shape[-1])
             norms = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32)
             squares[layer.name][expert or 0] += norms.to(squares[layer.name].dtype).square()
-            if covariances and expert is None and layer.outputs <= WIDEST:
-                rows = rows.float()
-                found = products.setdefault(layer.name, rows.new_zeros(2 * [layer.outputs]))
-                found.addmm_(rows.T, rows)
 
         if outputs.requires_grad:
             outputs.register_hook(on_gradient)
@@ -139,7 +126,6 @@ def measure_gradients(
     return Gradients(
         {name: float(value) for name, value in absolute.items()},
         {name: finished(means[name], ly, "gradients") for name, ly in loaded.layers.items()},
-        {name: found.div_(len(windows) * tokens) for name, found in products.items()},
         {name: loaded.layers[name].matrix(values) for name, values in kept.items()},
         said_of(
             "{} got no gradient and count as the mean of their like",

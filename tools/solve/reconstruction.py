@@ -1,11 +1,15 @@
 """The kept weights of a mask, updated so that the loss feels as little as can be of what went.
 
-The rise of the loss is taken as 1/2 * tr[(V - W)^T G (V - W) A] a token, with A = E[x x^T] of the
-layer's inputs and G = E[d d^T] of the loss's gradients at its outputs: K-FAC's factors (Martens and
-Grosse 2015, arXiv 1503.05671), as Optimal Brain Surgeon (Hassibi and Stork 1993) takes the whole
-Hessian. With G = I that is least squares of the layer's outputs, each row for itself; with all of G
-the rows make up for one another. One conjugate-gradient solve on the kept weights: nothing but
-products with A and G, and nothing to invert.
+The rise of the loss is taken as 1/2 * sum over the outputs i of g_i * |(v_i - w_i) X|^2, with
+g_i = E[d_i^2] of the loss's gradients at them: K-FAC's factors (Martens and Grosse 2015, arXiv
+1503.05671), the second one diagonal, as Optimal Brain Surgeon (Hassibi and Stork 1993) takes the
+whole Hessian. That is least squares, each row for itself; g_i says how strongly a row is pulled to
+its dense weights. One conjugate-gradient solve on the kept weights: nothing but products with
+X^T X, and nothing to invert.
+
+With all of E[d d^T], so that rows make up for one another, it was worse on held-out text:
+SmolLM2-135M at 45 %, `fisher`, 64 windows of C4, 8 of them for gradients, perplexity on other C4 /
+WikiText-2 validation windows 43.74 / 26.01, with the diagonal 43.40 / 25.47.
 """
 
 import torch
@@ -19,7 +23,7 @@ windows, G = I, perplexity on other C4 / WikiText-2 validation windows: no updat
 62.6 / 25.5; 0.05: 62.3 / 25.1; 0.2: 62.0 / 24.8; 1.0: 62.8 / 24.8.
 """
 DAMPING = 0.05
-"""Share of G's mean diagonal that is added to it: few tokens say little of most directions."""
+"""Share of the mean g_i that is added to each: few tokens say little of most outputs."""
 ITERATIONS = 10
 """20 and 8 give the same perplexity to 0.2 %."""
 
@@ -33,7 +37,7 @@ def solve(
     ridge: float = RIDGE,
     iterations: int = ITERATIONS,
 ) -> Tensor:
-    """Minimise tr[(V - W)^T G (V - W) A] + ridge * mean diag A * mean diag G * |V - W|^2.
+    """Minimise sum_i g_i (v_i - w_i) A (v_i - w_i)^T + ridge * mean diag A * mean g * |V - W|^2.
 
     V is 0 on the mask. Starts from the masked dense weights and never leaves them for worse.
 
@@ -41,7 +45,7 @@ def solve(
         weight: dense weights W [outputs, inputs].
         mask: True where V is 0 [outputs, inputs].
         gram: A, or X^T X over the calibration tokens [inputs, inputs], float32.
-        gradients: G [outputs, outputs], or its diagonal [outputs], float32; None: the identity.
+        gradients: g [outputs], float32; None: 1 for all.
         ridge: see above.
         iterations: of conjugate gradients with the diagonals as the preconditioner.
 
@@ -51,41 +55,28 @@ def solve(
     dense = weight.float()
     kept = ~mask
     inputs = gram.diagonal()
-    full = gradients is not None and gradients.ndim == 2
     outputs = gram.new_ones(len(dense)) if gradients is None else gradients
-    if full:
-        outputs = outputs.diagonal()
-    damping = DAMPING * outputs.mean()
-    if gradients is not None:
-        outputs = outputs + damping
+    outputs = outputs + DAMPING * outputs.mean()
     pull = ridge * inputs.mean() * outputs.mean()
     scale = torch.outer(outputs, inputs).add_(pull).clamp_(min=torch.finfo(torch.float32).tiny)
 
     def product(values: Tensor) -> Tensor:
-        moved = values @ gram
-        if full:
-            assert gradients is not None
-            moved = torch.addmm(moved, gradients, moved, beta=damping.item())
-        elif gradients is not None:
-            moved *= outputs.unsqueeze(1)
-        return moved.add_(values * pull).mul_(kept)
+        return (values @ gram).mul_(outputs.unsqueeze(1)).add_(values * pull).mul_(kept)
 
-    # Rows that do not know of each other are solved each for itself, which takes fewer steps.
-    over: tuple[int, ...] = (0, 1) if full else (1,)
     found = dense * kept
     residual = product(dense - found)
     direction = residual / scale
-    size = (residual * direction).sum(over, keepdim=True)
+    size = (residual * direction).sum(1, keepdim=True)
     # Below this a row's residual is rounding alone, and steps along it lead anywhere.
     solved = size * torch.finfo(torch.float32).eps ** 2
     for _ in range(iterations):
         moved = product(direction)
-        curvature = (direction * moved).sum(over, keepdim=True)
+        curvature = (direction * moved).sum(1, keepdim=True)
         # A row that is solved, or has no weight left, stays where it is.
         length = torch.where((curvature > 0) & (size > solved), size / curvature, 0.0)
         found.addcmul_(direction, length)
         residual.addcmul_(moved, length, value=-1)
         scaled = residual / scale
-        before, size = size, (residual * scaled).sum(over, keepdim=True)
+        before, size = size, (residual * scaled).sum(1, keepdim=True)
         direction = scaled.addcmul_(direction, torch.where(before > 0, size / before, 0.0))
     return found

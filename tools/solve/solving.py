@@ -40,7 +40,6 @@ class Wanted:
         pruned: weights that the criterion's sweep shall prune, the layer's own zeros included.
         pattern: ``(keep_n, group_m)`` for it.
         gradient_square: E[d_i^2] [outputs] or [experts, outputs], if anything weighs outputs.
-        covariance: E[d d^T] [outputs, outputs] for the reconstruction, where it fits.
         shrinkage: what the sweep adds of its own diagonal to X^T X (`sparsegpt.prune`).
     """
 
@@ -48,7 +47,6 @@ class Wanted:
     pruned: int | None = None
     pattern: tuple[int, int] | None = None
     gradient_square: Tensor | None = None
-    covariance: Tensor | None = None
     shrinkage: float = 0.0
 
     def mask(self, layer: Layer, device: torch.device) -> Tensor | None:
@@ -357,8 +355,7 @@ class BlockSolver:
             if not mask.any():
                 found = weight  # dense, and stays so
             elif self._reconstruct != "none" and gram is not None:
-                outputs = squares if wanted.covariance is None else wanted.covariance
-                better = reconstruction.solve(weight, mask, gram, outputs)
+                better = reconstruction.solve(weight, mask, gram, squares)
                 if bool(better.isfinite().all()):
                     found = better
                 else:
