@@ -20,6 +20,8 @@ from prunewright.tools import load_trace
 from prunewright.tools.criteria import Criterion, wanda
 from prunewright.tools.store.revisions import RevisionStore
 from prunewright.tools.store.rundir import RunDirectory
+from prunewright.tools.store.trace import load_metrics
+from tests.end_to_end.conftest import learned_config
 
 Submit = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -29,9 +31,10 @@ OVERFITTING = Criterion(
 """Its sweep fits the kept weights to the chance of a few tokens: only its masks are any good."""
 
 
-@pytest.fixture
-def settings(config: dict[str, Any]) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def settings(learned_model: Path) -> dict[str, Any]:
     """A run of two steps, at whose end there is a stage that helps."""
+    config = learned_config(learned_model)
     more = {"calibration": 16, "gradient": 16, "guard": 8}
     return config | {
         "reconstruct": True,
@@ -41,6 +44,36 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
         "guard": {"max_increase": 10.0},
         "texts": {"windows": config["texts"]["windows"] | more},
     }
+
+
+@pytest.fixture(scope="module")
+def finished(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of such a run."""
+    return run(settings, out=tmp_path_factory.mktemp("finished") / "run").directory
+
+
+@pytest.fixture(scope="module")
+def once(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a baseline with the same stage."""
+    return baseline(settings, out=tmp_path_factory.mktemp("once") / "run").directory
+
+
+@pytest.fixture(scope="module")
+def at_its_end(
+    settings: dict[str, Any], submit: Submit, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The directory of such a run that was killed once its stage was stored."""
+    out = tmp_path_factory.mktemp("killed") / "run"
+    kill = {"at": "prunewright.tools.finishing:write_json", "when": "after", "nth": 2}
+    job = {"do": "run", "config": settings, "out": str(out), "kill": kill}
+    assert submit(job) == {"signal": signal.SIGKILL}
+    return out
+
+
+@pytest.fixture
+def killed(at_its_end: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(at_its_end, tmp_path / "killed"))
 
 
 @pytest.fixture
@@ -68,39 +101,47 @@ def metrics(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("kill", "again"),
+    ("do", "kill", "again"),
     [
-        ({"at": "prunewright.tools.finishing:write_json", "nth": 1}, True),
-        ({"at": "prunewright.tools.bench.workbench:write_json", "nth": 1}, True),
-        ({"at": "prunewright.tools.bench.workbench:Workbench.solve", "nth": 1}, True),
-        ({"at": "prunewright.tools.finishing:write_json", "nth": 2}, False),
-        ({"at": "prunewright.tools.results:write_json", "nth": 1}, False),
+        ("run", {"at": "prunewright.tools.finishing:write_json", "nth": 1}, True),
+        ("run", {"at": "prunewright.tools.bench.workbench:write_json", "nth": 1}, True),
+        ("baseline", {"at": "prunewright.tools.bench.workbench:write_json", "nth": 1}, True),
+        ("run", {"at": "prunewright.tools.bench.workbench:Workbench.solve", "nth": 1}, True),
+        ("run", {"at": "prunewright.tools.finishing:write_json", "nth": 2}, False),
+        ("run", {"at": "prunewright.tools.results:write_json", "nth": 1}, False),
     ],
-    ids=["before the stage", "one block", "solved, not judged", "stage stored", "all written"],
+    ids=[
+        "before the stage",
+        "one block",
+        "one block of a baseline",
+        "solved, not judged",
+        "stage stored",
+        "all written",
+    ],
 )
 def test_a_kill_at_the_end_resumes_to_the_same_weights_and_does_no_stage_twice(
+    do: str,
     kill: dict[str, Any],
     again: bool,
     settings: dict[str, Any],
+    finished: Path,
+    once: Path,
     submit: Submit,
     same_run: Callable[[Path, Path], None],
     tmp_path: Path,
 ) -> None:
-    whole = run(settings, out=tmp_path / "whole").metrics
-    out = tmp_path / "run"
+    whole, out = {"run": finished, "baseline": once}[do], tmp_path / "run"
     job = {"config": settings, "out": str(out)}
-    assert submit(job | {"do": "run", "kill": kill | {"when": "after"}}) == {
-        "signal": signal.SIGKILL
-    }
+    assert submit(job | {"do": do, "kill": kill | {"when": "after"}}) == {"signal": signal.SIGKILL}
     before = json.loads((out / "finishing.json").read_text())
     assert len(before["done"]) == (not again)
     answer = submit(job | {"do": "resume"})
     assert "error" not in answer, answer
-    same_run(tmp_path / "whole", out)
+    same_run(whole, out)
     (stage,) = answer["metrics"]["stages"]
     assert answer["metrics"]["tokens"]["solve"] == stage["tokens"]["solve"] > 0
     halfway = kill["at"] == "prunewright.tools.bench.workbench:write_json"
-    assert (whole.tokens["solve"] > stage["tokens"]["solve"]) == halfway
+    assert (metrics(whole)["tokens"]["solve"] > stage["tokens"]["solve"]) == halfway
     if not again:  # the very record that was there before the kill, seconds and all
         assert stage == before["done"][0]["stage"]
         assert answer["metrics"]["seconds"]["reconstruct"] == stage["seconds"]
@@ -134,11 +175,11 @@ def test_what_leaves_the_guard_text_worse_is_not_kept_and_that_is_said(
     assert not holds_values(tmp_path / "once", once.revision)
 
 
-def test_the_report_and_the_trace_tell_of_the_end(settings: dict[str, Any], tmp_path: Path) -> None:
-    result = run(settings, out=tmp_path / "run")
-    (stage,) = result.metrics.stages
+def test_the_report_and_the_trace_tell_of_the_end(finished: Path) -> None:
+    found = load_metrics(RunDirectory(finished))
+    (stage,) = found.stages
     assert stage.kept
-    page = Page((tmp_path / "run" / "report.html").read_text("utf-8"))
+    page = Page((finished / "report.html").read_text("utf-8"))
     assert "After the last step" in page.text
     assert {stage.before, stage.after, stage.seconds} <= set(page.numbers)
     ends = [
@@ -147,16 +188,16 @@ def test_the_report_and_the_trace_tell_of_the_end(settings: dict[str, Any], tmp_
         for row in part["data"]["values"]
         if row.get("verdict") == "after the last step"
     ]
-    assert {(row["step"], row["measured"]) for row in ends} == {(result.metrics.steps, stage.after)}
-    trace = load_trace(tmp_path / "run")
+    assert {(row["step"], row["measured"]) for row in ends} == {(found.steps, stage.after)}
+    trace = load_trace(finished)
     told = trace.stages[["stage", "before", "after", "kept"]].to_numpy().tolist()
     assert told == [["reconstruct", stage.before, stage.after, True]]
     assert trace.curves.empty
 
 
-def test_a_run_goes_on_from_masks_alone(settings: dict[str, Any], tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    first = run(settings, out=out).metrics
+def test_a_run_goes_on_from_masks_alone(finished: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    first = load_metrics(RunDirectory(out))
     assert first.stages[0].kept
     assert holds_values(out, first.revision)
     higher = fork(out, out=tmp_path / "fork", target=0.4).metrics
@@ -171,63 +212,48 @@ def test_a_run_goes_on_from_masks_alone(settings: dict[str, Any], tmp_path: Path
     )
 
 
-def test_garbage_and_saving_know_what_the_end_made(
-    settings: dict[str, Any], submit: Submit, tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
-    kill = {"at": "prunewright.tools.finishing:write_json", "when": "after", "nth": 2}
-    submit({"do": "run", "config": settings, "out": str(out), "kill": kill})
-    assert collect_garbage(out) == (0, 0)
-    done = resume(out).metrics
-    assert collect_garbage(out) == (0, 0)
-    model = (out / "model" / "model.safetensors").read_bytes()
-    shutil.rmtree(out / "model")
-    save(out)
-    assert (out / "model" / "model.safetensors").read_bytes() == model
-    assert holds_values(out, done.revision)
+def test_garbage_and_saving_know_what_the_end_made(killed: Path) -> None:
+    assert collect_garbage(killed) == (0, 0)
+    done = resume(killed).metrics
+    assert collect_garbage(killed) == (0, 0)
+    model = (killed / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(killed / "model")
+    save(killed)
+    assert (killed / "model" / "model.safetensors").read_bytes() == model
+    assert holds_values(killed, done.revision)
 
 
 def test_a_control_is_what_a_baseline_with_the_same_stages_comes_to(
-    settings: dict[str, Any], tmp_path: Path
+    settings: dict[str, Any], once: Path, tmp_path: Path
 ) -> None:
     found = run(settings | {"with_control": True}, out=tmp_path / "run").metrics
-    once = baseline(settings, out=tmp_path / "once").metrics
+    alone = load_metrics(RunDirectory(once))
     assert found.control is not None
-    assert found.control.revision == once.revision
-    assert found.control.guard == once.perplexity.guard.final
-    assert found.tokens["control"] > once.stages[0].tokens["solve"]
+    assert found.control.revision == alone.revision
+    assert found.control.guard == alone.perplexity.guard.final
+    assert found.tokens["control"] > alone.stages[0].tokens["solve"]
     assert not (tmp_path / "run" / "finishing-control.json").exists()
 
 
-def test_who_watches_is_told_of_the_end_and_its_stages(
-    settings: dict[str, Any], submit: Submit, tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
-    kill = {"at": "prunewright.tools.finishing:write_json", "when": "after", "nth": 2}
-    submit({"do": "run", "config": settings, "out": str(out), "kill": kill})
-    shown = CliRunner().invoke(app, ["show", str(out)]).stdout
+def test_who_watches_is_told_of_the_end_and_its_stages(killed: Path) -> None:
+    shown = CliRunner().invoke(app, ["show", str(killed)]).stdout
     assert "reconstruct: guard perplexity" in shown
     assert "Not finished, 2 steps so far" in shown
-    seen = follow(RunDirectory(out), poll=0.01)
+    seen = follow(RunDirectory(killed), poll=0.01)
     told = [next(seen) for _ in range(4)]
     assert [*told[2][1], *told[3][1]] == ["finishing", "stage"]
-    result = resume(out)
+    result = resume(killed)
     (last,) = [event for _, event in seen if "metrics" in event]
     assert told[3][1]["stage"] == last["metrics"]["stages"][0]
     assert result.metrics.stages[0].model_dump(mode="json") == told[3][1]["stage"]
 
 
-def test_a_damaged_record_of_the_end_is_named(
-    settings: dict[str, Any], submit: Submit, tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
-    kill = {"at": "prunewright.tools.finishing:write_json", "when": "after", "nth": 2}
-    submit({"do": "run", "config": settings, "out": str(out), "kill": kill})
-    (out / "finishing.json").write_text('{"revision": 1}')
+def test_a_damaged_record_of_the_end_is_named(killed: Path) -> None:
+    (killed / "finishing.json").write_text('{"revision": 1}')
     with pytest.raises(StoreError, match=r"finishing\.json is damaged.*delete it, then resume"):
-        resume(out)
-    (out / "finishing.json").unlink()
-    assert resume(out).metrics.stages[0].kept
+        resume(killed)
+    (killed / "finishing.json").unlink()
+    assert resume(killed).metrics.stages[0].kept
 
 
 def test_a_run_that_died_at_its_end_takes_more_steps_only_if_a_change_lets_it(
