@@ -95,13 +95,7 @@ def adapt(
     kept = Checkpoints(folder, _identity(bench, revision, options))
     if not _ended(kept.saved, schedule):
         check_training(bench, options, folder, layers)
-        teacher = Teacher(bench, folder / "dense", progress)
-        bench.sync(revision)
-        student = _Student(bench, layers, options)
-        try:
-            _train(bench, student, teacher, schedule, kept, options, progress)
-        finally:
-            student.close()
+        _train(bench, revision, layers, schedule, kept, options, progress)
     standing = kept.saved
     found = _store(bench, revision, layers, standing, kept, progress)
     each = schedule.tokens
@@ -278,7 +272,7 @@ class _Student:
             )
 
     def close(self) -> None:
-        """Let the model compute without gradients again, and let go of all else."""
+        """Let the model compute without gradients again."""
         for hook in self._hooks:
             hook.remove()
         for parameter in self._parameters.values():
@@ -367,6 +361,25 @@ def _adder(master: Tensor) -> Callable[[Tensor], None]:
 
 
 def _train(
+    bench: Workbench,
+    revision: str,
+    layers: list[Layer],
+    schedule: Schedule,
+    kept: Checkpoints,
+    options: AdaptOptions,
+    progress: Progress | None,
+) -> None:
+    """Train what a revision has, and let go of masters and moments once it is over."""
+    teacher = Teacher(bench, kept.folder / "dense", progress)
+    bench.sync(revision)
+    student = _Student(bench, layers, options)
+    try:
+        _take_steps(bench, student, teacher, schedule, kept, options, progress)
+    finally:
+        student.close()
+
+
+def _take_steps(
     bench: Workbench,
     student: _Student,
     teacher: Teacher,
