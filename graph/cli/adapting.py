@@ -2,12 +2,12 @@
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from prunewright.graph.cli.evaluating import run_of
 from prunewright.graph.cli.options import (
-    CONFIGURATION,
     REQUEST,
     CalibrationOption,
     DeviceOption,
@@ -15,6 +15,8 @@ from prunewright.graph.cli.options import (
     OutOption,
     SeedOption,
     SetOption,
+    config_option,
+    model_option,
     with_calibration,
 )
 from prunewright.graph.cli.runs import live_screen, new_directory, print_head, report_end
@@ -46,22 +48,14 @@ def adapt_command(
     ],
     config: Annotated[
         Path | None,
-        typer.Option(
-            "--config",
-            "-c",
-            help="YAML file with the configuration. Default: the run's, where there is one.",
-            rich_help_panel=CONFIGURATION,
-        ),
+        config_option("YAML file with the configuration. Default: the run's, where there is one."),
     ] = None,
     overrides: SetOption = None,
     model: Annotated[
         str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            help="The dense model that it was made from, which is the teacher. Default: the run's, "
-            "or what the model's README names.",
-            rich_help_panel=REQUEST,
+        model_option(
+            "The dense model that it was made from, which is the teacher. Default: the run's, or "
+            "what the model's README names."
         ),
     ] = None,
     tokens: Annotated[
@@ -95,9 +89,8 @@ def adapt_command(
         *with_calibration(overrides, calibration),
         *(f"{key}={value}" for key, value in wanted.items() if value is not None),
     ]
-    settled = _settled(pruned, config, changes, model)
-    given = {"seed": seed, "device": device, "adapt": settled.adapt or AdaptOptions()}
-    settled = settled.model_copy(update={k: v for k, v in given.items() if v is not None})
+    settled = _settled(pruned, config, changes, model, seed=seed, device=device)
+    settled = settled.model_copy(update={"adapt": settled.adapt or AdaptOptions()})
     session.run = new_directory(settled, out)
     screen = session.screen
     print_head(screen, settled, session.run, "none: the zeros of a pruned copy")
@@ -109,39 +102,37 @@ def adapt_command(
 
 
 def _settled(
-    pruned: str, config: Path | None, overrides: list[str], model: str | None
+    pruned: str, config: Path | None, overrides: list[str], model: str | None, **values: Any
 ) -> PruneConfig:
     """The configuration, on the ground of a run's if that is what is named.
+
+    Args:
+        pruned: the run or model.
+        config: a file in place of the run's own.
+        overrides: as of --set.
+        model: the dense model, if it is named.
+        values: top-level keys that win over all, as in `load_config`.
 
     Raises:
         InputError: nothing can be begun from it.
     """
     from prunewright.tools.store.rundir import RunDirectory
 
-    run = _run_of(Path(pruned))
+    values["agent"] = BASELINE
+    run = run_of(pruned)
     if run is None:
         base = model or _base_of(pruned)
-        return load_config(
-            config, [*_AS_IT_IS, *overrides], agent=BASELINE, model=base, pruned=pruned
-        )
+        return load_config(config, [*_AS_IT_IS, *overrides], model=base, pruned=pruned, **values)
     directory = RunDirectory(run)
     _check_finished(directory)
     settled = load_config(
         config or directory.config_file,
         [*_AS_IT_IS, *([] if config else _NOT_TAKEN_OVER), *overrides],
-        agent=BASELINE,
         model=model or (directory.config().model if config else None),
         pruned=str(directory.model),
+        **values,
     )
     return directory.locate(settled)
-
-
-def _run_of(path: Path) -> Path | None:
-    """The run that is named, or whose model is; None for any other model."""
-    for place in (path, *([path.parent] if path.name == "model" else [])):
-        if (place / "config.yaml").is_file():
-            return place
-    return None
 
 
 def _check_finished(directory: "RunDirectory") -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from prunewright.graph.cli.completing import devices, values
-from prunewright.graph.cli.options import JsonOption
+from prunewright.graph.cli.options import JsonOption, config_option
 from prunewright.graph.cli.screen.live import Live
 from prunewright.graph.cli.screen.results import print_evaluation
 from prunewright.graph.cli.session import Session, quiet_transformers
@@ -28,11 +28,10 @@ def evaluate_command(
     ],
     config: Annotated[
         Path | None,
-        typer.Option(
-            "--config",
-            "-c",
-            help="YAML file with texts, length and tasks, as evaluation of a comparison has them, "
-            "in place of the options about these.",
+        config_option(
+            "YAML file with texts, length and tasks, as evaluation of a comparison has them, in "
+            "place of the options about these.",
+            None,
         ),
     ] = None,
     text: Annotated[
@@ -195,6 +194,15 @@ def _by_task(option: str, values: list[str] | None) -> dict[str, str]:
             raise InputError(f"{option} wants TASK=SOURCE, got {value!r}")
         found[task] = source
     return found
+
+
+def run_of(name: str) -> Path | None:
+    """The run that is named, or whose model is; None for any other model."""
+    path = Path(name).expanduser()
+    for place in (path, *([path.parent] if path.name == "model" else [])):
+        if (place / "config.yaml").is_file():
+            return place
+    return None
 
 
 def model_of(name: str) -> str:

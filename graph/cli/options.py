@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,12 +23,12 @@ RunArgument = Annotated[
 ]
 
 
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", "-c", help="YAML file with the configuration.", rich_help_panel=CONFIGURATION
-    ),
-]
+def config_option(words: str, heading: str | None = CONFIGURATION) -> Any:
+    """--config with a help of its own."""
+    return typer.Option("--config", "-c", help=words, rich_help_panel=heading)
+
+
+ConfigOption = Annotated[Path | None, config_option("YAML file with the configuration.")]
 
 
 PresetOption = Annotated[
@@ -57,16 +57,18 @@ SetOption = Annotated[
 ]
 
 
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
+def model_option(words: str) -> Any:
+    """--model with a help of its own."""
+    return typer.Option(
         "--model",
         "-m",
-        help="embedded, a model directory or a hub name.",
+        help=words,
         autocompletion=completing.values("embedded"),
         rich_help_panel=REQUEST,
-    ),
-]
+    )
+
+
+ModelOption = Annotated[str | None, model_option("embedded, a model directory or a hub name.")]
 
 
 TargetOption = Annotated[
