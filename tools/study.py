@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prunewright.state import InputError, PruneConfig, PrunewrightError, StoreError
-from prunewright.state.config import EMBEDDED, SELF
+from prunewright.state.config import SELF
 from prunewright.state.metrics import Metrics
 from prunewright.state.run import TOLERANCE
 from prunewright.state.study import (
@@ -33,8 +33,8 @@ from prunewright.tools.evaluation import Evaluation
 from prunewright.tools.evaluation.harness import Quiz, prepare_tasks
 from prunewright.tools.model.loading import model_digest
 from prunewright.tools.store.storage import canonical_json, read_json, sha256_bytes
-from prunewright.tools.texts.questions import as_text, hash_questions, load_facts
-from prunewright.tools.texts.windows import ROLES, Role, read_documents, source_digest
+from prunewright.tools.texts.questions import hash_questions, load_facts
+from prunewright.tools.texts.windows import ROLES, Role, read_questions, source_digest
 
 NOT_SCORED_FOR_CHOOSING = ("test", "llm")
 """Uses of tokens that choose nothing, or that are exchanged and not scored."""
@@ -88,16 +88,11 @@ class Digests:
 
     def answered(self, source: str, role: Role, evaluation: EvaluationOptions) -> str:
         """The first task of which a source has a question, with its answer; "" for none."""
-        if source in (EMBEDDED, SELF):
-            return ""
         if (source, role) not in self._answered:
-            documents = read_documents(source, role)
-            self._answered[source, role] = {d for d in documents if d.startswith("Question: ")}
+            self._answered[source, role] = read_questions(source, role)
         self.questions(evaluation)
         for task in evaluation.tasks:
-            quiz = self._questions[task]
-            asked = {as_text(quiz.questions[index]) for index in quiz.asked}
-            if not asked.isdisjoint(self._answered[source, role]):
+            if self._questions[task].answered_by(self._answered[source, role]):
                 return task.name
         return ""
 

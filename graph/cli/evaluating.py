@@ -1,12 +1,14 @@
 """`evaluate`."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from prunewright.graph.cli.completing import devices, values
 from prunewright.graph.cli.options import JsonOption, config_option
+from prunewright.graph.cli.screen.lines import Screen
 from prunewright.graph.cli.screen.live import Live
 from prunewright.graph.cli.screen.results import print_evaluation
 from prunewright.graph.cli.session import Session, quiet_transformers
@@ -14,6 +16,9 @@ from prunewright.graph.running.logs import log_progress
 from prunewright.state import InputError, load_config
 from prunewright.state.config import Offload
 from prunewright.state.study import load_evaluation_options
+
+if TYPE_CHECKING:
+    from prunewright.tools.evaluation.harness import Quiz
 
 
 def evaluate_command(
@@ -162,6 +167,9 @@ def evaluate_command(
             shots=shots,
             limit=limit,
         )
+    for name in (model, against):
+        if quizzes and name is not None and (run := run_of(name)):
+            _check_unseen(run, quizzes, session.screen)
     with Live(session.screen) as live:
 
         def progress(label: str, done: int, total: int) -> None:
@@ -183,6 +191,35 @@ def evaluate_command(
         )
     session.emit(found.model_dump(mode="json"))
     print_evaluation(session.screen, found)
+
+
+def _check_unseen(run: Path, quizzes: "Sequence[Quiz]", screen: Screen) -> None:
+    """Refuse questions whose answers a run has seen in its calibration or guard text.
+
+    Raises:
+        InputError: naming the text.
+    """
+    from prunewright.tools.store.rundir import RunDirectory
+    from prunewright.tools.texts.windows import ROLES, read_questions
+
+    directory = RunDirectory(run)
+    config = directory.locate(directory.config())
+    for role in ROLES[:2]:
+        for one in config.texts.sources(role):
+            try:
+                answers = read_questions(one.source, role)
+            except InputError as error:
+                screen.warn(f"whether the run has seen these questions is not known: {error}")
+                continue
+            for quiz in quizzes:
+                if quiz.answered_by(answers):
+                    raise InputError(
+                        f"the {role} text {one.source} of {run} answers questions of {quiz.source} "
+                        f"that {quiz.task} asks: results are only worth something on others. Give "
+                        f"others by --data {quiz.task}=..."
+                    )
+    if config.pruned is not None and (before := run_of(config.pruned)):
+        _check_unseen(before, quizzes, screen)
 
 
 def _by_task(option: str, values: list[str] | None) -> dict[str, str]:

@@ -566,6 +566,34 @@ def test_evaluate_against_another_model(pico_models: Callable[..., Path], tmp_pa
     assert " %" not in words
 
 
+def test_evaluate_refuses_questions_that_the_run_has_seen(
+    config_file: Path, tmp_path: Path
+) -> None:
+    rows = [{"question": f"Who rules land {n}?", "answers": [f"king {n}"]} for n in range(80)]
+    seen, rest = tmp_path / "seen.jsonl", tmp_path / "rest.jsonl"
+    seen.write_text("".join(json.dumps(row) + "\n" for row in rows[:60]))
+    rest.write_text("".join(json.dumps(row) + "\n" for row in rows[60:]))
+    mix = f"--set=texts.calibration=[embedded, '{seen}']"
+    out = tmp_path / "run"
+    made = invoke("baseline", "-c", config_file, mix, "--set=texts.guard=embedded", "-o", out)
+    assert made.exit_code == 0, made.output
+
+    def evaluate(model: Path, data: Path) -> Result:
+        options = ["--task", "facts", "--data", f"facts={data}", "--shots", "0", "--limit", "4"]
+        return invoke("evaluate", model, *options, "--dtype", "float32")
+
+    for model in (out, out / "model"):
+        refused = evaluate(model, seen)
+        assert refused.exit_code == 2
+        assert "the calibration text" in flat(refused.output)
+        assert "answers questions" in flat(refused.output)
+    assert evaluate(out, rest).exit_code == 0
+    seen.unlink()
+    unknown = evaluate(out, rest)
+    assert unknown.exit_code == 0
+    assert "whether the run has seen these questions is not known" in flat(unknown.output)
+
+
 def test_evaluate_takes_a_file_as_it_takes_options(
     pico_models: Callable[..., Path], tmp_path: Path
 ) -> None:

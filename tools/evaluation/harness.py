@@ -5,7 +5,7 @@ import importlib.metadata
 import logging
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass
 from importlib import resources
@@ -23,6 +23,7 @@ from prunewright.tools.store.storage import sha256_bytes
 from prunewright.tools.texts.questions import (
     ChoiceQuestion,
     Question,
+    as_text,
     hash_questions,
     load_choices,
     load_facts,
@@ -65,6 +66,10 @@ class Quiz:
         """sha256 of all questions and examples."""
         hashes = [hash_questions(q) for q in (self.questions, self.examples or ())]
         return sha256_bytes("".join(hashes).encode())
+
+    def answered_by(self, documents: Set[str]) -> bool:
+        """Whether any question that is asked is among some documents, as `as_text` writes it."""
+        return any(as_text(self.questions[index]) in documents for index in self.asked)
 
 
 def prepare_quizzes(

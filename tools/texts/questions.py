@@ -17,6 +17,8 @@ from prunewright.tools.texts.rows import Row, read_file
 LETTERS = "ABCDEFGHIJ"
 MARKS = ("question", "RawQuestion", "Parses")
 """A row of questions has one of these fields."""
+QUESTION = "Question: "
+"""What a question begins with where it is a document."""
 _SPLITS = ("test", "validation", "train", "dev")
 
 
@@ -123,7 +125,7 @@ def as_text(question: Question) -> str:
         if isinstance(question, ChoiceQuestion)
         else shown_form(question.answers)
     )
-    return f"Question: {question.question.strip()}\nAnswer: {right}"
+    return f"{QUESTION}{question.question.strip()}\nAnswer: {right}"
 
 
 def row_as_text(row: dict[str, Any], where: str) -> str:

@@ -19,7 +19,7 @@ from prunewright.state import InputError
 from prunewright.state.config import EMBEDDED, SELF, TextOptions
 from prunewright.tools.model.tokens import check_ids, start_tokens, token_ids
 from prunewright.tools.sources import choose_split, find_local, first_line, loading_data_set
-from prunewright.tools.texts.questions import MARKS, row_as_text
+from prunewright.tools.texts.questions import MARKS, QUESTION, row_as_text
 from prunewright.tools.texts.rows import Row, fields_of, is_file_name, read_file
 
 Role = Literal["calibration", "guard", "test"]
@@ -178,6 +178,17 @@ def read_documents(source: str, role: Role) -> Iterator[str]:
         InputError: missing or unreadable.
     """
     yield from _open(source, role).documents(_POOL_CHARACTERS)
+
+
+def read_questions(source: str, role: Role) -> set[str]:
+    """The questions of a source with their answers, as `as_text` writes them.
+
+    Raises:
+        InputError: missing or unreadable.
+    """
+    if source in (EMBEDDED, SELF):  # which hold none
+        return set()
+    return {text for text in read_documents(source, role) if text.startswith(QUESTION)}
 
 
 def source_digest(source: str, role: Role) -> str:
