@@ -207,12 +207,17 @@ def make_plan(
     adapt: dict[str, float] = {}
     if training is not None:
         chosen = chosen_layers(list(layers.values()), training)
-        named = {layer.name: layer for layer in chosen}
-        sizes = sizes_of(model, named, request, training, dtype, device)
-        adapt = _training(request, training, sizes, flops, memory)
-        warnings += _training_warnings(
-            request, training, sizes, chosen, int(adapt["memory"]), available, device
-        )
+        sizes = sizes_of(model, chosen, request, training, dtype, device)
+        adapt = _training(request, training, sizes, flops)
+        own = {"weights", "texts", "gradients", "host", "peak"}
+        # What is there beside the largest of the other parts, which is over by then.
+        beside = memory["peak"] - max(n for name, n in memory.items() if name not in own)
+        adapt["memory"] += beside
+        try:
+            check_offload(request)
+            check_room(training, sizes, chosen, max(available - beside, 0), device.type)
+        except InputError as error:
+            warnings.append(str(error))
         if seconds:
             rate = flops["guard"] / request.texts.windows.guard / seconds["window"]
             adapt["seconds"] = adapt["flops"] / rate
@@ -268,13 +273,9 @@ def _seconds(
 
 
 def _training(
-    request: PruneRequest,
-    training: AdaptOptions,
-    sizes: Sizes,
-    flops: dict[str, float],
-    memory: dict[str, int],
+    request: PruneRequest, training: AdaptOptions, sizes: Sizes, flops: dict[str, float]
 ) -> dict[str, float]:
-    """What the training at the end takes; see `Plan.adapt`.
+    """What the training at the end takes, as `Plan.adapt` but for the live weights.
 
     A token takes what one of a backward pass does, and the head once more, for the dense model's
     logits. The calibration windows go through the dense model once, and the guard is measured
@@ -285,35 +286,13 @@ def _training(
     head = 2.0 * sizes.vocabulary * sizes.width * windows.length
     trained = max(1, training.tokens // (training.batch * windows.length)) * training.batch
     back = (4 if sizes.checkpointing else 3) * (window - head) + 4 * head
-    own = {"weights", "texts", "gradients", "host", "peak"}
-    largest = max(n for name, n in memory.items() if name not in own)
-    needed = state_bytes(training.optimizer, sizes) + pass_bytes(sizes)
     return {
-        "memory": memory["peak"] - largest + needed,
+        "memory": state_bytes(training.optimizer, sizes) + pass_bytes(sizes),
         "disk": disk_bytes(training, sizes, windows.calibration),
         "flops": trained * back
         + windows.calibration * (window - head)
         + (MEASURED + 1) * windows.guard * window,
     }
-
-
-def _training_warnings(
-    request: PruneRequest,
-    training: AdaptOptions,
-    sizes: Sizes,
-    layers: list[Layer],
-    memory: int,
-    available: int,
-    device: torch.device,
-) -> list[str]:
-    """What of the training at the end would be refused."""
-    beside = memory - state_bytes(training.optimizer, sizes) - pass_bytes(sizes)
-    try:
-        check_offload(request)
-        check_room(training, sizes, layers, max(available - beside, 0), device.type)
-    except InputError as error:
-        return [str(error)]
-    return []
 
 
 def time_products(device: torch.device) -> float:

@@ -706,6 +706,40 @@ def test_plan_counts_the_text_that_the_model_writes(config_file: Path) -> None:
     assert "does not write text by itself" in away["warnings"][0]
 
 
+def test_plan_counts_the_training_at_the_end(config_file: Path) -> None:
+    training = ["-c", config_file, "-s", "adapt={tokens: 1600, batch: 4}"]
+    result = invoke("plan", *training, "--time", "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    found, prunable = plan["adapt"], plan["prunable"]
+    windows = yaml.safe_load(config_file.read_text())["texts"]["windows"]
+    # Eight steps of four windows of 48 tokens. Back is two passes more, and one as activations are
+    # made again; the head once more, for the dense model's logits.
+    body = 48 * (2 * prunable + 4 * 2 * 32 * 48)
+    head = 48 * 2 * 32 * 512
+    trained = 32 * 4 * (body + head)
+    measured = 11 * windows["guard"] * (body + head)
+    assert found["flops"] == trained + windows["calibration"] * body + measured
+    each = plan["seconds"]["window"] / (body + head)
+    assert found["seconds"] == pytest.approx(found["flops"] * each)
+    seconds = plan["seconds"]
+    rest = seconds["window"] * windows["guard"] + 3 * seconds["step"] + seconds["finish"]
+    assert seconds["run"] == pytest.approx(rest + found["seconds"])
+    # Two checkpoints of float32 weights with two moments, two sets of weights, and hidden states.
+    states = windows["calibration"] * 48 * 32 * 4
+    assert found["disk"] == 2 * (4 + 8 + 4) * prunable + states
+    some = [*training, "-s", "adapt.layers=['*.down_proj']"]
+    fewer = json.loads(invoke("plan", *some, "--json").stdout)
+    # Gradients and moments, over a peak that has what the process itself holds now.
+    over, less = (one["adapt"]["memory"] - one["memory"]["peak"] for one in (plan, fewer))
+    assert over - less == (4 + 8) * (prunable - 2 * 32 * 64)
+    assert "seconds" not in fewer["adapt"]
+    assert json.loads(invoke("plan", "-c", config_file, "--json").stdout)["adapt"] == {}
+    away = invoke("plan", *training, "-s", "offload=disk").stdout
+    assert "adapt takes about" in flat(away)
+    assert "adapt trains all blocks at once" in flat(away)
+
+
 def test_plan_takes_what_a_run_takes(config_file: Path) -> None:
     dense = json.loads(invoke("plan", "-c", config_file, "--json").stdout)
     assert dense["memory"]["gradients"] == dense["disk"]["copy"] == 0

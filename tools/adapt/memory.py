@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,7 +52,7 @@ class Sizes:
 
 def sizes_of(
     model: nn.Module,
-    layers: Mapping[str, Layer],
+    layers: Sequence[Layer],
     request: PruneRequest,
     options: AdaptOptions,
     dtype: torch.dtype,
@@ -62,7 +62,7 @@ def sizes_of(
 
     Args:
         model: the model, or its structure.
-        layers: those that are trained, by name.
+        layers: those that are trained.
         request: of the run.
         options: how it is trained.
         dtype: of the live weights.
@@ -74,13 +74,13 @@ def sizes_of(
     if isinstance(batch, str):
         batch = 1 if device.type == "cpu" else max(1, TOKENS // windows.length)
     return Sizes(
-        trained=sum(layer.numel for layer in layers.values()),
-        largest=max(layer.numel for layer in layers.values()),
+        trained=sum(layer.numel for layer in layers),
+        largest=max(layer.numel for layer in layers),
         itemsize=dtype.itemsize,
         windows=min(batch, options.batch),
         length=windows.length,
         width=config.hidden_size,
-        inner=max(max(layer.outputs, layer.inputs) for layer in layers.values()),
+        inner=max(max(layer.outputs, layer.inputs) for layer in layers),
         blocks=len(named_blocks(model)),
         vocabulary=config.vocab_size,
         checkpointing=request.profile.gradient_checkpointing,

@@ -163,14 +163,7 @@ def check_training(
     loaded = bench.loaded
     if layers is None:
         layers = chosen_layers(list(loaded.layers.values()), options)
-    sizes = sizes_of(
-        loaded.model,
-        {layer.name: layer for layer in layers},
-        bench.request,
-        options,
-        loaded.dtype,
-        loaded.device,
-    )
+    sizes = sizes_of(loaded.model, layers, bench.request, options, loaded.dtype, loaded.device)
     check_room(options, sizes, layers, free_memory(loaded.device), loaded.device.type)
     check_disk(options, sizes, len(bench.windows.calibration), folder)
 
