@@ -489,7 +489,7 @@ class Workbench:
             reconstruct=request.reconstruct,
             fit=Fit(**request.fit.model_dump(), seed=request.seed),
         )
-        self._at |= dict.fromkeys(wanted, "")  # no revision's, so that the next sync restores them
+        self.lend(wanted)
         try:
             with writer:
                 self.tokens["solve"] += solver.solve(
@@ -580,10 +580,8 @@ class Workbench:
             dense: its dense weights.
         """
         layer = self.loaded.layers[name]
-        weight = self.loaded.weight(layer)
-        self._at[name] = ""  # no revision's
-        # What is left keeps the values that it has, which a solve may have changed.
-        tried = torch.where(weight != 0, weight, dense).masked_fill_(mask.to(weight.device), 0)
+        self.lend([name])
+        tried = dense.masked_fill(mask.to(dense.device), 0)
         self.loaded.execution.weights.write(layer, tried)
 
     def lend(self, names: Iterable[str]) -> None:
