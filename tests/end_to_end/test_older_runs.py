@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from prunewright.graph import fork, resume, run
@@ -18,6 +19,7 @@ from prunewright.graph.running.preview import preview
 from prunewright.state import InputError, load_config
 from prunewright.tools import load_trace
 from prunewright.tools.store.rundir import RunDirectory
+from tests.helpers.quick import quick_config
 
 KEPT = Path(__file__).resolve().parents[1] / "data" / "run-0.1.0"
 
@@ -62,13 +64,48 @@ def test_its_decisions_are_repeated(
     assert result.metrics.perplexity.test.final == pytest.approx(test, rel=1e-3)
 
 
-def test_it_is_not_gone_on_with(older: Path, tmp_path: Path) -> None:
-    words = r"version 0\.1\.0.*not gone on with.*--agent replay:"
-    with pytest.raises(InputError, match=words):
+WORDS = r"version 0\.1\.0.*not gone on with.*--agent replay:"
+
+
+def test_one_that_reconstructed_is_shown_and_not_gone_on_with(older: Path) -> None:
+    config = (older / "config.yaml").read_text()
+    assert "reconstruct: false" in config
+    (older / "config.yaml").write_text(config.replace("reconstruct: false", "reconstruct: true"))
+    shown = CliRunner().invoke(app, ["show", str(older)], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0, shown.output
+    assert "kept weights reconstructed by layer" in shown.output
+    with pytest.raises(InputError, match=WORDS):
         resume(older, max_steps=9)
-    with pytest.raises(InputError, match=words):
+
+
+def test_a_run_whose_configuration_says_true_goes_on_by_layer(
+    pico_models: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    run(quick_config(pico_models()) | {"reconstruct": "layer", "max_steps": 1}, out)
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    manifest = json.loads((out / "manifest.json").read_text())
+    for request in (config, manifest["request"]):
+        assert request["reconstruct"] == "layer"
+        request["reconstruct"] = True
+        for key in ("fit", "pruned"):  # which did not exist then
+            del request[key]
+    del config["adapt"]
+    (out / "config.yaml").write_text(yaml.safe_dump(config))
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    metrics = resume(out, max_steps=9).metrics
+    assert (metrics.status, [stage.name for stage in metrics.stages]) == (
+        "target_reached",
+        ["reconstruct"],
+    )
+
+
+def test_it_is_not_gone_on_with(older: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=WORDS):
+        resume(older, max_steps=9)
+    with pytest.raises(InputError, match=WORDS):
         fork(older, 1, out=tmp_path / "fork")
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=WORDS):
         preview(RunDirectory(older))
     assert not (tmp_path / "fork").exists()
     assert {path.name for path in older.iterdir()} - {path.name for path in KEPT.iterdir()} <= {
