@@ -37,6 +37,13 @@ def trained(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
     return baseline(settings, out=tmp_path_factory.mktemp("trained") / "run").directory
 
 
+@pytest.fixture(scope="module")
+def untrained(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of the same baseline without training."""
+    out = tmp_path_factory.mktemp("untrained") / "run"
+    return baseline(settings | {"adapt": None}, out=out).directory
+
+
 def tensors(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / "model.safetensors")
 
@@ -108,14 +115,12 @@ def test_a_kill_in_training_ends_at_the_same_weights(
 
 
 def test_the_command_trains_a_run_and_a_plain_directory_alike(
-    settings: dict[str, Any], trained: Path, tmp_path: Path
+    settings: dict[str, Any], trained: Path, untrained: Path, tmp_path: Path
 ) -> None:
     """As at the end of the run itself: from the same masks, on the same texts."""
-    out, plain = tmp_path / "pruned", tmp_path / "plain"
-    baseline(settings | {"adapt": None}, out=out)
-    shutil.copytree(out / "model", plain)
+    plain = Path(shutil.copytree(untrained / "model", tmp_path / "plain"))
     options = [f"--set=adapt={json.dumps(ADAPT)}"]
-    of_run = adapt(out, "-o", tmp_path / "one", *options)
+    of_run = adapt(untrained, "-o", tmp_path / "one", *options)
     assert of_run.exit_code == 0, of_run.output
     assert "training" in of_run.output
     file = tmp_path / "config.yaml"
@@ -187,9 +192,9 @@ def test_what_is_no_pruned_copy_is_refused(
 
 
 def test_a_changed_copy_stops_a_run_that_began_from_it(
-    settings: dict[str, Any], tmp_path: Path
+    settings: dict[str, Any], untrained: Path, tmp_path: Path
 ) -> None:
-    copy = baseline(settings | {"adapt": None}, out=tmp_path / "pruned").directory / "model"
+    copy = Path(shutil.copytree(untrained / "model", tmp_path / "pruned"))
 
     def stop(_: str, event: dict[str, Any]) -> None:
         if event.get("progress", {}).get("label", "").startswith("adapt (training): KL"):

@@ -15,7 +15,7 @@ from tests.helpers.quick import quick_config
 
 @pytest.fixture
 def config(pico_models: Callable[..., Path], tmp_path: Path) -> dict[str, Any]:
-    config = quick_config(pico_models())
+    config = quick_config(pico_models(), criterion="wanda", reconstruct="none")
     windows = config["texts"]["windows"] | {"calibration": 2}
     return config | {"texts": {"calibration": ["embedded", "self"], "windows": windows}}
 

@@ -21,15 +21,6 @@ from prunewright.tools.store.rundir import RunDirectory
 Submit = Callable[[dict[str, Any]], dict[str, Any]]
 WAYS = {
     "sparsegpt": {"criterion": "sparsegpt"},
-    # Without a ceiling greedy takes so much of one of the few layers that the run stalls.
-    "wanda, reconstructed": {
-        "criterion": "wanda",
-        "reconstruct": True,
-        "max_layer_sparsity": 0.75,
-        "target": 0.25,
-        "guard": {"max_increase": 0.04},
-    },
-    "sparsegpt, reconstructed": {"criterion": "sparsegpt", "reconstruct": True},
     "obs, reconstructed": {"criterion": "obs", "reconstruct": True},
 }
 
@@ -115,8 +106,14 @@ def test_reconstruction_lowers_the_perplexity_of_the_same_masks(
     assert better.metrics.sparsity == plain.metrics.sparsity
 
 
-@pytest.mark.parametrize("criterion", sorted(CRITERIA))
-@pytest.mark.parametrize("reconstruct", ["true", "false"])
+@pytest.mark.parametrize(
+    ("criterion", "reconstruct"),
+    [
+        *((criterion, "false") for criterion in sorted(CRITERIA)),
+        ("wanda", "true"),
+        ("sparsegpt", "true"),
+    ],
+)
 def test_a_pattern_holds_in_the_saved_model_with_each_criterion(
     reference_config: dict[str, Any], tmp_path: Path, criterion: str, reconstruct: str
 ) -> None:
@@ -141,9 +138,7 @@ def test_shrinkage_is_sparsegpts(
 ) -> None:
     config = reference_config | {"criterion": criterion}
     usual = baseline(config, out=tmp_path / "usual")
-    given = baseline(config | {"shrinkage": 0.2}, out=tmp_path / "given")
     published = baseline(config | {"shrinkage": 0.0}, out=tmp_path / "published")
-    assert given.metrics.revision == usual.metrics.revision
     assert (published.metrics.revision != usual.metrics.revision) is matters
 
 
