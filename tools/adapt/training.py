@@ -39,8 +39,12 @@ NORM = 1.0
 """Largest norm of a step's gradient."""
 MEASURED = 10
 """Times that the guard is measured in the course of the training."""
-PATIENCE = 2
-"""Times in a row that the guard may be worse than at its best before the training ends."""
+PATIENCE = 5
+"""Times in a row that the guard may be worse than at its best before the training ends.
+
+Half of all: while the rate is high the guard swings, and most is gained where it falls. With 2 a
+training of SmolLM2-135M ended after 8 of 20 steps.
+"""
 
 
 @dataclass(frozen=True)
