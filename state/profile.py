@@ -17,6 +17,9 @@ SIGNALS = ("z_s", "z_g", "z_c")
 COST_SIGNAL = "z_c"
 """The signal that stands for all of the predicted cost."""
 
+Costs = tuple[float, float, float]
+"""Changes of the mean token loss, nats, at each of the `COST_DELTAS`."""
+
 _SignalName = Annotated[str, StringConstraints(pattern=f"^{SIGNAL_NAME}$")]
 _MEASURED = {"z_s": "s", "z_g": "g"}
 """Signals of profiles of version 0.1.0, whose values had fields of their own."""
@@ -46,6 +49,8 @@ class LayerProfile(BaseModel):
     and dearer where it is sparser than the model. ``dense_sparsity``: the part of ``sparsity`` that
     the dense model has, and that no step can restore.
     ``regrow_gain``: predicted fall of it for restoring the last `COST_DELTAS`.
+    ``domain_costs``, ``domain_gains``: the same by domain of the text, where a run has several;
+    the two above are then their means at the run's weights.
 
     ``patterned``: whether the layer has the run's N:M pattern. ``pattern_cost``: predicted rise of
     the loss for taking the dense layer to it, and so the fall for restoring it, nats; None in an
@@ -61,8 +66,10 @@ class LayerProfile(BaseModel):
     parameters: int
     sparsity: float
     dense_sparsity: float = 0.0
-    loss_cost: tuple[float, float, float]
-    regrow_gain: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    loss_cost: Costs
+    regrow_gain: Costs = (0.0, 0.0, 0.0)
+    domain_costs: dict[str, Costs] = {}
+    domain_gains: dict[str, Costs] = {}
     signals: dict[_SignalName, float]
     measured: dict[_SignalName, float] = {}
     patterned: bool = False
@@ -99,7 +106,19 @@ class LayerProfile(BaseModel):
             return -self._between(-delta, self.regrow_gain)
         return self._between(delta, self.loss_cost)
 
-    def _between(self, delta: float, values: tuple[float, float, float]) -> float:
+    def in_domain(self, domain: str) -> "LayerProfile":
+        """The same layer as one domain alone sees it: its costs and gains."""
+        return self._at({domain: 1.0})
+
+    def _at(self, weights: Mapping[str, float]) -> "LayerProfile":
+        return self.model_copy(
+            update={
+                "loss_cost": _mean(self.domain_costs, weights),
+                "regrow_gain": _mean(self.domain_gains, weights),
+            }
+        )
+
+    def _between(self, delta: float, values: Costs) -> float:
         points = [(0.0, 0.0), *zip(COST_DELTAS, values, strict=True)]
         for (x0, y0), (x1, y1) in pairwise(points):
             if delta <= x1 or x1 == COST_DELTAS[-1]:
@@ -110,6 +129,14 @@ class LayerProfile(BaseModel):
     def short_name(self) -> str:
         """Block and projection, ``7.mlp.down_proj``."""
         return f"{self.block}.{self.projection}"
+
+
+def _mean(costs: Mapping[str, Costs], weights: Mapping[str, float]) -> Costs:
+    """The mean of some domains' costs, by weight; a domain without one has none."""
+    total = sum(weights.values())
+    parts = [(weights.get(name, 0.0) / total, values) for name, values in costs.items()]
+    first, second, third = (sum(w * values[i] for w, values in parts) for i in range(3))
+    return first, second, third
 
 
 class ModelProfile(BaseModel):
@@ -124,12 +151,37 @@ class ModelProfile(BaseModel):
     layers: list[LayerProfile]
     notes: list[str] = []
 
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domains that costs are known of one by one; none where there is one text only."""
+        return tuple(self.layers[0].domain_costs) if self.layers else ()
+
+    def at_weights(self, weights: Mapping[str, float]) -> "ModelProfile":
+        """The profile whose costs and gains are the means of the domains' at other weights.
+
+        Args:
+            weights: by domain, not negative, and not all 0; a domain without one has none.
+        """
+        if not self.domains:
+            return self
+        layers = [layer._at(weights) for layer in self.layers]
+        return self.model_copy(update={"layers": layers})
+
+    def predicted_changes(self, deltas: Mapping[str, float]) -> dict[str, float]:
+        """`predicted_change` of each domain alone."""
+        named = {p.name: p for p in self.layers if p.name in deltas}
+        return {
+            domain: _as_change(
+                sum(named[n].in_domain(domain).cost_of(d) for n, d in deltas.items())
+            )
+            for domain in self.domains
+        }
+
     def predicted_change(self, deltas: Mapping[str, float]) -> float:
         """Relative perplexity change that the layers' loss costs predict for some deltas."""
         layers = {p.name: p for p in self.layers}
         loss = sum(layers[name].cost_of(delta) for name, delta in deltas.items())
-        # Far beyond what is meant by a step, the sums run off: still a change that has a logarithm.
-        return math.expm1(min(max(loss, -20.0), 50.0))
+        return _as_change(loss)
 
     def table(self) -> dict[str, str]:
         """Compact rows by short name, under a head, for the checkpointed state."""
@@ -138,3 +190,9 @@ class ModelProfile(BaseModel):
             p.short_name: " ".join([f"{p.sparsity:.3f}", *(f"{p.signals[n]:.2f}" for n in names)])
             for p in self.layers
         }
+
+
+def _as_change(loss: float) -> float:
+    """Relative change of the perplexity for that of the mean token loss, nats."""
+    # Far beyond what is meant by a step, the sums run off: still a change that has a logarithm.
+    return math.expm1(min(max(loss, -20.0), 50.0))

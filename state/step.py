@@ -46,6 +46,26 @@ class ProbeReport(BaseModel):
     """Why it was not measured; "" if it was."""
 
 
+class DomainMeasure(BaseModel):
+    """How a domain of the guard's text fared in a step: perplexities, and the change between them.
+
+    Of questions the perplexity is that of the right answers' tokens.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dense: float
+    """The dense model's."""
+    before: float
+    """The accepted revision's, before the step."""
+    candidate: float | None = None
+    """The candidate's; None: not evaluated, or not finite."""
+    change: float | None = None
+    """Relative change of the candidate over the revision accepted before."""
+    change_stderr: float | None = None
+    """Standard error of the paired change over the domain's guard windows."""
+
+
 class Step(BaseModel):
     """One step of a run: proposed, then applied, measured, and judged.
 
@@ -100,6 +120,8 @@ class Step(BaseModel):
     """Relative perplexity change of the candidate over the revision accepted before."""
     change_stderr: float | None = None
     """Standard error of the paired change over the guard windows."""
+    domains: dict[str, DomainMeasure] = {}
+    """The same by domain; empty where the guard's text is of one."""
     knowledge_dense: float | None = None
     """Factual recall of the dense model: log-probability of the right answers, nats a token;
     None: the guard did not bound it."""

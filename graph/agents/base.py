@@ -2,8 +2,9 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Protocol
 
 from prunewright.graph.whole_layers import fixed_deltas
@@ -84,7 +85,10 @@ class Observation:
         pattern: ``unstructured``, or ``2:4`` in a run that takes whole layers to that pattern.
         dense_perplexity: guard perplexity of the dense model.
         perplexity: guard perplexity of the accepted revision.
-        profile: every layer's signals.
+        profile: every layer's signals; with domains its costs are means at ``weights``.
+        goal: what the user wants kept, in words of theirs; None: nothing was said.
+        weights: how much each domain counts; empty where there is one text only.
+        domains: by domain, guard perplexity of the dense model and of the accepted revision.
         signals: which z-scores an LLM is shown, as a configuration names them; z_c stands for all
             of the predicted cost.
         history: the earlier steps; empty without feedback.
@@ -110,6 +114,9 @@ class Observation:
     perplexity: float
     profile: ModelProfile
     max_knowledge_drop: float | None = None
+    goal: str | None = None
+    weights: Mapping[str, float] = MappingProxyType({})
+    domains: Mapping[str, tuple[float, float]] = MappingProxyType({})
     pattern: str = "unstructured"
     signals: tuple[str, ...] = SIGNALS
     history: tuple[Step, ...] = ()
