@@ -1,7 +1,7 @@
 """One frozen configuration: what a run is (request) and who decides how (context)."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -26,6 +26,8 @@ EMBEDDED = "embedded"
 """The name of the model, texts and questions that are installed with the package."""
 ALL = "all"
 """The name that stands for all GPUs of a machine."""
+NUMBER = "<number>"
+"""Where an error's place says that a value was taken for a number, and not for a mapping."""
 SELF = "self"
 """The name that stands for text that the dense model writes itself."""
 Offload = Literal["none", "cpu", "disk"]
@@ -117,9 +119,36 @@ class TextSource(Options):
     )
 
 
+def _domain_name(name: str) -> str:
+    if not re.fullmatch(r"[a-z][a-z0-9_-]{0,15}", name) or name == "source":
+        raise ValueError(
+            "a domain's name is a small letter and at most 15 more, digits, - or _, and not source"
+        )
+    return name
+
+
+DomainName = Annotated[str, AfterValidator(_domain_name)]
+"""What a user calls a kind of text: ``german``, ``code``, ``facts``."""
+
+
+def _several(given: dict[str, str]) -> dict[str, str]:
+    """Domains by name, so that their order is the same wherever they were stored."""
+    if len(given) < 2:
+        raise ValueError(
+            "a mapping gives a source to each of two domains or more, such as {general: "
+            "embedded, code: code.txt}; a single source is named without one"
+        )
+    return dict(sorted(given.items()))
+
+
+Domains = Annotated[dict[DomainName, str], AfterValidator(_several)]
+
+
 def _source_or_mix(value: Any) -> Any:
     """A mix with its bare names as sources; what holds one plain source is that source."""
     if isinstance(value, dict):
+        if "source" not in value:
+            return value
         value = [value]
     if not isinstance(value, list | tuple):
         return value
@@ -138,14 +167,22 @@ def _unlike(sources: tuple[TextSource, ...]) -> tuple[TextSource, ...]:
 
 
 def _kind(value: Any) -> str:
+    if isinstance(value, dict):
+        return "domains"
     return "list" if isinstance(value, list | tuple) else "source"
 
 
 Mix = Annotated[
     Annotated[str, Tag("source")]
-    | Annotated[tuple[TextSource, ...], AfterValidator(_unlike), Tag("list")],
+    | Annotated[tuple[TextSource, ...], AfterValidator(_unlike), Tag("list")]
+    | Annotated[Domains, Tag("domains")],
     Discriminator(_kind),
     BeforeValidator(_source_or_mix),
+]
+
+
+_Guard = Annotated[
+    Annotated[str, Tag("source")] | Annotated[Domains, Tag("domains")], Discriminator(_kind)
 ]
 
 
@@ -158,11 +195,13 @@ class TextOptions(Options):
     calibration: Mix = Field(
         "embedded",
         description="source of the statistics; self: text that the dense model writes; a list of "
-        "sources, plain or as {source: NAME, weight: 2}, is a mix of their windows",
+        "sources, plain or as {source: NAME, weight: 2}, is a mix of their windows; a mapping "
+        "such as {general: SOURCE, code: SOURCE} has domains, whose costs are told apart",
     )
-    guard: str | None = Field(
+    guard: _Guard | None = Field(
         None,
-        description="source of the guard; null: what calibration has, mixed alike, other windows",
+        description="source of the guard, or a mapping as for calibration, whose domains are "
+        "measured one by one; null: what calibration has, mixed alike, other windows",
     )
     test: str = Field("embedded", description="source reported on, never chosen on")
     knowledge: str = Field(
@@ -176,14 +215,24 @@ class TextOptions(Options):
     @property
     def mix(self) -> tuple[TextSource, ...]:
         """The sources of calibration, one or more."""
-        given = self.calibration
-        return (TextSource(source=given),) if isinstance(given, str) else given
+        return _as_mix(self.calibration)
 
     def sources(self, role: str) -> tuple[TextSource, ...]:
-        """What a role reads, one source or more: ``calibration``, ``guard`` or ``test``."""
-        if role == "calibration" or (role == "guard" and self.guard is None):
-            return self.mix
-        return (TextSource(source=self.test if role == "test" else self.guard or ""),)
+        """What a role reads, one source or more: ``calibration``, ``guard`` or ``test``.
+
+        Those of domains are in the order of their names.
+        """
+        return _as_mix(self._given(role))
+
+    def domains(self, role: str) -> tuple[str, ...]:
+        """The names of a role's domains, in order; none where it has one text."""
+        given = self._given(role)
+        return tuple(given) if isinstance(given, dict) else ()
+
+    def _given(self, role: str) -> str | tuple[TextSource, ...] | dict[str, str]:
+        if role == "test":
+            return self.test
+        return self.calibration if role == "calibration" or self.guard is None else self.guard
 
     @property
     def named(self) -> set[str]:
@@ -196,19 +245,25 @@ class TextOptions(Options):
     @property
     def calibration_words(self) -> str:
         """Calibration's sources, with their weights where these differ, for people to read."""
+        if isinstance(self.calibration, dict):
+            return _domain_words(self.calibration)
         if len({one.weight for one in self.mix}) == 1:
             return " + ".join(one.source for one in self.mix)
         return " + ".join(f"{one.weight:g} {one.source}" for one in self.mix)
 
+    @property
+    def guard_words(self) -> str:
+        """The guard's source or sources, for people to read."""
+        if self.guard is None:
+            return f"{self.calibration_words} (other windows)"
+        return _domain_words(self.guard) if isinstance(self.guard, dict) else self.guard
+
     def renamed(self, name: Callable[[str], str]) -> "TextOptions":
         """The same with every source under another name, such as where it lies now."""
-        given = self.calibration
         return self.model_copy(
             update={
-                "calibration": name(given)
-                if isinstance(given, str)
-                else tuple(s.model_copy(update={"source": name(s.source)}) for s in given),
-                "guard": None if self.guard is None else name(self.guard),
+                "calibration": _renamed(self.calibration, name),
+                "guard": None if self.guard is None else _renamed(self.guard, name),
                 "test": name(self.test),
                 "knowledge": name(self.knowledge),
             }
@@ -222,6 +277,54 @@ class TextOptions(Options):
                 "name another source (a file of that name is ./self)"
             )
         return self
+
+    @model_validator(mode="after")
+    def _domains_are_alike(self) -> "TextOptions":
+        own, judged = self.domains("calibration"), self.domains("guard")
+        if own and not judged:
+            raise ValueError(
+                "calibration has domains and guard names one text, so that no step could be "
+                "judged by domain: leave guard out, or give it the same domains"
+            )
+        if own and own != judged:
+            raise ValueError(
+                f"calibration has the domains {', '.join(own)} and guard has {', '.join(judged)}: "
+                "give both the same"
+            )
+        number, windows = len(judged), self.windows
+        if number and windows.guard % number:
+            low = max(1, windows.guard // number) * number
+            raise ValueError(
+                f"{windows.guard} guard windows cannot be shared out equally over {number} "
+                f"domains: set windows.guard to {low} or {low + number}"
+            )
+        if own and windows.gradient < number:
+            raise ValueError(
+                f"{windows.gradient} gradient windows are too few for {number} domains: set "
+                f"windows.gradient to {number} or more"
+            )
+        return self
+
+
+def _as_mix(given: str | tuple[TextSource, ...] | dict[str, str]) -> tuple[TextSource, ...]:
+    if isinstance(given, str):
+        return (TextSource(source=given),)
+    if isinstance(given, dict):
+        return tuple(TextSource(source=source) for source in given.values())
+    return given
+
+
+def _domain_words(given: dict[str, str]) -> str:
+    return ", ".join(f"{domain}: {source}" for domain, source in given.items())
+
+
+def _renamed(given: Any, name: Callable[[str], str]) -> Any:
+    """A role's sources under other names."""
+    if isinstance(given, str):
+        return name(given)
+    if isinstance(given, dict):
+        return {domain: name(source) for domain, source in given.items()}
+    return tuple(one.model_copy(update={"source": name(one.source)}) for one in given)
 
 
 class ProfileOptions(Options):
@@ -241,13 +344,26 @@ class FitOptions(Options):
     batch: int = Field(2, ge=1, description="windows of one step")
 
 
+def _number_or_domains(value: Any) -> str:
+    return "domains" if isinstance(value, dict) else NUMBER
+
+
+_Rise = Annotated[float, Field(gt=0)]
+_Bound = Annotated[
+    Annotated[_Rise, Tag(NUMBER)] | Annotated[dict[DomainName, _Rise], Tag("domains")],
+    Discriminator(_number_or_domains),
+]
+
+
 class GuardOptions(Options):
     """When a step is rolled back."""
 
     removed = {"max_price": "bound the rise itself, by max_increase or max_total_increase"}
 
-    max_increase: float = Field(
-        0.15, gt=0, description="largest perplexity rise over the last accepted revision"
+    max_increase: _Bound = Field(
+        0.15,
+        description="largest perplexity rise over the last accepted revision; of each domain, "
+        "where the guard has some: one number for all, or a mapping with one for each",
     )
     max_total_increase: float | None = Field(
         None, gt=0, description="largest perplexity rise over the dense model; null: no bound"
@@ -258,6 +374,23 @@ class GuardOptions(Options):
         description="largest fall below the dense model of the mean log-probability of the right "
         "answers to texts.knowledge, nats a token of the answers; null: no bound, not measured",
     )
+
+    def bounds(self, domains: Iterable[str]) -> dict[str, float]:
+        """The largest rise of each domain.
+
+        Raises:
+            ValueError: ``max_increase`` is a mapping of other domains.
+        """
+        names, given = tuple(domains), self.max_increase
+        if not isinstance(given, dict):
+            return dict.fromkeys(names, given)
+        if set(given) != set(names):
+            has = f"has the domains {', '.join(names)}" if names else "has no domains"
+            raise ValueError(
+                f"guard.max_increase bounds {', '.join(given)}, and the guard's text {has}: give "
+                "one number, or one for each domain"
+            )
+        return {name: given[name] for name in names}
 
 
 class AskingOptions(Options):
@@ -377,7 +510,18 @@ class PruneRequest(Options):
     texts: TextOptions = Field(
         TextOptions(), description="texts to calibrate on, to judge steps on and to report on"
     )
+    weights: dict[DomainName, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = Field(
+        None,
+        description="how much each domain of texts.calibration counts in masks and predicted "
+        "costs, such as {general: 1, code: 0.5}; null: all alike",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="draws the windows and seeds the agent")
+
+    @property
+    def domain_weights(self) -> dict[str, float]:
+        """How much each domain of calibration counts, by name; empty where it has one text."""
+        names = self.texts.domains("calibration")
+        return {name: 1.0 if self.weights is None else self.weights[name] for name in names}
 
     def identity(self) -> dict[str, Any]:
         """The request as JSON values, but for where things lie and how the model is run.
@@ -387,11 +531,13 @@ class PruneRequest(Options):
         """
         texts: dict[str, Any] = dict.fromkeys(("calibration", "guard", "test", "knowledge"), True)
         windows = {"windows": {"batch"}}
-        return self.model_dump(
+        values = self.model_dump(
             mode="json",
             exclude=dict.fromkeys(("model", "pruned", "device", "offload"), True)
             | {"texts": texts | windows},
         )
+        domains = {role: list(self.texts.domains(role)) for role in ("calibration", "guard")}
+        return values | ({"domains": domains} if any(domains.values()) else {})
 
     @property
     def criterion_words(self) -> str:
@@ -437,6 +583,19 @@ class PruneRequest(Options):
         return self
 
     @model_validator(mode="after")
+    def _weighs_domains(self) -> "PruneRequest":
+        names = self.texts.domains("calibration")
+        if self.weights is not None and set(self.weights) != set(names):
+            has = f"has the domains {', '.join(names)}" if names else "has no domains"
+            raise ValueError(
+                f"weights names {', '.join(self.weights) or 'nothing'}, and texts.calibration "
+                f"{has}: give each domain a weight, or leave weights out"
+            )
+        if self.weights is not None and not any(self.weights.values()):
+            raise ValueError("weights are all 0: at least one domain must count")
+        return self
+
+    @model_validator(mode="after")
     def _reachable(self) -> "PruneRequest":
         if self.target > self.max_layer_sparsity:
             raise ValueError(
@@ -477,7 +636,8 @@ class PruneContext(Options):
     signals: tuple[Name, ...] = Field(
         SIGNALS,
         description="what an LLM is shown of each layer: z_s, z_g, z_c, which stands for all of "
-        "the predicted cost, and your own as import:package.module:name",
+        "the predicted cost, z_k, that of right answers to questions, which takes gradients of its "
+        "own, and your own as import:package.module:name",
     )
     probes: int = Field(
         0, ge=0, le=32, description="trials that an LLM may have measured in one step"
@@ -527,6 +687,11 @@ class PruneConfig(PruneRequest, PruneContext):
                 f"guard.max_knowledge_drop asks the questions of {asked}, which texts.calibration "
                 "holds with their answers: give them in two files"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _bounds_domains(self) -> "PruneConfig":
+        self.guard.bounds(self.texts.domains("guard"))
         return self
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from prunewright.state.config import PruneConfig
+from prunewright.state.config import NUMBER, PruneConfig
 from prunewright.state.errors import InputError
 
 MAX_VALUES = 100_000
@@ -210,7 +210,7 @@ def describe_validation_error(error: ValidationError, model: type[BaseModel]) ->
     """One line an error, each with the key's dotted path and, for typos, a suggestion."""
     lines = []
     for item in error.errors(include_url=False, include_input=False):
-        path = ".".join(str(part) for part in item["loc"])
+        path = ".".join(str(part) for part in item["loc"] if part != NUMBER)
         if item["type"] == "extra_forbidden":
             known = _fields_at(model, item["loc"][:-1])
             close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)

@@ -365,3 +365,81 @@ def test_a_preset_is_below_a_file_and_above_the_defaults(name: str, tmp_path: Pa
 def test_an_unknown_preset_is_refused() -> None:
     with pytest.raises(InputError, match="no preset 'bset'; known: paper, fast, best"):
         load_config(preset="bset")
+
+
+DOMAINS = {"calibration": {"general": "embedded", "code": "c.txt"}}
+
+
+def test_texts_may_be_domains() -> None:
+    (override,) = ["texts.calibration={general: embedded, code: c.txt}"]
+    config = load_config(None, [override, "weights={general: 1, code: 0.5}"])
+    texts = config.texts
+    assert texts.domains("calibration") == texts.domains("guard") == ("code", "general")
+    assert [one.source for one in texts.sources("guard")] == ["c.txt", "embedded"]
+    assert texts.domains("test") == ()
+    assert texts.named == {"embedded", "c.txt"}
+    assert texts.guard_words == "code: c.txt, general: embedded (other windows)"
+    assert texts.renamed(str.upper).calibration == {"code": "C.TXT", "general": "EMBEDDED"}
+    assert config.domain_weights == {"code": 0.5, "general": 1.0}
+    assert validate_config({"texts": DOMAINS}).domain_weights == {"code": 1.0, "general": 1.0}
+    assert load_config(None, ["texts.calibration=a"]).domain_weights == {}
+    # In whatever order they were stored.
+    turned = {"calibration": dict(reversed(DOMAINS["calibration"].items()))}
+    assert (
+        validate_config({"texts": turned}).to_yaml()
+        == validate_config({"texts": DOMAINS}).to_yaml()
+    )
+    assert validate_config(yaml.safe_load(config.to_yaml())) == config
+
+
+def test_what_is_measured_by_domain_names_the_domains() -> None:
+    one, other = validate_config({}), validate_config({"texts": DOMAINS})
+    renamed = {"calibration": {"general": "embedded", "python": "c.txt"}}
+    assert other.identity() != validate_config({"texts": renamed}).identity()
+    assert "domains" not in one.identity()
+    only = {"guard": DOMAINS["calibration"]}
+    assert validate_config({"texts": only}).domain_weights == {}
+    assert one.guard.bounds([]) == {}
+    assert other.guard.bounds(["code", "general"]) == {"code": 0.15, "general": 0.15}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"texts": {"calibration": {"general": "embedded"}}}, "two domains or more"),
+        ({"texts": {"calibration": {"A": "a", "b": "b"}}}, "a domain's name is a small letter"),
+        ({"texts": {"calibration": {"a": 3, "b": "b"}}}, "texts.calibration.domains.a: "),
+        ({"texts": {"guard": {"source": "a", "b": "b"}}}, "and not source"),
+        ({"texts": DOMAINS | {"guard": "x"}}, "calibration has domains and guard names one text"),
+        ({"texts": DOMAINS | {"guard": {"a": "a", "b": "b"}}}, "guard has a, b: give both the"),
+        (
+            {"texts": {"calibration": {"a": "a", "b": "b", "c": "c"}}},
+            "8 guard windows cannot be shared out equally over 3 domains: set windows.guard to 6",
+        ),
+        (
+            {"texts": DOMAINS | {"windows": {"gradient": 1}}},
+            "1 gradient windows are too few for 2 domains",
+        ),
+        ({"weights": {"general": 1}}, "texts.calibration has no domains"),
+        (
+            {"texts": {"guard": DOMAINS["calibration"]}, "weights": {"general": 1, "code": 1}},
+            "texts.calibration has no domains",
+        ),
+        ({"texts": DOMAINS, "weights": {"general": 1}}, "has the domains code, general"),
+        ({"texts": DOMAINS, "weights": {"general": 0, "code": 0}}, "weights are all 0"),
+        ({"texts": DOMAINS, "weights": {"general": -1, "code": 1}}, "weights.general: "),
+        ({"guard": {"max_increase": {"code": 0.1}}}, "the guard's text has no domains"),
+        (
+            {"texts": DOMAINS, "guard": {"max_increase": {"code": 0.1}}},
+            "guard.max_increase bounds code, and the guard's text has the domains code, general",
+        ),
+        (
+            {"texts": DOMAINS, "guard": {"max_increase": {"code": 0, "general": 1}}},
+            "guard.max_increase.domains.code: Input should be greater than 0",
+        ),
+    ],
+)
+def test_domains_that_say_nothing_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError) as error:
+        validate_config(changes)
+    assert words in str(error.value)

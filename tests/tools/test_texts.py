@@ -29,6 +29,7 @@ from prunewright.tools.model import tokens
 from prunewright.tools.model.tokens import token_ids
 from prunewright.tools.texts import rows as rows_module
 from prunewright.tools.texts import windows as texts
+from prunewright.tools.texts.questions import shown_form
 from prunewright.tools.texts.windows import Windows, hash_windows
 
 load_windows = partial(texts.load_windows, rows=512)
@@ -859,3 +860,81 @@ def test_what_the_model_wrote_is_asked_for_once_and_drawn_from(
     files = {"s": tmp_path / "self.jsonl"}
     own = rows(windows, "calibration")[1::2] + rows(windows, "guard")[1:2]
     assert owners(own, files, tokenizer) == "sss"
+
+
+ASKED = [
+    {"question": f"What is {prose(i, 3)}?", "answers": [f"{prose(i, 1)} {i}"]} for i in range(90)
+]
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> Path:
+    path = tmp_path / "asked.jsonl"
+    path.write_text("\n".join(map(json.dumps, ASKED)))
+    return path
+
+
+def test_domains_take_turns_and_are_shared_out_equally(
+    three: dict[str, Path], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    named = {"b": str(three["a"]), "c": str(three["b"]), "a": str(three["c"])}
+    counts = COUNTS | {"calibration": 7, "gradient": 3, "guard": 6}
+    windows = load_windows(options(calibration=named, windows=counts), tokenizer, seed=0)
+    assert windows.domains == {"calibration": tuple("abcabca"), "guard": tuple("abcabc")}
+    files = {name: Path(source) for name, source in named.items()}
+    for role in ("calibration", "guard"):
+        drawn = owners(rows(windows, role), files, tokenizer)
+        assert drawn == "".join(windows.domains[role])  # type: ignore[index]
+    assert_disjoint(windows)
+    assert windows.scored == {}
+    assert windows.sources["guard"] == " + ".join(
+        f"{name}: {files[name]} (2 windows)" for name in "abc"
+    )
+    # Hashes are those of the ids alone, as ever.
+    assert windows.hashes["guard"] == hash_windows(windows.guard)
+
+
+def test_of_questions_only_answers_are_scored(
+    asked: Path, three: dict[str, Path], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    named = {"facts": str(asked), "general": str(three["a"])}
+    counts = COUNTS | {"calibration": 6, "guard": 4, "length": 64}
+    windows = load_windows(options(calibration=named, windows=counts), tokenizer, seed=0)
+    right = {f"Question: {q['question']}\nAnswer:": shown_form(q["answers"]) for q in ASKED}
+    whole = []
+    for role in ("calibration", "guard"):
+        for window, marks, domain in zip(
+            getattr(windows, role), windows.scored[role], windows.domains[role], strict=True
+        ):
+            if domain == "general":
+                assert bool(marks.all())
+                continue
+            answers = ""
+            text = tokenizer.decode(window)
+            for question, answer in right.items():
+                if f"{question} {answer}\n" in f"{text}\n":
+                    answers += f" {answer}"
+                    whole.append(question)
+            found = tokenizer.decode(window[1:][marks])
+            assert sorted(found.split()) == sorted(answers.split()) != []
+            assert text.startswith("Question: ")
+    # No answer is in two windows, nor in two roles.
+    assert len(set(whole)) == len(whole)
+    marks = windows.scored["guard"]
+    assert windows.hashes["guard"] == hash_windows(windows.guard, marks)
+    assert windows.hashes["guard"] != hash_windows(windows.guard)
+    # Where the file is no domain its questions are text like any other.
+    plain = load_windows(options(calibration=str(asked)), tokenizer, seed=0)
+    assert plain.scored == {}
+
+
+def test_a_domain_of_questions_that_cannot_be_scored_is_refused(
+    asked: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    named = {"facts": str(asked), "general": "embedded"}
+    counts = COUNTS | {"guard": 2, "length": 8}
+    with pytest.raises(InputError, match="too short for one window of 8 tokens"):
+        load_windows(options(calibration=named, windows=counts), tokenizer, seed=0)
+    asked.write_text(f"{json.dumps(ASKED[0])}\n{json.dumps({'text': 'words'})}")
+    with pytest.raises(InputError, match="holds questions, and rows that are none"):
+        load_windows(options(calibration=named, windows={"guard": 2}), tokenizer, seed=0)

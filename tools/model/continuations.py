@@ -9,7 +9,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from prunewright.tools.model.head import Head, Progress, hidden_states
 from prunewright.tools.model.tokens import check_ids, start_tokens
-from prunewright.tools.texts.questions import FactQuestion, shown_form
+from prunewright.tools.texts.answered import answered_tokens
+from prunewright.tools.texts.questions import FactQuestion, as_text
 
 AT_ONCE = 16
 """Questions of fact that are scored in one batch."""
@@ -35,13 +36,9 @@ def fact_tokens(
     start = start_tokens(tokenizer)
     pairs = []
     for fact in facts:
-        question = f"Question: {fact.question.strip()}\nAnswer:"
-        context: list[int] = tokenizer(question, add_special_tokens=False).input_ids
-        whole: list[int] = tokenizer(
-            f"{question} {shown_form(fact.answers)}", add_special_tokens=False
-        ).input_ids
-        check_ids(whole, tokenizer, rows, f"the question {fact.id}")
-        pairs.append((start + context, whole[len(context) :]))
+        ((context, answer),) = answered_tokens([as_text(fact)], tokenizer)
+        check_ids(context + answer, tokenizer, rows, f"the question {fact.id}")
+        pairs.append((start + context, answer))
     return pairs
 
 

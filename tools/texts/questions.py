@@ -118,17 +118,30 @@ def shown_form(answers: Sequence[str]) -> str:
     return " ".join(word[:1].upper() + word[1:] for word in form.split(" "))
 
 
-def as_text(question: Question) -> str:
+class Answered(str):
+    """A question as a document, with its right answer.
+
+    Attributes:
+        answer: where the answer begins, with the space before it.
+    """
+
+    answer: int
+
+
+def as_text(question: Question) -> Answered:
     """A question as a document, with its right answer."""
     right = (
         question.choices[question.answer].strip()
         if isinstance(question, ChoiceQuestion)
         else shown_form(question.answers)
     )
-    return f"{QUESTION}{question.question.strip()}\nAnswer: {right}"
+    asked = f"{QUESTION}{question.question.strip()}\nAnswer:"
+    text = Answered(f"{asked} {right}")
+    text.answer = len(asked)
+    return text
 
 
-def row_as_text(row: dict[str, Any], where: str) -> str:
+def row_as_text(row: dict[str, Any], where: str) -> Answered:
     """A row of questions, of either form, as a document.
 
     Args:

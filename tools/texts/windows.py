@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
-from itertools import chain, permutations
+from itertools import chain, islice, permutations
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,8 @@ from prunewright.state import InputError
 from prunewright.state.config import EMBEDDED, SELF, TextOptions
 from prunewright.tools.model.tokens import check_ids, start_tokens, token_ids
 from prunewright.tools.sources import choose_split, find_local, first_line, loading_data_set
-from prunewright.tools.texts.questions import MARKS, QUESTION, row_as_text
+from prunewright.tools.texts.answered import pack_answered
+from prunewright.tools.texts.questions import MARKS, QUESTION, Answered, row_as_text
 from prunewright.tools.texts.rows import Row, fields_of, is_file_name, read_file
 
 Role = Literal["calibration", "guard", "test"]
@@ -53,8 +54,11 @@ class Windows:
         calibration: ids [windows, length]; the first ``gradient`` of them give gradients.
         guard: ids [windows, length].
         test: ids [windows, length].
-        hashes: sha256 of each role's ids.
+        hashes: sha256 of each role's ids, and of its ``scored``.
         sources: what each role was read from, ``source[split]``; of a mix each with its windows.
+        domains: the domain of each window, by role; only of roles that have domains.
+        scored: which tokens after the first one losses are taken of, bool [windows, length - 1], by
+            role: those of answers, and all of plain text. Only of roles with a domain of questions.
     """
 
     calibration: Tensor
@@ -62,6 +66,8 @@ class Windows:
     test: Tensor
     hashes: dict[str, str]
     sources: dict[str, str]
+    domains: dict[Role, tuple[str, ...]] = field(default_factory=dict)
+    scored: dict[Role, Tensor] = field(default_factory=dict)
 
 
 def load_windows(
@@ -78,7 +84,8 @@ def load_windows(
     text, as the literature takes them. Roles that read the same text get disjoint windows. They
     are drawn from the first `_WHOLE_CHARACTERS` of a text, or further on where these are less than
     `_POOL_TIMES` the windows that are wanted, but never beyond `_POOL_CHARACTERS`. The windows of
-    a mix are shared out over its sources by weight, and take turns.
+    a mix are shared out over its sources by weight, those of domains equally, and take turns. A
+    domain whose documents are questions is packed by `pack_answered`.
 
     Args:
         options: what is read, and how much.
@@ -98,7 +105,10 @@ def load_windows(
         if part.label not in pools:
             sharing = sum(other.count for other in parts if other.label == part.label)
             text = texts[part.label]
-            pools[part.label] = _Pool.of(text, tokenizer, length, _POOL_TIMES * sharing)
+            by_domain = any(other.domain for other in parts if other.label == part.label)
+            pools[part.label] = _Pool.of(
+                text, tokenizer, length, _POOL_TIMES * sharing, by_domain=by_domain
+            )
             if not len(pools[part.label].windows):
                 raise InputError(
                     f"{part.label}, the {part.role} text, is too short for one window of "
@@ -110,6 +120,8 @@ def load_windows(
     _refuse_shared(parts, pools)
     tensors: dict[Role, Tensor] = {}
     sources: dict[str, str] = {}
+    domains: dict[Role, tuple[str, ...]] = {}
+    scored: dict[Role, Tensor] = {}
     for role in ROLES:
         own = [part for part in parts if part.role == role]
         rows_of = [iter(pools[part.label].windows[part.drawn]) for part in own]
@@ -117,14 +129,21 @@ def load_windows(
         tensors[role] = _tensor(np.stack([next(rows_of[turn]) for turn in turns]))
         sources[role] = own[0].label
         if len(own) > 1:
-            sources[role] = " + ".join(f"{part.label} ({part.count} windows)" for part in own)
+            sources[role] = " + ".join(part.words for part in own)
+        if own[0].domain:
+            domains[role] = tuple(own[turn].domain for turn in turns)
+            if any(pools[part.label].scored is not None for part in own):
+                marks = [iter(pools[part.label].marks(part.drawn)) for part in own]
+                scored[role] = torch.from_numpy(np.stack([next(marks[turn]) for turn in turns]))
         check_ids(tensors[role], tokenizer, rows, f"{sources[role]}, the {role} text,")
     return Windows(
         calibration=tensors["calibration"],
         guard=tensors["guard"],
         test=tensors["test"],
-        hashes={role: hash_windows(t) for role, t in sorted(tensors.items())},
+        hashes={role: hash_windows(t, scored.get(role)) for role, t in sorted(tensors.items())},
         sources=sources,
+        domains=domains,
+        scored=scored,
     )
 
 
@@ -246,9 +265,12 @@ def pack(
     return windows, characters
 
 
-def hash_windows(windows: Tensor) -> str:
-    """sha256 of the token ids."""
-    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+def hash_windows(windows: Tensor, scored: Tensor | None = None) -> str:
+    """sha256 of the token ids, and of which of them are scored, where that is not all."""
+    found = hashlib.sha256(windows.numpy().tobytes())
+    if scored is not None:
+        found.update(scored.numpy().tobytes())
+    return found.hexdigest()
 
 
 @dataclass
@@ -281,6 +303,12 @@ class _Text:
         parts = _limited(self.parts, most)
         return iter(["".join(parts)]) if self.whole else parts
 
+    def asks(self) -> bool:
+        """Whether its first document is a question."""
+        first = list(islice(self.parts, 1))
+        self.parts = chain(first, self.parts)
+        return isinstance(next(iter(first), ""), Answered)
+
 
 @dataclass
 class _Pool:
@@ -291,15 +319,25 @@ class _Pool:
         digests: a hash of each.
         left: those that no role has, by index.
         characters: of the text that they were made of.
+        scored: which tokens after the first are answers' [windows, length - 1]; None: no questions.
     """
 
     windows: NDArray[np.int32]
     digests: list[bytes]
     left: list[int]
     characters: int
+    scored: NDArray[np.bool_] | None = None
 
     @classmethod
-    def of(cls, text: _Text, tokenizer: PreTrainedTokenizerBase, length: int, most: int) -> "_Pool":
+    def of(
+        cls,
+        text: _Text,
+        tokenizer: PreTrainedTokenizerBase,
+        length: int,
+        most: int,
+        *,
+        by_domain: bool,
+    ) -> "_Pool":
         """Make it.
 
         Args:
@@ -307,16 +345,30 @@ class _Pool:
             tokenizer: the model's.
             length: tokens in a window.
             most: windows after which no more need be read.
+            by_domain: whether questions are told from other text.
         """
-        windows, characters = pack(
-            text.characters(_POOL_CHARACTERS),
-            tokenizer,
-            length,
-            most=most,
-            least=_WHOLE_CHARACTERS,
-        )
+        least, scored = _WHOLE_CHARACTERS, None
+        if by_domain and text.asks():
+            windows, scored, characters = pack_answered(
+                text.parts,
+                tokenizer,
+                length,
+                label=text.label,
+                most=most,
+                least=least,
+                limit=_POOL_CHARACTERS,
+            )
+        else:
+            limited = text.characters(_POOL_CHARACTERS)
+            windows, characters = pack(limited, tokenizer, length, most=most, least=least)
         digests = [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in windows]
-        return cls(windows, digests, list(range(len(windows))), characters)
+        return cls(windows, digests, list(range(len(windows))), characters, scored)
+
+    def marks(self, drawn: list[int]) -> NDArray[np.bool_]:
+        """Which tokens after the first are scored of some windows, of plain text all."""
+        if self.scored is not None:
+            return self.scored[drawn]
+        return np.ones((len(drawn), self.windows.shape[1] - 1), dtype=np.bool_)
 
 
 @dataclass
@@ -328,6 +380,7 @@ class _Part:
         number: of the source in the role's mix.
         source: its name.
         count: windows.
+        domain: its name; "" in a mix.
         label: of the source's text.
         drawn: windows of it, by index.
     """
@@ -336,8 +389,15 @@ class _Part:
     number: int
     source: str
     count: int
+    domain: str = ""
     label: str = ""
     drawn: list[int] = field(default_factory=list)
+
+    @property
+    def words(self) -> str:
+        """What is taken, for people to read."""
+        words = f"{self.label} ({self.count} windows)"
+        return f"{self.domain}: {words}" if self.domain else words
 
 
 def _turns(counts: Sequence[int]) -> list[int]:
@@ -365,9 +425,10 @@ def _shares(options: TextOptions) -> list[_Part]:
     parts: list[_Part] = []
     for role in ROLES:
         mix, count = options.sources(role), getattr(options.windows, role)
+        names = options.domains(role) or [""] * len(mix)
         for number, share in enumerate(share_out(count, [one.weight for one in mix])):
             if share:
-                parts.append(_Part(role, number, mix[number].source, share))
+                parts.append(_Part(role, number, mix[number].source, share, names[number]))
             elif role == "calibration":
                 raise InputError(
                     f"{mix[number].source} gets none of the {count} calibration windows by its "
