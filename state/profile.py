@@ -16,6 +16,8 @@ SIGNALS = ("z_s", "z_g", "z_c")
 """The project's own signals, which every profile holds: those of `prunewright.tools.signals`."""
 COST_SIGNAL = "z_c"
 """The signal that stands for all of the predicted cost."""
+KNOWLEDGE_SIGNAL = "z_k"
+"""The signal that takes gradients of right answers; a profile holds it where it is asked for."""
 
 Costs = tuple[float, float, float]
 """Changes of the mean token loss, nats, at each of the `COST_DELTAS`."""
@@ -108,9 +110,10 @@ class LayerProfile(BaseModel):
 
     def in_domain(self, domain: str) -> "LayerProfile":
         """The same layer as one domain alone sees it: its costs and gains."""
-        return self._at({domain: 1.0})
+        return self.at_weights({domain: 1.0})
 
-    def _at(self, weights: Mapping[str, float]) -> "LayerProfile":
+    def at_weights(self, weights: Mapping[str, float]) -> "LayerProfile":
+        """The same layer with the means of the domains' costs and gains at other weights."""
         return self.model_copy(
             update={
                 "loss_cost": _mean(self.domain_costs, weights),
@@ -164,7 +167,7 @@ class ModelProfile(BaseModel):
         """
         if not self.domains:
             return self
-        layers = [layer._at(weights) for layer in self.layers]
+        layers = [layer.at_weights(weights) for layer in self.layers]
         return self.model_copy(update={"layers": layers})
 
     def predicted_changes(self, deltas: Mapping[str, float]) -> dict[str, float]:

@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import get_args
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from prunewright.state import InputError, PruneRequest
 from prunewright.state.config import EMBEDDED, SELF, AdaptOptions, Offload
+from prunewright.state.profile import KNOWLEDGE_SIGNAL
 from prunewright.tools.adapt.memory import (
     Sizes,
     check_room,
@@ -153,6 +154,7 @@ def make_plan(
     out: Path = Path(),
     *,
     training: AdaptOptions | None = None,
+    signals: Collection[str] = (),
     timed: bool = False,
 ) -> Plan:
     """Predict a run from the model's structure; no weights are read, unless it is to be timed.
@@ -180,6 +182,7 @@ def make_plan(
         request: what would be run.
         out: where the run directory would be.
         training: how the kept weights would be trained at the end; None: not at all.
+        signals: what an LLM would be shown; z_k is counted as a second backward pass.
         timed: load the model and score one window, to predict the time.
 
     Raises:
@@ -191,6 +194,8 @@ def make_plan(
     dtype = resolve_dtype(request.dtype, directory, device)
     shape = _shape(model, layers)
     flops = _flops(request, shape)
+    if KNOWLEDGE_SIGNAL in signals:
+        flops["gradients"] *= 2
     steps = math.ceil(request.target / min(request.step, request.target))
     tensors = _tensors(directory)
     stored = _stored(tensors.values())

@@ -10,6 +10,7 @@ from typing import Any
 from prunewright.state import InputError, PruneConfig, PrunewrightError, StoreError
 from prunewright.state.config import SELF
 from prunewright.state.metrics import Metrics
+from prunewright.state.profile import KNOWLEDGE_SIGNAL
 from prunewright.state.run import TOLERANCE
 from prunewright.state.study import (
     DENSE_NAME,
@@ -97,14 +98,14 @@ class Digests:
         return ""
 
     def calibration(self, config: PruneConfig) -> dict[str, str]:
-        """Of a configuration's own texts, and of the facts that its guard asks, by role."""
+        """Of a configuration's own texts, and of the facts that it asks, by role."""
         found: dict[str, str] = {}
         for role in ROLES:
             mix = config.texts.sources(role)
             digests = [self.text(one.source, role) for one in mix]
             weighed = [(text, one.weight) for text, one in zip(digests, mix, strict=True)]
             found[role] = digests[0] if len(mix) == 1 else sha256_bytes(canonical_json(weighed))
-        if config.guard.max_knowledge_drop is not None:
+        if config.guard.max_knowledge_drop is not None or KNOWLEDGE_SIGNAL in config.signals:
             found["knowledge"] = hash_questions(load_facts(config.texts.knowledge))
         return found
 

@@ -87,7 +87,9 @@ def plan_command(
 
     quiet_transformers(session.debug)
     place = out or Path(settled.out or "runs")
-    plan = make_plan(settled.request, place, training=settled.adapt, timed=timed)
+    plan = make_plan(
+        settled.request, place, training=settled.adapt, signals=settled.signals, timed=timed
+    )
     try:
         who = check_agent(settled.context).words
     except InputError as error:  # a run would be refused; what it takes can be said all the same

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,18 +13,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prunewright.state import InputError
-from prunewright.state.profile import COST_DELTAS
+from prunewright.state.profile import COST_DELTAS, ModelProfile
 from prunewright.tools.calibration import gradients as gradients_module
 from prunewright.tools.calibration import sample
 from prunewright.tools.calibration.activations import measure_activations
-from prunewright.tools.calibration.costs import predict_losses, predict_pattern_loss
-from prunewright.tools.calibration.gradients import measure_gradients
+from prunewright.tools.calibration.costs import (
+    predict_each,
+    predict_losses,
+    predict_pattern_loss,
+)
+from prunewright.tools.calibration.gradients import Gradients, measure_gradients
 from prunewright.tools.calibration.profile import build_profile
 from prunewright.tools.calibration.sample import even_spread, salience_percentile
 from prunewright.tools.criteria import LayerStatistics, fisher, prune_mask
 from prunewright.tools.model.head import Head
 from prunewright.tools.model.layers import find_layers
-from prunewright.tools.model.loading import LoadedModel
+from prunewright.tools.model.loading import LoadedModel, load_model
 from prunewright.tools.signals import z_scores
 
 Load = Callable[..., LoadedModel]
@@ -36,7 +41,9 @@ class Reference:
     Loss: the model's own full logits.
     """
 
-    def __init__(self, loaded: LoadedModel, windows: Tensor) -> None:
+    def __init__(self, loaded: LoadedModel, windows: Tensor, scored: Tensor | None = None) -> None:
+        if scored is None:
+            scored = torch.ones(len(windows), windows.shape[1] - 1, dtype=torch.bool)
         self.tokens = {name: self._zeros(loaded, name) for name in loaded.layers}
         self.inputs = {name: [0.0] * len(n) for name, n in self.tokens.items()}
         self.outputs = {name: [0.0] * len(n) for name, n in self.tokens.items()}
@@ -55,8 +62,8 @@ class Reference:
         parameters = {n: model.get_parameter(ly.parameter) for n, ly in loaded.layers.items()}
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        for window in windows:
-            self._window(model, window, parameters)
+        for window, some in zip(windows, scored, strict=True):
+            self._window(model, window, some, parameters)
         for parameter in parameters.values():
             parameter.requires_grad_(False)
         for act in undo:
@@ -102,14 +109,18 @@ class Reference:
 
         return forward
 
-    def _window(self, model: Any, window: Tensor, parameters: dict[str, nn.Parameter]) -> None:
+    def _window(
+        self, model: Any, window: Tensor, some: Tensor, parameters: dict[str, nn.Parameter]
+    ) -> None:
         self._products.clear()
         logits = model(input_ids=window.unsqueeze(0), use_cache=False).logits[0, :-1].float()
-        functional.cross_entropy(logits, window[1:]).backward()
+        functional.cross_entropy(logits[some], window[1:][some]).backward()
+        # The squares of the summed loss, for each token that it is of.
+        scale = math.sqrt(int(some.sum()) * len(some))
         for name, expert, inputs, outputs in self._products:
             assert outputs.grad is not None
             rows = inputs.reshape(-1, inputs.shape[-1]).double()
-            d = outputs.grad.reshape(-1, outputs.shape[-1]).double() * (len(window) - 1)
+            d = outputs.grad.reshape(-1, outputs.shape[-1]).double() * scale
             self.inputs[name][expert] = self.inputs[name][expert] + rows.square().sum(0)
             self.outputs[name][expert] = self.outputs[name][expert] + d.square().sum(0)
             self.tokens[name][expert] += len(rows)
@@ -188,6 +199,86 @@ def test_gradients_are_those_of_the_full_logits_loss(
         assert measured.mean_absolute[name] == pytest.approx(reference.g[name], rel=1e-3)
         values = measured.gradient_square[name]
         close(values, squeezed(reference.gradient_square[name], values))
+
+
+DOMAINS = ("code", "facts", "code")
+"""Of three windows; of the one of ``facts`` some tokens are scored."""
+
+
+@pytest.fixture
+def scored() -> Tensor:
+    marks = torch.ones(3, 39, dtype=torch.bool)
+    marks[1] = torch.arange(39) % 5 == 3
+    return marks
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("family", ["LlamaConfig", "MixtralConfig"])
+def test_gradients_of_domains_are_those_of_their_windows_alone(
+    load: Load, family: str, windows: Tensor, scored: Tensor, exact: bool
+) -> None:
+    loaded = load(family)
+    head = Head(loaded.model)
+    head.exact = exact
+    weights = {"code": 1.0, "facts": 3.0}
+    measured = measure_gradients(
+        loaded, head, windows, scored=scored, domains=DOMAINS, weights=weights, by_weight=True
+    )
+    parts = {"code": [0, 2], "facts": [1]}
+    alone = {name: Reference(loaded, windows[at], scored[at]) for name, at in parts.items()}
+    assert set(measured.domains) == set(parts)
+    for name in loaded.layers:
+        whole = torch.zeros(())
+        for domain, reference in alone.items():
+            values = measured.domains[domain][name]
+            if name in reference.gradient_square:  # else an expert saw nothing
+                expected = squeezed(reference.gradient_square[name], values)
+                # What nothing reached has the mean of its like.
+                close(values[expected != 0], expected[expected != 0])
+            whole = whole + weights[domain] / 4 * values
+        close(measured.gradient_square[name], whole, 1e-5)
+        g = sum(weights[domain] / 4 * reference.g[name] for domain, reference in alone.items())
+        assert measured.mean_absolute[name] == pytest.approx(g, rel=1e-3)
+    one = measure_gradients(loaded, head, windows[1:2], scored=scored[1:2], by_weight=True)
+    two = measure_gradients(loaded, head, windows[[0, 2]], by_weight=True)
+    for name, values in measured.weight_gradient_square.items():
+        mean = 0.75 * one.weight_gradient_square[name] + 0.25 * two.weight_gradient_square[name]
+        close(values, mean, 1e-4)
+
+
+def test_block_by_block_the_domains_are_told_apart_likewise(
+    load: Load, pico_models: Callable[..., Path], windows: Tensor, scored: Tensor
+) -> None:
+    whole = load()
+    blocks = load_model(str(pico_models()), dtype="float32", device="cpu", offload="cpu")
+    try:
+        found = [
+            (
+                measure_gradients(one, Head(one.model), windows, scored=scored, domains=DOMAINS),
+                one.execution.window_losses(Head(one.model), windows, scored=scored),
+            )
+            for one in (whole, blocks)
+        ]
+    finally:
+        blocks.close()
+    (measured, losses), (apart, other) = found
+    assert other == pytest.approx(losses, rel=1e-5)
+    for name in whole.layers:
+        assert apart.mean_absolute[name] == pytest.approx(measured.mean_absolute[name], rel=1e-4)
+        for domain in measured.domains:
+            close(apart.domains[domain][name], measured.domains[domain][name], 1e-4)
+
+
+def test_losses_are_means_over_the_scored_tokens(
+    load: Load, windows: Tensor, scored: Tensor
+) -> None:
+    loaded = load()
+    losses = loaded.execution.window_losses(Head(loaded.model), windows, scored=scored)
+    for window, some, loss in zip(windows, scored, losses, strict=True):
+        with torch.no_grad():
+            logits = loaded.model(input_ids=window.unsqueeze(0)).logits[0, :-1]
+        expected = functional.cross_entropy(logits[some], window[1:][some])
+        assert loss == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_pieces_of_a_window_make_no_difference(
@@ -497,6 +588,64 @@ def test_predicted_losses_of_experts_add_up(criterion: str) -> None:
     single = [predict_losses(w, s, criterion, levels) for w, s in layers]  # type: ignore[arg-type]
     together = predict_losses(torch.stack([w for w, _ in layers]), fused, criterion, levels)  # type: ignore[arg-type]
     assert together == pytest.approx([sum(v) for v in zip(*single, strict=True)], rel=1e-5)
+
+
+@pytest.mark.parametrize("criterion", PREDICTED)
+def test_other_losses_are_predicted_for_the_same_weights(criterion: str) -> None:
+    weight, statistics = random_layer(10, 20)
+    other = torch.rand(10, generator=torch.Generator().manual_seed(3)) ** 2
+    levels = [0.05, 0.5, 1.0]
+    own, found = predict_each(weight, statistics, criterion, levels, [other])
+    assert own == predict_losses(weight, statistics, criterion, levels)
+    factors = fisher.damped(other).unsqueeze(1)
+    saliency = fisher.saliency(weight, statistics.input_square, factors)
+    expected = [
+        float(saliency[prune_mask(weight, statistics, criterion, pruned=round(200 * v))].sum())
+        for v in levels
+    ]
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "fisher"])
+def test_costs_of_domains_have_the_costs_of_the_whole_as_their_mean(
+    load: Load, windows: Tensor, scored: Tensor, criterion: str
+) -> None:
+    loaded = load()
+    head, activations = Head(loaded.model), measure_activations(loaded, windows)
+    gradients = measure_gradients(loaded, head, windows, scored=scored, domains=DOMAINS)
+
+    def profile(gradients: Gradients, **changes: Any) -> ModelProfile:
+        return build_profile(
+            loaded,
+            activations,
+            gradients,
+            criterion,
+            revision="r",
+            gradient_revision="r",
+            sparsities=dict.fromkeys(loaded.layers, 0.2),
+            **changes,
+        )
+
+    equal = {"code": 1.0, "facts": 1.0}
+    found, whole = profile(gradients, weights=equal), profile(replace(gradients, domains={}))
+    assert found.domains == ("code", "facts")
+    assert whole.domains == ()
+    for p, q in zip(found.layers, whole.layers, strict=True):
+        assert p.loss_cost == pytest.approx(q.loss_cost, rel=1e-4)
+        assert p.regrow_gain == pytest.approx(q.regrow_gain, rel=1e-4)
+        assert p.signals["z_c"] == pytest.approx(q.signals["z_c"], abs=1e-3)
+        assert p.domain_costs["code"] != p.domain_costs["facts"]
+    deltas = {found.layers[0].name: 0.1, found.layers[3].name: -0.05}
+    facts = profile(gradients, weights={"code": 0.0, "facts": 2.0})
+    assert found.at_weights({"facts": 1.0}).layers[0].loss_cost == facts.layers[0].loss_cost
+    changes = found.predicted_changes(deltas)
+    assert changes["facts"] == pytest.approx(facts.predicted_change(deltas))
+    mean = sum(math.log1p(change) for change in changes.values()) / 2
+    assert mean == pytest.approx(math.log1p(found.predicted_change(deltas)))
+    # The same gradients as those of answers cost the same, a weight removed.
+    asked = profile(gradients, weights=equal, signals=["z_k"], knowledge=gradients.domains["facts"])
+    for p in asked.layers:
+        assert p.measured["z_k"] == pytest.approx(p.domain_costs["facts"][1] / p.parameters / 0.1)
 
 
 @pytest.mark.parametrize("criterion", PREDICTED)

@@ -1,7 +1,9 @@
 """Predicted costs: what the loss would rise by if a layer were sparser."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from prunewright.tools.calibration.observed import wide_dtype
@@ -58,6 +60,17 @@ def crowded_costs(
 def predict_losses(
     weight: Tensor, statistics: LayerStatistics, criterion: str, levels: list[float]
 ) -> list[float]:
+    """`predict_each` of the one loss that the statistics are of: nats a token, one a level."""
+    return predict_each(weight, statistics, criterion, levels, ())[0]
+
+
+def predict_each(
+    weight: Tensor,
+    statistics: LayerStatistics,
+    criterion: str,
+    levels: list[float],
+    others: Sequence[Tensor],
+) -> list[list[float]]:
     """Predicted rise of the mean token loss over the dense layer at each sparsity level.
 
     The sum, over the weights that the criterion would prune, of the saliency of
@@ -67,47 +80,67 @@ def predict_losses(
 
     Args:
         weight: dense weights [outputs, inputs], or [experts, outputs, inputs].
-        statistics: with gradients.
+        statistics: with gradients; they say which weights would go.
         criterion: which weights would go.
         levels: sparsities in [0, 1].
+        others: E[d_i^2] of other losses, each [outputs] or [experts, outputs], whose rise is
+            predicted for the same weights.
 
     Returns:
-        Nats a token, one a level.
+        Nats a token, one a level: of the loss that the statistics are of, then of each other one.
     """
-    totals = [0.0] * len(levels)
+    totals = [[0.0] * len(levels) for _ in range(1 + len(others))]
     wide = wide_dtype(weight.device)
     experts = split_experts(weight, statistics)
     counts = read_at_once(count_zeros(matrix) for matrix, _ in experts)
     zeros = [count / matrix.numel() for count, (matrix, _) in zip(counts, experts, strict=True)]
     shares = [even_level(zeros, level) for level in levels]
     rule = find_criterion(criterion)
-    for matrix, stats in experts:
+    for expert, (matrix, stats) in enumerate(experts):
         assert stats.gradient_square is not None
+        factors = fisher.damped(stats.gradient_square)
+        # What each row's saliency is of another loss, over what it is of the one that ranks it.
+        ratios = [
+            _damped(square, expert) / factors.clamp(min=torch.finfo(factors.dtype).tiny)
+            for square in others
+        ]
         if rule.group == "row":
-            rows, saliency, scale = _sampled_rows(matrix, stats)
+            rows, saliency, scales = _sampled_rows(matrix, stats, ratios)
             if rule.follows_saliency:
                 ordered = ascending(saliency)
             else:
                 order = rule.score(matrix[rows], stats.rows(rows)).argsort(dim=1)
                 ordered = saliency.gather(1, order)
-            running = ordered.sum(dim=0, dtype=wide).cumsum(0)
+            running = [ordered.sum(dim=0, dtype=wide).cumsum(0)]
+            running += [(ratio[rows] @ ordered).cumsum(0, dtype=wide) for ratio in ratios]
             own = (matrix[rows] == 0).float().mean(dim=1).tolist() if any(zeros) else []
-            counts = [round(even_level(own, level) * len(running)) for level in shares]
+            counts = [round(even_level(own, level) * ordered.shape[1]) for level in shares]
         else:
             spread = even_spread(matrix.shape[0], matrix.shape[1], matrix.device)
             inputs = stats.input_square.index_select(0, spread.columns)
-            factors = fisher.damped(stats.gradient_square).index_select(0, spread.rows)
-            saliency = fisher.saliency(spread.of(matrix), inputs, factors)
-            if rule.follows_saliency:
+            saliency = fisher.saliency(
+                spread.of(matrix), inputs, factors.index_select(0, spread.rows)
+            )
+            if rule.follows_saliency and not ratios:
                 ordered = ascending(saliency)
             else:
-                ordered = saliency[spread.of(rule.score(matrix, stats)).argsort()]
-            running = ordered.cumsum(0, dtype=wide)
-            scale = matrix.numel() / len(ordered)
-            counts = [round(level * len(running)) for level in shares]
-        losses = [scale * float(running[n - 1]) if n else 0.0 for n in counts]
-        totals = [total + loss for total, loss in zip(totals, losses, strict=True)]
+                scores = saliency if rule.follows_saliency else spread.of(rule.score(matrix, stats))
+                order = scores.argsort()
+                ordered = saliency[order]
+            running = [ordered.cumsum(0, dtype=wide)]
+            for ratio in ratios:
+                each = ordered * ratio.index_select(0, spread.rows[order])
+                running.append(each.cumsum(0, dtype=wide))
+            scales = [matrix.numel() / len(ordered)] * len(running)
+            counts = [round(level * len(ordered)) for level in shares]
+        for total, scale, sums in zip(totals, scales, running, strict=True):
+            for index, n in enumerate(counts):
+                total[index] += scale * float(sums[n - 1]) if n else 0.0
     return totals
+
+
+def _damped(square: Tensor, expert: int) -> Tensor:
+    return fisher.damped(square if square.ndim == 1 else square[expert])
 
 
 def even_level(own: list[float], level: float) -> float:
@@ -146,18 +179,30 @@ def predict_pattern_loss(
     """
     total, rule = 0.0, find_criterion(criterion)
     for matrix, stats in split_experts(weight, statistics):
-        rows, saliency, scale = _sampled_rows(matrix, stats)
+        rows, saliency, (scale,) = _sampled_rows(matrix, stats, [])
         mask = nm_mask(rule.score(matrix[rows], stats.rows(rows)), *pattern)
         total += scale * float(saliency.masked_fill(~mask, 0).sum(dtype=wide_dtype(weight.device)))
     return total
 
 
-def _sampled_rows(matrix: Tensor, stats: LayerStatistics) -> tuple[slice, Tensor, float]:
-    """The `sampled_rows`, their saliency, and all rows' over theirs."""
+def _sampled_rows(
+    matrix: Tensor, stats: LayerStatistics, ratios: list[Tensor]
+) -> tuple[slice, Tensor, list[float]]:
+    """The `sampled_rows`, their saliency, and all rows' over theirs.
+
+    Args:
+        matrix: dense weights [outputs, inputs].
+        stats: of it, with gradients.
+        ratios: of other losses, what each row's saliency is times as large as [outputs]; all rows'
+            over the sampled ones' is told of each of them, too.
+    """
     assert stats.gradient_square is not None
     factors = fisher.damped(stats.gradient_square)
     rows = sampled_rows(matrix)
     saliency = fisher.saliency(matrix[rows], stats.input_square, factors[rows].unsqueeze(1))
-    whole = matrix.float().square() @ stats.input_square @ factors
-    sampled = float(saliency.sum(dtype=wide_dtype(matrix.device)))
-    return rows, saliency, 0.5 * float(whole) / max(sampled, 1e-300)
+    strengths = matrix.float().square() @ stats.input_square
+    wholes = [strengths @ factors, *(strengths @ (factors * ratio) for ratio in ratios)]
+    parts = [saliency.sum(dtype=wide_dtype(matrix.device))]
+    parts += [ratio[rows] @ saliency.sum(dim=1) for ratio in ratios]
+    scales = [0.5 * float(w) / max(float(p), 1e-300) for w, p in zip(wholes, parts, strict=True)]
+    return rows, saliency, scales

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -83,12 +84,21 @@ class Execution:
             if progress is not None:
                 progress(label, done, len(windows))
 
+    @property
+    def window(self) -> int:
+        """Index in its group of the window whose gradients are being told of."""
+        return 0  # of groups of one
+
     def hidden_states(self, ids: Tensor) -> Tensor:
         """The last hidden states [windows, length, width] of a group, after the final norm."""
         return hidden_states(self.model, ids).to(self.device)
 
     def window_losses(
-        self, head: Head, windows: Tensor, progress: Progress | None = None
+        self,
+        head: Head,
+        windows: Tensor,
+        progress: Progress | None = None,
+        scored: Tensor | None = None,
     ) -> list[float]:
         """Mean token loss of each window.
 
@@ -96,16 +106,23 @@ class Execution:
             head: the model's.
             windows: token ids [windows, length].
             progress: told of each part.
+            scored: which tokens after the first the mean is over, bool [windows, length - 1], at
+                least one in each window; None: all.
 
         Returns:
             One mean loss a window, nats a token.
         """
-        return list(self.each_loss(head, windows, progress))
+        return list(self.each_loss(head, windows, progress, scored))
 
     def each_loss(
-        self, head: Head, windows: Tensor, progress: Progress | None = None
+        self,
+        head: Head,
+        windows: Tensor,
+        progress: Progress | None = None,
+        scored: Tensor | None = None,
     ) -> Iterator[float]:
         """As `window_losses`, each as soon as it is known."""
+        picked: Iterator[slice | Tensor] = repeat(slice(None)) if scored is None else iter(scored)
         for group in self.groups("perplexity", windows, progress):
             # Not around the yield, which would leave it on for the caller.
             with torch.no_grad():
@@ -115,8 +132,8 @@ class Execution:
                 else:
                     losses = [token_losses(self.model, head, ids) for ids in group]
                 # One transfer: a device that computes on its own is waited for once.
-                means = [float(one.double().mean()) for one in torch.stack(losses).cpu()]
-            yield from means
+                found = torch.stack(losses).cpu()
+            yield from (float(one[next(picked)].double().mean()) for one in found)
 
     @contextmanager
     def observe(self, on_product: OnProduct, layers: list[Layer] | None = None) -> Iterator[None]:

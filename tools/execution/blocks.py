@@ -299,6 +299,11 @@ class BlockByBlock(Execution):
         finally:
             self._splitter.told = before
 
+    @property
+    def window(self) -> int:
+        """As of a whole model; here several windows go back together."""
+        return self._splitter.window
+
     def hidden_states(self, ids: Tensor) -> Tensor:
         """As of a whole model."""
         # As for `_at_most`: a weight that blocks share is reached once by a plain backward pass.

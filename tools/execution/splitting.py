@@ -120,6 +120,7 @@ class Run:
         tensors = [entering, *list(_tensors(self._call))[1:]]
         args, keywords = self._batch.part(self._index, window, self._call, tensors)
         self._splitter.passed += 1
+        self._splitter.window = window
         return _states(self._forward(*args, **keywords))
 
     def backward(self, gradients: Tensor) -> Tensor:
@@ -133,6 +134,7 @@ class Run:
         tensors = [tensor.detach() for tensor in _tensors(self._call)]
         entering = torch.empty_like(gradients)
         for window in range(self.windows):
+            self._splitter.window = window
             call = self._batch.part(self._index, window, self._call, tensors)
             hidden = next(_tensors(call)).detach().requires_grad_()
             args, keywords = _replaced(call, _first(hidden, call))
@@ -158,6 +160,7 @@ class Splitter:
             batch is not split.
         told: called after each block, in the forward pass and in the backward pass.
         passed: how many times a window went through a block so far.
+        window: index in its batch of the one that is going through a block, forward or backward.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -174,7 +177,7 @@ class Splitter:
         self.trying = False
         self.recompute = False
         self.told: Callable[[], None] = lambda: None
-        self.passed = 0
+        self.passed = self.window = 0
 
     @contextmanager
     def splitting(self, ids: Tensor, visitor: Visitor | None = None) -> Iterator[None]:
@@ -198,6 +201,7 @@ class Splitter:
         if self._shapes is not None:
             return self._recorded(index, forward, args, keywords)
         if self._batch is None:
+            self.window = 0
             if self.recompute and torch.is_grad_enabled():
                 outputs = checkpoint(forward, *args, use_reentrant=False, **keywords)
             else:

@@ -7,15 +7,15 @@ from dataclasses import replace
 from prunewright.state import InputError
 from prunewright.state.plugins import Registry
 from prunewright.state.profile import LayerProfile
-from prunewright.tools.signals import cost, gradient, salience
+from prunewright.tools.signals import cost, gradient, knowledge, salience
 from prunewright.tools.signals.base import Measured, Signal, two_digits, z_scores
 
 __all__ = ["SIGNALS", "Measured", "Signal", "find_signals", "two_digits", "z_scores"]
 
 SIGNALS: dict[str, Signal] = {
-    found.name: found for found in (salience.SIGNAL, gradient.SIGNAL, cost.SIGNAL)
+    found.name: found for found in (salience.SIGNAL, gradient.SIGNAL, cost.SIGNAL, knowledge.SIGNAL)
 }
-"""The project's own, in the order of columns; each profile holds all of them."""
+"""The project's own, in the order of columns."""
 
 _TAKEN = {*LayerProfile.model_fields, "step", "layer"}
 """Columns of a trace beside a signal's own: its z-score, and its value without ``z_``."""

@@ -33,6 +33,7 @@ class Measured:
             unstructured run, and where the pattern does not fit the layer.
         pattern_gain: sparsity that the pattern adds to the dense layer; 0 likewise.
         patterned: whether the run has an N:M pattern.
+        knowledge_cost: ``loss_cost`` of the right answers to questions; None where no signal asks.
     """
 
     layer: "Layer"
@@ -46,6 +47,7 @@ class Measured:
     pattern_cost: float | None
     pattern_gain: float
     patterned: bool
+    knowledge_cost: tuple[float, ...] | None = None
 
 
 def two_digits(score: float) -> str:
