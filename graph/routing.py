@@ -1,6 +1,8 @@
 """The two decisions of the graph: the rollback guard and the termination."""
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal
 
 from prunewright.state import PruneState
@@ -15,6 +17,7 @@ def guard_reason(
     dense: float,
     guard: GuardOptions,
     knowledge: tuple[float, float] | None = None,
+    domains: Mapping[str, tuple[float, float]] = MappingProxyType({}),
 ) -> str:
     """Why a candidate is rolled back; "" if it is accepted.
 
@@ -25,13 +28,23 @@ def guard_reason(
         guard: the bounds.
         knowledge: mean log-probability of the right answers by the dense model and by the
             candidate, nats a token, where ``guard.max_knowledge_drop`` bounds its fall.
+        domains: perplexity of each domain at the last accepted revision and at the candidate.
+
+    Raises:
+        ValueError: ``guard.max_increase`` is a mapping of other domains.
     """
     if not math.isfinite(candidate):
         return "the perplexity is not finite"
-    change = (candidate - accepted) / accepted
-    if change > guard.max_increase:
-        rise, bound = told_apart(change, guard.max_increase)
-        return f"perplexity rose by {rise} over the last accepted revision, more than {bound}"
+    # Where each domain is bounded their mean is, too.
+    rises = {name: (after - before) / before for name, (before, after) in domains.items()}
+    bounds = guard.bounds(rises)
+    if not isinstance(guard.max_increase, dict) and not rises:
+        rises, bounds = {"": (candidate - accepted) / accepted}, {"": guard.max_increase}
+    worst = max(rises, key=lambda name: rises[name] / bounds[name])
+    if rises[worst] > bounds[worst]:
+        whose = f"perplexity of {worst}" if worst else "perplexity"
+        rise, bound = told_apart(rises[worst], bounds[worst])
+        return f"{whose} rose by {rise} over the last accepted revision, more than {bound}"
     total = (candidate - dense) / dense
     if guard.max_total_increase is not None and total > guard.max_total_increase:
         rise, bound = told_apart(total, guard.max_total_increase)

@@ -67,6 +67,8 @@ class Stage(BaseModel):
         tokens: run through the model, by use.
         notes: what must be told of it.
         curve: of a stage that trains, tokens seen so far and the loss there, nats a token.
+        domains: perplexity of each domain of the guard text after it; empty where it has none, or
+            one is not finite.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -80,6 +82,7 @@ class Stage(BaseModel):
     tokens: dict[str, int]
     notes: list[str] = []
     curve: list[tuple[int, float]] = []
+    domains: dict[str, float] = {}
 
     @property
     def title(self) -> str:
@@ -134,6 +137,7 @@ class Metrics(BaseModel):
         probes: trials measured before decisions.
         llm_calls: requests to the LLM, failed ones too.
         perplexity: see `Perplexities`.
+        domains: perplexity of each domain of the guard text; empty where it has none.
         knowledge: factual recall, the mean log-probability of the right answers, nats a token,
             where the guard bounded it.
         stages: what was done after the last step, in order; its masks alone stood on the guard
@@ -166,6 +170,7 @@ class Metrics(BaseModel):
     probes: int = 0
     llm_calls: int = 0
     perplexity: Perplexities
+    domains: dict[str, Pair] = {}
     knowledge: Pair | None = None
     stages: list[Stage] = []
     control: Control | None = None

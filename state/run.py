@@ -94,6 +94,8 @@ class PruneState(TypedDict, total=False):
     guard_losses: list[float]
     """Its mean loss on each guard window, nats a token."""
     dense_perplexity: float
+    dense_domains: dict[str, float]
+    """The same by domain of the guard's text; absent where it has none."""
     gradient_revision: str
     """The revision at which gradients were last taken."""
     gradient_step: int

@@ -151,6 +151,15 @@ class Step(BaseModel):
             return self.candidate_perplexity
         return self.perplexity_before
 
+    @property
+    def accepted_domains(self) -> dict[str, float]:
+        """Perplexity of each domain at that revision."""
+        accepted = self.verdict == "accepted"
+        return {
+            name: one.candidate if accepted and one.candidate is not None else one.before
+            for name, one in self.domains.items()
+        }
+
 
 class StepSummary(TypedDict):
     """What the checkpointed state keeps of a step; trace.jsonl has the whole."""

@@ -22,7 +22,7 @@ from prunewright.tools.allocation import resolve_allocation
 from prunewright.tools.bench.own_zeros import check_pattern, check_target, own_zeros_words
 from prunewright.tools.bench.pruned import PrunedCopy
 from prunewright.tools.bench.workbench import workbench
-from prunewright.tools.losses import change_with_error, perplexity
+from prunewright.tools.losses import change_with_error, measures, perplexities, perplexity
 from prunewright.tools.model.head import Progress
 from prunewright.tools.model.layers import Layer
 from prunewright.tools.results import Outcome, finish
@@ -97,6 +97,9 @@ def prune_once(
         value = perplexity(losses)
         change, stderr = change_with_error(before, losses)
         finite = math.isfinite(value)
+        names = request.texts.domains("guard")
+        dense = perplexities(names, before)
+        final = perplexities(names, losses)
         shared = f"Allocation {config.one_shot}, one shot, pattern {request.pattern}."
         method = {
             "agent": BASELINE,
@@ -131,6 +134,7 @@ def prune_once(
             candidate_perplexity=value if finite else None,
             change=change if finite else None,
             change_stderr=stderr if finite else None,
+            domains=measures(names, dense, before, losses if finite else []),
         )
         run.write_trace([step])
         outcome = Outcome(
@@ -139,6 +143,7 @@ def prune_once(
             revision=revision,
             steps=1,
             guard=Pair(dense=perplexity(before), final=value),
+            domains={name: Pair(dense=dense[name], final=final[name]) for name in names},
             seconds={"allocation": allocated - began, "prune": time.perf_counter() - allocated},
             tokens={use: n - tokens[use] for use, n in bench.tokens.items()},
         )

@@ -145,7 +145,15 @@ def _loosened(reason: str, context: PruneContext) -> tuple[str, dict[str, str]]:
         key, value = "guard.max_knowledge_drop", guard.max_knowledge_drop
     elif "over the dense model" in reason:
         key, value = "guard.max_total_increase", guard.max_total_increase
+    elif isinstance(guard.max_increase, dict):
+        key, value = _of_domain(reason, guard.max_increase)
     else:
         key, value = "guard.max_increase", guard.max_increase
     setting = {key: f"{2 * value:g}"} if value is not None else {}
     return f"loosen the guard ({key}), {smaller}", setting
+
+
+def _of_domain(reason: str, bounds: dict[str, float]) -> tuple[str, float | None]:
+    """The bound of the domain that a rollback's reason names, as a key and its value."""
+    domain = reason.removeprefix("perplexity of ").partition(" ")[0]
+    return f"guard.max_increase.{domain}", bounds.get(domain)

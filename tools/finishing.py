@@ -18,7 +18,7 @@ from prunewright.state.run import DENSE
 from prunewright.tools.adapt.checkpoints import discard
 from prunewright.tools.adapt.training import adapt
 from prunewright.tools.bench.workbench import Workbench
-from prunewright.tools.losses import perplexity
+from prunewright.tools.losses import perplexities, perplexity
 from prunewright.tools.model.head import Progress
 from prunewright.tools.solve.solving import solves
 from prunewright.tools.store.finishing import Done, Finishing, read_finishing
@@ -62,11 +62,13 @@ class Finished:
     Attributes:
         revision: the last one that was kept.
         perplexity: its own on the guard text.
+        domains: that of each domain; empty where there are none, or no stage was kept.
         stages: those that were done, kept or not.
     """
 
     revision: str
     perplexity: float
+    domains: dict[str, float]
     stages: list[Stage]
 
 
@@ -98,6 +100,7 @@ def complete(
     """
     folder = file.with_name(file.stem.replace("finishing", "adapt"))
     began, earlier, done = revision, read_finishing(file), list[Done]()
+    domains: dict[str, float] = {}
     left = earlier.done if earlier is not None and earlier.revision == revision else []
     write_json(file, Finishing(revision=began, done=left).model_dump())
     stages = _planned(bench, training, folder, progress) if revision != DENSE else []
@@ -112,9 +115,9 @@ def complete(
         if tell is not None:
             tell(one.stage)
         if one.stage.kept and one.stage.after is not None:
-            revision, guard = one.stage.revision, one.stage.after
+            revision, guard, domains = one.stage.revision, one.stage.after, one.stage.domains
     discard(folder)
-    return Finished(revision, guard, [one.stage for one in done])
+    return Finished(revision, guard, domains, [one.stage for one in done])
 
 
 def _planned(
@@ -146,7 +149,8 @@ def _run(
     """Do a stage, and judge it on the guard text."""
     began, tokens = time.perf_counter(), dict(bench.tokens)
     made = planned.work(revision)
-    after = perplexity(bench.guard_losses(made.revision, progress))
+    losses = bench.guard_losses(made.revision, progress)
+    after = perplexity(losses)
     spent = {use: n - tokens.get(use, 0) for use, n in bench.tokens.items()}
     bench.tokens.update(dict.fromkeys(bench.tokens, 0) | tokens)  # the record tells them
     finite = math.isfinite(after)
@@ -160,4 +164,5 @@ def _run(
         tokens={use: n for use, n in spent.items() if n},
         notes=made.notes,
         curve=made.curve,
+        domains=perplexities(bench.request.texts.domains("guard"), losses) if finite else {},
     )

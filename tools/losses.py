@@ -1,6 +1,9 @@
 """What follows from the mean losses of windows, without a model."""
 
 import math
+from collections.abc import Mapping, Sequence
+
+from prunewright.state.step import DomainMeasure
 
 
 def perplexity(losses: list[float]) -> float:
@@ -26,3 +29,45 @@ def change_with_error(before: list[float], after: list[float]) -> tuple[float, f
         return math.expm1(mean), math.exp(mean) * spread
     except OverflowError:
         return math.inf, math.inf
+
+
+def by_domain(domains: Sequence[str], losses: list[float]) -> dict[str, list[float]]:
+    """The losses of each domain's windows, which take turns; none where there are no domains.
+
+    Args:
+        domains: their names, in order.
+        losses: of windows, from the first on.
+    """
+    return {name: losses[turn :: len(domains)] for turn, name in enumerate(domains)}
+
+
+def perplexities(domains: Sequence[str], losses: list[float]) -> dict[str, float]:
+    """The `perplexity` of each domain, as `by_domain` tells them apart."""
+    return {name: perplexity(found) for name, found in by_domain(domains, losses).items()}
+
+
+def measures(
+    domains: Sequence[str],
+    dense: Mapping[str, float],
+    before: list[float],
+    after: list[float],
+) -> dict[str, DomainMeasure]:
+    """How each domain fared in a step.
+
+    Args:
+        domains: their names, in order.
+        dense: the dense model's perplexity, by domain.
+        before: the accepted revision's loss on each guard window, nats a token.
+        after: the candidate's; empty if it was not evaluated, or is not finite.
+    """
+    found, candidate = {}, by_domain(domains, after)
+    for name, losses in by_domain(domains, before).items():
+        measure = DomainMeasure(dense=dense[name], before=perplexity(losses))
+        if after:
+            change, stderr = change_with_error(losses, candidate[name])
+            value = perplexity(candidate[name])
+            told = {"candidate": value, "change": change, "change_stderr": stderr}
+            finite = {key: number for key, number in told.items() if math.isfinite(number)}
+            measure = measure.model_copy(update=finite)
+        found[name] = measure
+    return found

@@ -38,6 +38,7 @@ class Outcome:
     method: dict[str, str]
     revision: str
     guard: Pair
+    domains: dict[str, Pair] = field(default_factory=dict)
     reason: str = ""
     steps: int = 0
     rollbacks: int = 0
@@ -127,6 +128,10 @@ def finish(
             guard=Pair(dense=outcome.guard.dense, final=ended.perplexity),
             test=Pair(dense=dense, final=final),
         ),
+        domains={
+            name: Pair(dense=pair.dense, final=ended.domains.get(name, pair.final))
+            for name, pair in outcome.domains.items()
+        },
         knowledge=knowledge,
         stages=ended.stages,
         control=control,

@@ -23,6 +23,7 @@ from prunewright.state import (
 from prunewright.state.decision import SHOWN, first_problems
 from prunewright.state.secrets import redact, redact_all
 from prunewright.state.step import MAX_REFUSED
+from prunewright.tools.losses import perplexities
 
 if TYPE_CHECKING:
     from prunewright.tools.store.rundir import RunDirectory
@@ -39,6 +40,10 @@ def observe(
 ) -> Observation:
     """What the agent sees at this point of a run; of the earlier steps with feedback."""
     assert state["profile"] is not None
+    names = request.texts.domains("guard")
+    bounds = context.guard.bounds(names)
+    limit = context.guard.max_increase
+    accepted = perplexities(names, state["guard_losses"])
     return Observation(
         step=state["step"],
         steps_left=max(1, context.max_steps - state["step"]),
@@ -47,13 +52,16 @@ def observe(
         max_step=request.step,
         max_delta=request.max_delta,
         max_layer_sparsity=request.max_layer_sparsity,
-        max_increase=context.guard.max_increase,
+        max_increase=min(bounds.values()) if isinstance(limit, dict) else limit,
+        bounds=bounds,
         max_knowledge_drop=context.guard.max_knowledge_drop,
         criterion=request.criterion,
         pattern=request.pattern,
         dense_perplexity=state["dense_perplexity"],
         perplexity=state["perplexity"],
         profile=run.read_profile(state["profile"]["path"]),
+        weights=request.domain_weights,
+        domains={name: (state["dense_domains"][name], accepted[name]) for name in names},
         signals=context.signals,
         history=tuple(earlier) if context.feedback else (),
         feedback=context.feedback,

@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Protocol
 
 from prunewright.graph.whole_layers import fixed_deltas
@@ -78,7 +77,7 @@ class Observation:
         max_step: sparsity that this step may add to the whole model.
         max_delta: sparsity that it may add to one layer; without meaning where a pattern fixes it.
         max_layer_sparsity: ceiling of any layer.
-        max_increase: relative perplexity rise that is rolled back.
+        max_increase: relative perplexity rise that is rolled back; the smallest of ``bounds``.
         max_knowledge_drop: fall below the dense model, of the log-probability of the right answers
             to questions of fact, that is rolled back, nats a token; None: any.
         criterion: which weights go inside a layer.
@@ -89,6 +88,7 @@ class Observation:
         goal: what the user wants kept, in words of theirs; None: nothing was said.
         weights: how much each domain counts; empty where there is one text only.
         domains: by domain, guard perplexity of the dense model and of the accepted revision.
+        bounds: by domain, the relative perplexity rise that is rolled back.
         signals: which z-scores an LLM is shown, as a configuration names them; z_c stands for all
             of the predicted cost.
         history: the earlier steps; empty without feedback.
@@ -115,8 +115,9 @@ class Observation:
     profile: ModelProfile
     max_knowledge_drop: float | None = None
     goal: str | None = None
-    weights: Mapping[str, float] = MappingProxyType({})
-    domains: Mapping[str, tuple[float, float]] = MappingProxyType({})
+    weights: Mapping[str, float] = field(default_factory=dict)
+    domains: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    bounds: Mapping[str, float] = field(default_factory=dict)
     pattern: str = "unstructured"
     signals: tuple[str, ...] = SIGNALS
     history: tuple[Step, ...] = ()

@@ -109,8 +109,8 @@ def _work(state: PruneState, runtime: Runtime[PruneContext], run: RunDirectory) 
     """What a node works by; as the first node's input the request is what a user sent.
 
     Raises:
-        InputError: the request is invalid, its pattern rules out its target or its other bounds, or
-            the directory holds another thread's run.
+        InputError: the request is invalid, its pattern rules out its target or its other bounds,
+            the guard bounds other domains, or the directory holds another thread's run.
         StoreError: it is not that of the run's configuration.
     """
     value: Any = state.get("request")
@@ -126,8 +126,12 @@ def _work(state: PruneState, runtime: Runtime[PruneContext], run: RunDirectory) 
     check_request(request)
     thread = thread_of(runtime)
     request = run.settle(thread, request)
-    tell = runtime.stream_writer
-    return Work(request, context_of(runtime), run, thread, reporter(tell, INTERVAL), tell)
+    tell, context = runtime.stream_writer, context_of(runtime)
+    try:
+        context.guard.bounds(request.texts.domains("guard"))
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return Work(request, context, run, thread, reporter(tell, INTERVAL), tell)
 
 
 def context_of(runtime: Runtime[PruneContext]) -> PruneContext:

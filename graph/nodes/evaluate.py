@@ -8,7 +8,7 @@ from prunewright.graph.routing import guard_reason
 from prunewright.graph.words.summary import evaluated_words
 from prunewright.state import InputError, PruneState, PruneUpdate, StoreError
 from prunewright.state.run import DENSE, Knowledge
-from prunewright.tools.losses import perplexity
+from prunewright.tools.losses import perplexities, perplexity
 
 if TYPE_CHECKING:
     from prunewright.tools.bench.workbench import Workbench
@@ -32,12 +32,16 @@ def evaluate_ppl(state: PruneState, work: Work) -> PruneUpdate:
             knowledge = _knowledge(state, bench, work.progress)
             recalled = bench.knowledge(candidate, work.progress)
         tokens = spent_by(bench, before)
+    names = work.request.texts.domains("guard")
+    accepted = perplexities(names, state["guard_losses"])
+    domains = {n: (accepted[n], after) for n, after in perplexities(names, losses).items()}
     reason = guard_reason(
         state["perplexity"],
         value,
         state["dense_perplexity"],
         context.guard,
         None if knowledge is None or recalled is None else (knowledge["dense"], recalled),
+        domains,
     )
     measured: PruneUpdate = {}
     if knowledge is not None and recalled is not None:
@@ -45,7 +49,7 @@ def evaluate_ppl(state: PruneState, work: Work) -> PruneUpdate:
         measured = {"knowledge": knowledge, "candidate_knowledge": known}
     return {
         **measured,
-        "summary": evaluated_words(state["perplexity"], value, reason),
+        "summary": evaluated_words(state["perplexity"], value, reason, domains),
         "candidate_perplexity": value if finite else None,
         "candidate_losses": losses if finite else [],
         "rollback_reason": reason,

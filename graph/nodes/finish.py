@@ -15,7 +15,7 @@ def finish(state: PruneState, work: Work) -> PruneUpdate:
     The state's revision stays that of the masks: a run that goes on goes on from them.
     """
     # torch takes seconds
-    from prunewright.tools.losses import perplexity
+    from prunewright.tools.losses import perplexities, perplexity
     from prunewright.tools.results import Outcome
     from prunewright.tools.results import finish as write_results
 
@@ -30,6 +30,12 @@ def finish(state: PruneState, work: Work) -> PruneUpdate:
         method={"agent": steps[-1].agent, "criterion": request.criterion},
         revision=revision,
         guard=Pair(dense=state["dense_perplexity"], final=perplexity(state["guard_losses"])),
+        domains={
+            name: Pair(dense=state["dense_domains"][name], final=final)
+            for name, final in perplexities(
+                request.texts.domains("guard"), state["guard_losses"]
+            ).items()
+        },
         knowledge=_knowledge(state),
         seconds=state["seconds"],
         tokens=state["tokens"],

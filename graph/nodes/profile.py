@@ -8,7 +8,7 @@ from prunewright.graph.words.summary import profile_words
 from prunewright.state import InputError, PruneState, PruneUpdate, PrunewrightError
 from prunewright.state.run import DENSE
 from prunewright.tools.bench.own_zeros import check_pattern, check_target
-from prunewright.tools.losses import perplexity
+from prunewright.tools.losses import perplexities, perplexity
 from prunewright.tools.store.rundir import RunDirectory
 
 
@@ -57,6 +57,8 @@ def profile(state: PruneState, work: Work) -> PruneUpdate:
                     f"the guard text is not finite in {bench.loaded.dtype}. Try another dtype"
                 )
             update = _fresh_state(dense, losses, bench.sparsity())
+            if names := request.texts.domains("guard"):
+                update["dense_domains"] = perplexities(names, losses)
         signals = bench.profile(revision, gradient_revision, work.progress, work.context.signals)
         signals = signals.model_copy(update={"gradient_step": gradient_step})
         tokens = spent_by(bench, before)

@@ -17,7 +17,7 @@ from prunewright.state import (
 from prunewright.state.run import TOLERANCE
 from prunewright.tools.bench.own_zeros import own_zeros_words
 from prunewright.tools.counting import most_zeros
-from prunewright.tools.losses import change_with_error
+from prunewright.tools.losses import change_with_error, measures
 from prunewright.tools.store.rundir import RunDirectory
 
 KEPT = 8
@@ -98,6 +98,12 @@ def _judged(state: PruneState, request: PruneRequest, run: RunDirectory) -> Step
         "candidate_perplexity": state["candidate_perplexity"],
         "change": _finite(change),
         "change_stderr": _finite(stderr),
+        "domains": measures(
+            request.texts.domains("guard"),
+            state.get("dense_domains", {}),
+            state["guard_losses"],
+            state["candidate_losses"],
+        ),
         "knowledge_dense": known["dense"] if known is not None and recalled is not None else None,
         "candidate_knowledge": recalled,
     }

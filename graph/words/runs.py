@@ -11,7 +11,6 @@ from prunewright.state.metrics import NEGLIGIBLE, Metrics, Pair
 def request_rows(config: PruneConfig) -> list[tuple[str, str]]:
     """What a run is asked to do: target, criterion, texts."""
     windows, texts = config.texts.windows, config.texts
-    guard = texts.guard or f"{texts.calibration_words} (other windows)"
     return [
         ("target", target_words(config)),
         ("criterion", config.criterion_words),
@@ -19,10 +18,15 @@ def request_rows(config: PruneConfig) -> list[tuple[str, str]]:
         (
             "texts",
             f"calibration {texts.calibration_words}, {windows.calibration} windows; "
-            f"guard {guard}, {windows.guard}; test {texts.test}, {windows.test}; "
+            f"guard {texts.guard_words}, {windows.guard}; test {texts.test}, {windows.test}; "
             f"{windows.length} tokens each",
         ),
+        *([("weights", _weights_words(config))] if config.weights else []),
     ]
+
+
+def _weights_words(config: PruneConfig) -> str:
+    return ", ".join(f"{name} {weight:g}" for name, weight in config.domain_weights.items())
 
 
 def adapt_words(options: AdaptOptions) -> str:

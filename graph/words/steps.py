@@ -27,7 +27,7 @@ def step_line(record: Step) -> str:
     change = change_words(record)
     if record.predicted_change is not None:
         change = f"{change} (predicted {percent(record.predicted_change)})".lstrip()
-    parts += [change, count(len(record.applied), "layer")]
+    parts += [change, count(len(record.applied), "layer"), domain_words(record)]
     if record.candidate_knowledge is not None:
         parts.append(f"facts {knowledge_words(record)}")
     return head + "  ".join(part for part in [*parts, reason] if part)
@@ -37,6 +37,7 @@ def step_words(record: Step) -> str:
     """A step in a sentence, for whoever watches the state."""
     verdict = record.verdict.replace("_", " ")
     parts = [layers_words(record.applied) if record.applied else "", change_words(record)]
+    parts.append(domain_words(record))
     told = ", ".join(part for part in [*parts, one_line(record.reason, _MOST, "...")] if part)
     return clean(f"step {record.step + 1} {verdict} at sparsity {record.sparsity:.4f}: {told}")
 
@@ -55,6 +56,12 @@ def change_words(record: Step) -> str:
         return ""
     noise = f" ± {record.change_stderr:.2%}" if record.change_stderr is not None else ""
     return f"{percent(record.change)}{noise}"
+
+
+def domain_words(record: Step) -> str:
+    """The measured change of each domain; "" where there are none, or nothing was measured."""
+    changes = {name: one.change for name, one in record.domains.items()}
+    return ", ".join(f"{n} {change:+.1%}" for n, change in changes.items() if change is not None)
 
 
 def knowledge_words(record: Step) -> str:

@@ -1,5 +1,8 @@
 """What a node did, in words for whoever watches the state, in Studio or elsewhere."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from prunewright.graph.words.steps import layers_words
 from prunewright.state import ModelProfile, Step
 from prunewright.state.metrics import Metrics
@@ -33,15 +36,22 @@ def applied_words(applied: dict[str, float], before: float, after: float | None)
     return clean(f"{layers_words(applied)}: sparsity {before:.4f} to {after:.4f}")
 
 
-def evaluated_words(before: float, after: float, reason: str) -> str:
+def evaluated_words(
+    before: float,
+    after: float,
+    reason: str,
+    domains: Mapping[str, tuple[float, float]] = MappingProxyType({}),
+) -> str:
     """What the guard measured and decided.
 
     Args:
         before: perplexity of the accepted revision.
         after: the candidate's.
         reason: why the candidate is rolled back; "" if it is accepted.
+        domains: both of each domain.
     """
-    return f"perplexity {before:.3f} to {after:.3f}, " + (
+    each = "".join(f"{n} {old:.3f} to {new:.3f}, " for n, (old, new) in domains.items())
+    return f"perplexity {before:.3f} to {after:.3f}, {each}" + (
         f"to be rolled back: {reason}" if reason else "accepted"
     )
 
@@ -53,5 +63,6 @@ def finished_words(metrics: Metrics) -> str:
     parts = [
         *(stage.words for stage in metrics.stages),
         f"test perplexity {test.dense:.3f} to {test.final:.3f}",
+        *(f"{n} {pair.dense:.3f} to {pair.final:.3f}" for n, pair in metrics.domains.items()),
     ]
     return clean("; ".join([*parts, saved]))

@@ -6,6 +6,20 @@ from prunewright.graph.agents import Observation
 from prunewright.graph.agents.controls import GreedyAgent
 from prunewright.state import Decision, LayerDelta
 
+SEEN: list[Observation] = []
+"""What `Seeing` was shown."""
+
+
+class Seeing:
+    """Greedy, and keeps what it is shown."""
+
+    def __init__(self, **_: Any) -> None:
+        pass
+
+    def decide(self, observation: Observation) -> Decision:
+        SEEN.append(observation)
+        return GreedyAgent().decide(observation)
+
 
 class HarmfulOnce:
     """Greedy, but in one step it takes as much as it may from the first block."""

@@ -67,6 +67,17 @@ def test_the_rise_and_the_bound_can_be_told_apart(rise: float, bound: float, wor
     assert guard_reason(19.9, 20.0 * (1 + rise), 20.0, total) == f"perplexity rose {over_dense}"
 
 
+def test_each_domain_is_bounded_though_the_whole_holds() -> None:
+    domains = {"code": (10.0, 9.0), "german": (10.0, 12.0)}
+    reason = guard_reason(10.0, 10.4, 10.0, GuardOptions(max_increase=0.15), domains=domains)
+    words = "rose by 20.0% over the last accepted revision, more than 15.0%"
+    assert reason == f"perplexity of german {words}"
+    loose = GuardOptions(max_increase={"code": 1e-6, "german": 0.21})
+    assert guard_reason(10.0, 10.4, 10.0, loose, domains=domains) == ""
+    with pytest.raises(ValueError, match=r"bounds code, and .* has the domains code, german"):
+        guard_reason(10.0, 9.0, 10.0, GuardOptions(max_increase={"code": 1}), domains=domains)
+
+
 def test_a_fall_is_never_rolled_back() -> None:
     assert guard_reason(20.0, 1.0, 20.0, GuardOptions(max_increase=1e-9)) == ""
 

@@ -434,9 +434,7 @@ def _measure(
     step = standing.step
     if not schedule.measured(step) or (standing.guard and standing.guard[-1][0] == step):
         return
-    windows = bench.windows.guard
-    losses = bench.loaded.execution.window_losses(bench.head, windows, progress)
-    bench.tokens["guard"] += windows.numel()
+    losses = bench.live_guard_losses(progress)
     loss = sum(losses) / len(losses)
     _check_finite(loss, step)
     lowest = min((before for _, before in standing.guard), default=loss)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prunewright.state import InputError, PruneRequest, StoreError, parse_pattern
 from prunewright.state.config import EMBEDDED, SELF
-from prunewright.state.profile import ModelProfile
+from prunewright.state.profile import KNOWLEDGE_SIGNAL, ModelProfile
 from prunewright.state.run import DENSE
 from prunewright.tools import criteria
 from prunewright.tools.calibration.activations import Activations, measure_activations
@@ -30,7 +30,7 @@ from prunewright.tools.model.continuations import answer_scores, continue_text, 
 from prunewright.tools.model.head import Head, Progress, told
 from prunewright.tools.model.layers import Layer
 from prunewright.tools.model.loading import LoadedModel, load_model, resolve_directory
-from prunewright.tools.model.tokens import embedding_rows
+from prunewright.tools.model.tokens import check_ids, embedding_rows
 from prunewright.tools.model.writing import write_documents
 from prunewright.tools.solve.fit import Fit
 from prunewright.tools.solve.solving import BlockSolver, Solved, Wanted, solves
@@ -46,7 +46,8 @@ from prunewright.tools.store.storage import (
     write_atomic,
     write_json,
 )
-from prunewright.tools.texts.questions import hash_questions, load_facts
+from prunewright.tools.texts.answered import pack_answered
+from prunewright.tools.texts.questions import as_text, hash_questions, load_facts
 from prunewright.tools.texts.windows import Windows, load_windows
 
 
@@ -97,6 +98,7 @@ class Workbench:
         """Tokens run through the model so far, by use."""
         self._activations: tuple[str, Activations] | None = None
         self._gradients: tuple[str, Gradients] | None = None
+        self._answers: tuple[str, dict[str, Tensor]] | None = None
         self._facts: tuple[str, list[tuple[list[int], list[int]]]] | None = None
 
     def move(self, run_directory: Path) -> None:
@@ -284,11 +286,15 @@ class Workbench:
         """Gradient statistics at a revision."""
         if self._gradients is None or self._gradients[0] != revision:
             self.sync(revision)
-            windows = self.windows.calibration[: self.request.texts.windows.gradient]
+            count, drawn = self.request.texts.windows.gradient, self.windows
+            windows, scored = drawn.calibration[:count], drawn.scored.get("calibration")
             measured = measure_gradients(
                 self.loaded,
                 self.head,
                 windows,
+                scored=None if scored is None else scored[:count],
+                domains=drawn.domains.get("calibration", ())[:count],
+                weights=self.request.domain_weights,
                 checkpointing=self.request.profile.gradient_checkpointing,
                 by_weight=find_criterion(self.request.criterion).by_weight,
                 progress=progress,
@@ -297,9 +303,59 @@ class Workbench:
             self.tokens["gradient"] += windows.numel()
         return self._gradients[1]
 
+    def _answer_gradients(self, revision: str, progress: Progress | None) -> dict[str, Tensor]:
+        """E[d_i^2] of the right answers to questions, by layer, at a revision.
+
+        Of the first calibration domain that holds questions. Where there is none, questions of
+        ``texts.knowledge`` that `knowledge` does not ask fill as many windows as give gradients, or
+        as many as they can.
+
+        Raises:
+            InputError: the questions cannot be read, or are too few for a window.
+        """
+        texts, drawn = self.request.texts, self.windows
+        marks = drawn.scored.get("calibration")
+        if marks is not None:
+            names = drawn.domains["calibration"]
+            asking = next(d for d, mark in zip(names, marks, strict=True) if not bool(mark.all()))
+            return self.gradients(revision, progress).domains[asking]
+        if self._answers is None or self._answers[0] != revision:
+            facts = load_facts(texts.knowledge)
+            guarded = set(self._guarded(len(facts)))
+            others = [as_text(fact) for n, fact in enumerate(facts) if n not in guarded]
+            random.Random(f"{self.request.seed}/{KNOWLEDGE_SIGNAL}").shuffle(others)
+            count, length = texts.windows.gradient, texts.windows.length
+            ids, scored, _ = pack_answered(
+                others,
+                self.loaded.tokenizer,
+                length,
+                label=texts.knowledge,
+                most=count,
+            )
+            if not len(ids):
+                raise InputError(
+                    f"the signal {KNOWLEDGE_SIGNAL} needs {length} tokens of questions at least, "
+                    f"and {texts.knowledge} holds too few beside the {texts.facts} of texts.facts: "
+                    "give more, or leave the signal out"
+                )
+            windows = torch.from_numpy(ids[:count].astype("int64"))
+            check_ids(windows, self.loaded.tokenizer, self._rows, texts.knowledge)
+            self.sync(revision)
+            measured = measure_gradients(
+                self.loaded,
+                self.head,
+                windows,
+                scored=torch.from_numpy(scored[:count]),
+                checkpointing=self.request.profile.gradient_checkpointing,
+                progress=progress,
+            )
+            self._answers = (revision, measured.gradient_square)
+            self.tokens["gradient"] += windows.numel()
+        return self._answers[1]
+
     def forget_statistics(self) -> None:
         """Let statistics be taken, and their tokens be counted, again."""
-        self._activations = self._gradients = None
+        self._activations = self._gradients = self._answers = None
 
     def statistics_notes(self) -> list[str]:
         """What a reader must know of the statistics as taken, such as experts short of tokens."""
@@ -321,7 +377,10 @@ class Workbench:
             progress: told after each window.
             signals: names of more signals than the project's own, as in a configuration.
         """
-        gradients = self.gradients(gradient_revision, progress)
+        names = tuple(signals)
+        gradients, knowledge = self.gradients(gradient_revision, progress), None
+        if KNOWLEDGE_SIGNAL in names:
+            knowledge = self._answer_gradients(gradient_revision, progress)
         activations = self.activations(revision, progress)
         self.sync(revision)
         layers, pattern = self.loaded.layers, parse_pattern(self.request.pattern)
@@ -339,7 +398,9 @@ class Workbench:
             pattern_own={n: whole - gain / layers[n].numel for n, gain in gains.items()},
             patterned=set(self.store.manifest(revision)),
             reconstruct=self.request.reconstruct != "none",
-            signals=signals,
+            signals=names,
+            weights=self.request.domain_weights,
+            knowledge=knowledge,
         )
 
     def check_blocks(self) -> None:
@@ -354,8 +415,22 @@ class Workbench:
     def guard_losses(self, revision: str, progress: Progress | None = None) -> list[float]:
         """Mean loss of each guard window at a revision, nats a token."""
         self.sync(revision)
+        return self.live_guard_losses(progress)
+
+    def live_guard_losses(self, progress: Progress | None = None) -> list[float]:
+        """`guard_losses` of the live weights as they are."""
         self.tokens["guard"] += self.windows.guard.numel()
-        return self.loaded.execution.window_losses(self.head, self.windows.guard, progress)
+        return self._guard_losses(len(self.windows.guard), progress)
+
+    def _guard_losses(self, count: int, progress: Progress | None) -> list[float]:
+        """Of the first guard windows; of questions the mean is over the answers' tokens."""
+        scored = self.windows.scored.get("guard")
+        return self.loaded.execution.window_losses(
+            self.head,
+            self.windows.guard[:count],
+            progress,
+            None if scored is None else scored[:count],
+        )
 
     def facts_hash(self) -> str:
         """sha256 of the questions that `knowledge` scores.
@@ -390,10 +465,15 @@ class Workbench:
                     f"{source} holds {len(facts)} questions, {count} are asked for: "
                     "lower texts.facts"
                 )
-            drawn = random.Random(f"{self.request.seed}/knowledge").sample(facts, count)
+            drawn = [facts[number] for number in self._guarded(len(facts))]
             pairs = fact_tokens(drawn, self.loaded.tokenizer, rows=self._rows)
             self._facts = hash_questions(drawn), pairs
         return self._facts
+
+    def _guarded(self, held: int) -> list[int]:
+        """Which of the questions that a source holds `knowledge` asks; all, if there are fewer."""
+        count = min(self.request.texts.facts, held)
+        return random.Random(f"{self.request.seed}/knowledge").sample(range(held), count)
 
     def test_losses(self, revision: str, progress: Progress | None = None) -> list[float]:
         """Mean loss of each test window at a revision, nats a token."""
@@ -562,12 +642,11 @@ class Workbench:
         Returns:
             Mean loss of each window, nats a token.
         """
-        guard = self.windows.guard[:windows]
         try:
             for name, mask in self._masks(revision, gradient_revision, counts, progress):
                 self.try_mask(name, mask, self.loaded.dense(self.loaded.layers[name]))
-            self.tokens[use] += guard.numel()
-            return self.loaded.execution.window_losses(self.head, guard, progress)
+            self.tokens[use] += self.windows.guard[:windows].numel()
+            return self._guard_losses(windows, progress)
         finally:
             self.sync(revision)
 

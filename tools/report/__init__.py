@@ -160,6 +160,7 @@ def build_report(run_dirs: Sequence[str | Path]) -> str:
             most=max(deltas, default=0.0) or 1.0,
             signatures=failure_signatures(first.records),
             ended=ended_words(first.metrics) if first.metrics else "",
+            domains=first.domains,
             options=_flat(first.config),
             save=f"prunewright save {shlex.quote(str(first.directory.path))}",
         )

@@ -29,6 +29,8 @@ _LEGEND = alt.Legend(title="Run", orient="bottom", labelLimit=280, columns=1)
 def step_charts(stories: Sequence[tuple[str, Story]]) -> dict[str, Spec]:
     """Sparsity and perplexity over the steps, a line a run; steps are counted from 1.
 
+    The perplexity of a run alone has a line a domain, too, where its guard text has domains.
+
     Args:
         stories: each run with its label.
     """
@@ -38,7 +40,9 @@ def step_charts(stories: Sequence[tuple[str, Story]]) -> dict[str, Spec]:
     several = len(stories) > 1
     charts = {
         "sparsity": _over_steps(rows, "sparsity", "sparsity", several),
-        "perplexity": _over_steps(rows, "accepted", "measured", several),
+        "perplexity": _over_steps(
+            rows, "accepted", "measured", several, [] if several else _domain_rows(stories[0][1])
+        ),
     }
     if several:
         charts["tradeoff"] = _tradeoff(rows)
@@ -77,11 +81,28 @@ def _step_rows(label: str, story: Story) -> list[dict[str, Any]]:
     )
 
 
-def _over_steps(rows: list[dict[str, Any]], line: str, point: str, several: bool) -> Spec:
+def _domain_rows(story: Story) -> list[dict[str, Any]]:
+    """Accepted perplexity of each domain, before the first step and after each."""
+    first = story.records[0].domains
+    return [{"domain": name, "step": 0, "accepted": one.before} for name, one in first.items()] + [
+        {"domain": name, "step": record.step + 1, "accepted": value}
+        for record in story.records
+        for name, value in record.accepted_domains.items()
+    ]
+
+
+def _over_steps(
+    rows: list[dict[str, Any]],
+    line: str,
+    point: str,
+    several: bool,
+    domains: Sequence[dict[str, Any]] = (),
+) -> Spec:
     title = "Sparsity, per cent"
     y = alt.Y(f"{line}:Q", title=title)
     if line == "accepted":
-        values = [row[key] for row in rows for key in (line, point) if row.get(key) is not None]
+        shown = [*rows, *domains]
+        values = [row[key] for row in shown for key in (line, point) if row.get(key) is not None]
         title = "Guard perplexity"
         y = alt.Y(f"{line}:Q", **axis(values, title, 3))
     measured = [row for row in rows if "verdict" in row and row[point] is not None]
@@ -99,6 +120,12 @@ def _over_steps(rows: list[dict[str, Any]], line: str, point: str, several: bool
         alt.Chart(_data(steps)).mark_line(interpolate="step-after").encode(y=y, **by, **dash),
         alt.Chart(_data(kept)).mark_point(size=60).encode(y=f"{point}:Q", tooltip=tooltip, **by),
     ]
+    if domains:
+        color = alt.Color("domain:N", legend=alt.Legend(title="Domain", orient="bottom"))
+        drawn = alt.Chart(_data(list(domains))).mark_line(interpolate="step-after")
+        parts.append(
+            drawn.encode(y=f"{line}:Q", color=color, tooltip=_tooltip("domain", "step", line))
+        )
     if ends:
         marked = alt.Chart(_data(ends)).encode(y=f"{point}:Q", tooltip=tooltip, **by)
         parts.append(marked.mark_point(size=90, shape="diamond", filled=True))
@@ -281,7 +308,7 @@ def _runs(rows: list[dict[str, Any]]) -> alt.Scale:
 def _tooltip(*fields: str) -> list[alt.Tooltip]:
     return [
         alt.Tooltip(f"{field}:N")
-        if field in ("run", "verdict")
+        if field in ("run", "verdict", "domain")
         else alt.Tooltip(f"{field}:Q", format="d" if field in ("step", "tokens") else ".4f")
         for field in fields
     ]

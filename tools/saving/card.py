@@ -81,6 +81,10 @@ def _table(metrics: Metrics, test: str) -> str:
         ["perplexity, guard text", f"{ppl.guard.dense:.3f}", f"{ppl.guard.final:.3f}"],
         [f"perplexity, test text ({test})", f"{ppl.test.dense:.3f}", f"{ppl.test.final:.3f}"],
     ]
+    domains = [
+        [f"perplexity, guard text, {name}", f"{pair.dense:.3f}", f"{pair.final:.3f}"]
+        for name, pair in metrics.domains.items()
+    ]
     if control is not None:
         measured = [
             "not finite" if value is None else f"{value:.3f}"
@@ -88,7 +92,8 @@ def _table(metrics: Metrics, test: str) -> str:
         ]
         words = ["uniform control", "---", *measured]
         rows = [[*row, word] for row, word in zip(rows, words, strict=True)]
-    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        domains = [[*row, ""] for row in domains]
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in [*rows, *domains])
     return (
         f"{lines}\n\nAgainst the uniform control: {control_words(control)}." if control else lines
     )

@@ -14,7 +14,7 @@ from prunewright.state import (
     Step,
     StoreError,
 )
-from prunewright.state.metrics import Metrics, Stage
+from prunewright.state.metrics import Metrics, Pair, Stage
 from prunewright.state.profile import SIGNALS, short_name
 from prunewright.state.shown import clean
 from prunewright.tools.store.finishing import read_finishing
@@ -50,9 +50,12 @@ _HISTORY = (
 _DECISIONS = ("step", "verdict", "layer", "block", "projection", "delta")
 _STAGES = ("stage", "before", "after", "kept", "seconds", "tokens", "revision", "notes")
 _CURVE = ("stage", "tokens", "loss")
+_DOMAINS = ("step", "domain", "dense", "before", "candidate", "change", "stderr")
 _CURVES = ("loss_cost", "regrow_gain")
 _BY_NAME = ("signals", "measured")
-_SCALARS = tuple(n for n in LayerProfile.model_fields if n not in (*_CURVES, *_BY_NAME, "name"))
+_BY_DOMAIN = {"domain_costs": "loss_cost", "domain_gains": "regrow_gain"}
+_APART = {"name", *_CURVES, *_BY_NAME, *_BY_DOMAIN}
+_SCALARS = tuple(n for n in LayerProfile.model_fields if n not in _APART)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,14 @@ class Story:
     metrics: Metrics | None
     stages: list[Stage]
 
+    @property
+    def domains(self) -> dict[str, Pair]:
+        """Guard perplexity by domain: of the dense model, and at the end or so far."""
+        if self.metrics is not None:
+            return self.metrics.domains
+        last = self.records[-1].accepted_domains if self.records else {}
+        return {n: Pair(dense=self.records[-1].domains[n].dense, final=v) for n, v in last.items()}
+
 
 @dataclass(frozen=True, repr=False)
 class Trace:
@@ -89,11 +100,14 @@ class Trace:
             rolled-back step were taken back.
         profiles: a row a step and layer: all that `LayerProfile` holds before the step. A signal
             has two columns, its z-score (``z_s``) and what that is of (``s``); ``loss_cost`` and
-            ``regrow_gain``, in nats, have one for each delta: ``loss_cost_0.05``.
+            ``regrow_gain``, in nats, have one for each delta: ``loss_cost_0.05``, and with domains
+            one for each of these, too: ``loss_cost_german_0.05``.
         stages: a row a stage after the last step: ``before`` and ``after`` are perplexities on the
             guard text, ``revision`` is what it came to, kept or not.
         curves: a row a point of a stage that trains: ``tokens`` seen so far, and the ``loss``
             there in nats a token.
+        domains: a row a step and domain of the guard text: perplexity of the ``dense`` model,
+            ``before`` the step and of its ``candidate``; ``change`` and ``stderr`` as above.
     """
 
     history: "pd.DataFrame"
@@ -101,9 +115,10 @@ class Trace:
     profiles: "pd.DataFrame"
     stages: "pd.DataFrame"
     curves: "pd.DataFrame"
+    domains: "pd.DataFrame"
 
     def __repr__(self) -> str:
-        frames = ("history", "decisions", "profiles", "stages", "curves")
+        frames = ("history", "decisions", "profiles", "stages", "curves", "domains")
         words = ", ".join(f"{name}: {len(getattr(self, name))} rows" for name in frames)
         return f"<Trace {words}>"
 
@@ -205,6 +220,7 @@ def load_trace(run_dir: str | Path) -> Trace:
             ],
             _CURVE,
         ),
+        domains=frame([row for record in records for row in _domain_rows(record)], _DOMAINS),
     )
 
 
@@ -264,6 +280,14 @@ def _decision_rows(record: Step) -> list[dict[str, Any]]:
     return rows
 
 
+def _domain_rows(record: Step) -> list[dict[str, Any]]:
+    return [
+        {"step": record.step + 1, "domain": name, "stderr": one.change_stderr}
+        | one.model_dump(exclude={"change_stderr"})
+        for name, one in record.domains.items()
+    ]
+
+
 def _value_of(signal: str) -> str:
     """The column of what a signal's z-score is of."""
     return signal.removeprefix("z_")
@@ -275,4 +299,8 @@ def _columns(layer: LayerProfile) -> dict[str, Any]:
     for curve in _CURVES:
         for delta, value in zip(COST_DELTAS, getattr(layer, curve), strict=True):
             values[f"{curve}_{delta:.2f}"] = value
+    for field, curve in _BY_DOMAIN.items():
+        for domain, costs in getattr(layer, field).items():
+            for delta, value in zip(COST_DELTAS, costs, strict=True):
+                values[f"{curve}_{domain}_{delta:.2f}"] = value
     return values

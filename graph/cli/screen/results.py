@@ -37,9 +37,10 @@ def print_metrics(screen: Screen, metrics: Metrics, directory: str, model: str |
             row.append("not finite" if value is None else f"{value:.3f}")
     if metrics.stages and metrics.stages[0].before is not None:
         masks = Pair(dense=metrics.perplexity.guard.dense, final=metrics.stages[0].before)
-        rows.append([*pair_row("guard, masks alone", masks), *[""] * (len(columns) - 4)])
+        rows.append(pair_row("guard, masks alone", masks))
+    rows += [pair_row(f"guard, {name}", pair) for name, pair in metrics.domains.items()]
     screen.line()
-    screen.table(columns, rows)
+    screen.table(columns, [row + [""] * (len(columns) - len(row)) for row in rows])
     screen.line()
     screen.pairs(
         [

@@ -11,6 +11,7 @@ from prunewright.graph.words.steps import change_words, knowledge_words, layers_
 from prunewright.state import ProbeReport, Review, Step
 from prunewright.state.profile import short_name
 from prunewright.state.shown import clean
+from prunewright.state.step import DomainMeasure
 from prunewright.tools.signatures import failure_signatures
 from prunewright.tools.store.trace import Story, layer_sparsities
 
@@ -77,6 +78,7 @@ def print_step(screen: Screen, record: Step) -> None:
         ("reason", record.reason),
         ("sparsity", f"{record.sparsity_before:.4f} -> {record.sparsity:.4f}"),
         ("perplexity", _perplexities(record)),
+        *(("domain", _domain(name, one)) for name, one in record.domains.items()),
         ("facts", knowledge_words(record)),
         ("predicted", "" if predicted is None else f"{percent(predicted)} by the profile"),
         ("expected", "" if expected is None else f"{percent(expected)} by the agent"),
@@ -127,6 +129,15 @@ def _perplexities(record: Step) -> str:
     value = record.candidate_perplexity
     after = "not measured" if value is None else f"{value:.3f} ({change_words(record)})"
     return f"{record.perplexity_before:.3f} -> {after}"
+
+
+def _domain(name: str, one: DomainMeasure) -> str:
+    words = f"{name} {one.before:.3f} -> "
+    words += "not measured" if one.candidate is None else f"{one.candidate:.3f}"
+    if one.change is not None:
+        noise = "" if one.change_stderr is None else f" ± {one.change_stderr:.2%}"
+        words += f" ({percent(one.change)}{noise})"
+    return f"{words}, dense {one.dense:.3f}"
 
 
 def print_layers(screen: Screen, story: Story) -> None:
