@@ -79,21 +79,20 @@ def _table(metrics: Metrics, test: str) -> str:
         ["", "dense", "pruned"],
         ["---"] * 3,
         ["perplexity, guard text", f"{ppl.guard.dense:.3f}", f"{ppl.guard.final:.3f}"],
+        *(
+            [f"perplexity, guard text, {name}", f"{pair.dense:.3f}", f"{pair.final:.3f}"]
+            for name, pair in metrics.domains.items()
+        ),
         [f"perplexity, test text ({test})", f"{ppl.test.dense:.3f}", f"{ppl.test.final:.3f}"],
-    ]
-    domains = [
-        [f"perplexity, guard text, {name}", f"{pair.dense:.3f}", f"{pair.final:.3f}"]
-        for name, pair in metrics.domains.items()
     ]
     if control is not None:
         measured = [
             "not finite" if value is None else f"{value:.3f}"
             for value in (control.guard, control.test)
         ]
-        words = ["uniform control", "---", *measured]
+        words = ["uniform control", "---", measured[0], *[""] * len(metrics.domains), measured[1]]
         rows = [[*row, word] for row, word in zip(rows, words, strict=True)]
-        domains = [[*row, ""] for row in domains]
-    lines = "\n".join(f"| {' | '.join(row)} |" for row in [*rows, *domains])
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return (
         f"{lines}\n\nAgainst the uniform control: {control_words(control)}." if control else lines
     )
