@@ -3,7 +3,14 @@
 import logging
 
 from prunewright.state.config import PruneConfig, PruneContext, PruneRequest, parse_pattern
-from prunewright.state.decision import Decision, GroupDelta, LayerDelta, check_decision
+from prunewright.state.decision import (
+    Decision,
+    GroupDelta,
+    LayerDelta,
+    Move,
+    Trials,
+    check_decision,
+)
 from prunewright.state.errors import (
     AgentError,
     InputError,
@@ -30,6 +37,7 @@ __all__ = [
     "LayerDelta",
     "LayerProfile",
     "ModelProfile",
+    "Move",
     "ProbeReport",
     "PruneConfig",
     "PruneContext",
@@ -46,6 +54,7 @@ __all__ = [
     "Step",
     "StepSummary",
     "StoreError",
+    "Trials",
     "check_decision",
     "load_config",
     "parse_pattern",

@@ -640,7 +640,11 @@ class PruneContext(Options):
         "own, and your own as import:package.module:name",
     )
     probes: int = Field(
-        0, ge=0, le=32, description="trials that an LLM may have measured in one step"
+        4,
+        ge=0,
+        le=32,
+        description="moves that an LLM may have measured before it decides on a step, each on a "
+        "quarter of the guard windows; 0: none",
     )
     prompts: str | None = Field(
         None, description="folder with a system.md or step.md of your own; null: the project's"

@@ -13,6 +13,8 @@ MAX_NAME = 256
 MAX_CHANGE = 1_000.0
 MAX_LESSONS = 8
 MAX_LESSON = 300
+MAX_MOVES = 4
+"""Moves that one answer may have measured."""
 SHOWN = 5e-4
 """How far a layer's sparsity is from the three digits shown, all of which may be restored."""
 
@@ -46,6 +48,23 @@ class GroupDelta(BaseModel):
     delta: float = Field(
         ge=-1, le=1, allow_inf_nan=False, description="as for one layer, the same for each"
     )
+
+
+class Move(BaseModel):
+    """Some layers with their deltas, to be measured together and not applied."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
+
+    layers: list[LayerDelta] = Field([], max_length=MAX_LAYERS)
+    groups: list[GroupDelta] = Field([], max_length=MAX_GROUPS)
+
+
+class Trials(BaseModel):
+    """An answer in place of a decision: moves to measure first, after which one is asked again."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    moves: list[Move] = Field(min_length=1, max_length=MAX_MOVES)
 
 
 class Decision(BaseModel):

@@ -134,7 +134,7 @@ class Metrics(BaseModel):
         decisions: answers accepted as decisions.
         repairs: refused answers that were sent back with what was wrong.
         invalid_answers: answers refused.
-        probes: trials measured before decisions.
+        probes: moves measured before decisions.
         llm_calls: requests to the LLM, failed ones too.
         perplexity: see `Perplexities`.
         domains: perplexity of each domain of the guard text; empty where it has none.

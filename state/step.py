@@ -30,16 +30,16 @@ class Spent(BaseModel):
 
 
 class ProbeReport(BaseModel):
-    """A trial that an agent had measured before it decided, and what it came to."""
+    """A move that an agent had measured before it decided, and what it came to."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     layers: dict[str, float] = {}
-    """Sparsity added to each layer, or restored if negative, for the time of the trial."""
+    """Sparsity added to each layer, or restored if negative, while it was measured."""
     change: float | None = None
     """Relative perplexity change over the accepted revision; None: refused, or not finite."""
     change_stderr: float | None = None
-    """Standard error of the paired change over the windows of the trial."""
+    """Standard error of the paired change over the windows that it was measured on."""
     tokens: int = 0
     """Tokens of guard text scored."""
     refused: str = ""
@@ -93,7 +93,7 @@ class Step(BaseModel):
     llm_tokens: int = 0
     """Tokens exchanged with it."""
     probes: list[ProbeReport] = []
-    """Trials that the agent had measured before it decided."""
+    """Moves that the agent had measured before it decided."""
     review: Review | None = None
     """What a person said to the decision; None: nobody was asked."""
 

@@ -2,22 +2,27 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from prunewright.graph.agents import InvalidAnswerError, Observation, Refusal
 from prunewright.graph.agents.base import Agent, quote_name
+from prunewright.graph.running.stopping import call_stoppable
 from prunewright.state import (
     AgentError,
     Decision,
     LayerDelta,
     ModelProfile,
+    Move,
+    ProbeReport,
     PruneContext,
     PruneRequest,
     PruneState,
     Spent,
     Step,
+    Trials,
     check_decision,
 )
 from prunewright.state.decision import SHOWN, first_problems
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
     from prunewright.tools.store.rundir import RunDirectory
 
 _log = logging.getLogger("prunewright")
+_TOO_MANY = ProbeReport(refused="no probe was left for it")
 
 
 def observe(
@@ -69,31 +75,61 @@ def observe(
         seed=request.seed,
         thread=run.thread() or "",
         stalls=state["stalls"],
+        max_probes=context.probes,
     )
 
 
-def ask(name: str, agent: Agent, observation: Observation, *, repairs: int) -> Step:
+def ask(
+    name: str,
+    agent: Agent,
+    observation: Observation,
+    *,
+    repairs: int,
+    measure: Callable[[Move], ProbeReport] | None = None,
+) -> Step:
     """A step as an agent proposes it: one checked decision, with full layer names.
 
     The decision is empty after the last refusal.
+
+    Args:
+        name: the agent's.
+        agent: is called in a thread that is left behind if the run is stopped meanwhile.
+        observation: what it sees; ``max_probes`` bounds the moves that are measured.
+        repairs: times a refused answer is sent back.
+        measure: says what one move comes to, or why it is refused; None measures none.
+
+    Raises:
+        AgentError: the agent could not be asked, or returned something else.
+        StoppedError: the run was asked to stop.
     """
+    seen = observation if measure is not None else replace(observation, max_probes=0)
     refusals: list[Refusal] = []
     notes: list[str] = []
     before = spent_on(agent)
-    for _ in range(repairs + 1):
+    while len(refusals) <= repairs:
         try:
-            answer = agent.decide(replace(observation, refusals=tuple(refusals)))
-            if not isinstance(answer, Decision):  # of a class of the user's
+            answer = call_stoppable(partial(agent.decide, seen))
+            if not isinstance(answer, Decision | Trials):  # of a class of the user's
                 raise AgentError(f"{name} returned a {type(answer).__name__}, not a Decision")
-            decision, problems = check(answer, observation)
+            if isinstance(answer, Decision):
+                decision, problems = check(answer, observation)
+            else:
+                problems = [] if seen.probes_left else ["no probes are left in this step: decide"]
             text = answer.model_dump_json()
         except InvalidAnswerError as error:
-            problems, text = [str(error)], error.answer
+            answer, problems, text = None, [str(error)], error.answer
         notes += getattr(agent, "notes", [])
-        if not problems:
+        seen = replace(seen, tries=seen.tries + 1)
+        if problems:
+            refusals.append(Refusal(text, tuple(problems)))
+            seen = replace(seen, refusals=tuple(refusals))
+            _log.info("%s: an answer was refused: %s", name, redact("; ".join(problems)))
+        elif isinstance(answer, Trials) and measure is not None:
+            reports = [measure(move) for move in answer.moves[: seen.probes_left]]
+            reports += (len(answer.moves) - len(reports)) * [_TOO_MANY]
+            seen = replace(seen, probes=(*seen.probes, *reports))
+        else:
             break
-        refusals.append(Refusal(text, tuple(problems)))
-        _log.info("%s: an answer was refused: %s", name, redact("; ".join(problems)))
     else:
         decision = Decision(reasoning="No valid answer: nothing is pruned.", layers=[], done=False)
     after = spent_on(agent)
@@ -110,7 +146,7 @@ def ask(name: str, agent: Agent, observation: Observation, *, repairs: int) -> S
         notes=notes,
         llm_calls=after.calls - before.calls,
         llm_tokens=after.tokens - before.tokens,
-        probes=observation.probes.reports if observation.probes else [],
+        probes=list(seen.probes),
         sparsity_before=observation.sparsity,
         sparsity=observation.sparsity,
         perplexity_before=observation.perplexity,
@@ -125,8 +161,28 @@ def _kept(answer: str) -> str:
     return redact(answer)[:MAX_REFUSED].encode("utf-8", "replace").decode()
 
 
-def check(answer: Decision, observation: Observation) -> tuple[Decision, list[str]]:
-    """The answer layer by layer with full names, and what is wrong with it."""
+def check_move(move: Move, observation: Observation) -> tuple[dict[str, float], list[str]]:
+    """A move's deltas by full layer name, and what is wrong with it.
+
+    What bounds a layer bounds it, too; a step's bound and the target do not.
+    """
+    trial = Decision(reasoning="", layers=move.layers, groups=move.groups, rebalance=True)
+    decision, problems = check(trial, observation, math.inf)
+    if not decision.layers and not problems:
+        problems = ["name at least one layer"]
+    return decision.deltas, problems
+
+
+def check(
+    answer: Decision, observation: Observation, most: float | None = None
+) -> tuple[Decision, list[str]]:
+    """The answer layer by layer with full names, and what is wrong with it.
+
+    Args:
+        answer: a decision.
+        observation: whose bounds it must keep.
+        most: sparsity that it may add to the model; None: the step's budget.
+    """
     decision, problems = expand(answer, observation.profile)
     decision = whole_deltas(decision, observation)
     problems += check_decision(
@@ -135,7 +191,7 @@ def check(answer: Decision, observation: Observation) -> tuple[Decision, list[st
         {p.name: p.pruned for p in observation.profile.layers},
         {p.name: p.parameters for p in observation.profile.layers},
         max_delta=observation.max_delta,
-        max_step=observation.budget,
+        max_step=observation.budget if most is None else most,
         fixed=observation.fixed_deltas(),
     )
     return decision, problems

@@ -2,19 +2,19 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from prunewright.graph.whole_layers import fixed_deltas
 from prunewright.state import (
     COST_DELTAS,
-    AgentError,
     Decision,
     ModelProfile,
     ProbeReport,
     PrunewrightError,
     Step,
+    Trials,
 )
 from prunewright.state.config import pattern_sparsity
 from prunewright.state.decision import MAX_NAME
@@ -35,34 +35,6 @@ class Refusal:
 
     answer: str
     problems: tuple[str, ...]
-
-
-@dataclass
-class Probes:
-    """Trials that an agent may have measured before it decides on a step.
-
-    Attributes:
-        left: how many more.
-        measure: checks one, given in a decision's form, and measures it if nothing is wrong.
-        reports: what those so far came to, refused ones too.
-    """
-
-    left: int
-    measure: Callable[[Decision], ProbeReport]
-    reports: list[ProbeReport] = field(default_factory=list)
-
-    def take(self, trial: Decision | str) -> ProbeReport:
-        """Have a trial measured, or count one that is refused for the reason given.
-
-        Raises:
-            AgentError: none is left.
-        """
-        if self.left <= 0:
-            raise AgentError("all probes of this step are taken")
-        self.left -= 1
-        report = ProbeReport(refused=trial) if isinstance(trial, str) else self.measure(trial)
-        self.reports.append(report)
-        return report
 
 
 @dataclass(frozen=True)
@@ -98,7 +70,9 @@ class Observation:
         thread: the run's name, which no other run has.
         stalls: steps just before this one that were rolled back or chose nothing, in a row.
         refusals: answers of this very step that were refused.
-        probes: trials that may be measured first; None if the run offers none.
+        probes: what the moves came to that were measured in this step, refused ones too.
+        max_probes: moves that may be measured before this step is decided on.
+        tries: answers of this very step so far, whatever became of them.
     """
 
     step: int
@@ -127,12 +101,19 @@ class Observation:
     thread: str = ""
     stalls: int = 0
     refusals: tuple[Refusal, ...] = field(default=())
-    probes: Probes | None = None
+    probes: tuple[ProbeReport, ...] = ()
+    max_probes: int = 0
+    tries: int = 0
 
     @property
     def pattern_sparsity(self) -> float | None:
         """Sparsity of a layer that has the pattern; None in an unstructured run."""
         return pattern_sparsity(self.pattern)
+
+    @property
+    def probes_left(self) -> int:
+        """Moves that may still be measured before this step is decided on."""
+        return max(0, self.max_probes - len(self.probes))
 
     @property
     def costs_shown(self) -> bool:
@@ -204,8 +185,10 @@ class Observation:
 class Agent(Protocol):
     """Whoever allocates sparsity. ``import:package.module:Class`` takes a class of this form."""
 
-    def decide(self, observation: Observation) -> Decision:
-        """Choose the layers of one step and their deltas.
+    def decide(self, observation: Observation) -> Decision | Trials:
+        """Choose the layers of one step and their deltas, or moves to measure first.
+
+        After moves it is called again, with what they came to in ``observation.probes``.
 
         Raises:
             InvalidAnswerError: the answer is no decision; it may be asked again.

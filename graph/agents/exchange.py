@@ -10,10 +10,10 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from prunewright.graph.agents.base import Observation
-from prunewright.graph.agents.chat.reading import MAX_ANSWER, read_answer
+from prunewright.graph.agents.chat.reading import MAX_ANSWER, Answer, read_answer
 from prunewright.graph.agents.prompt.build import prompt
 from prunewright.graph.running.stopping import check_stop
-from prunewright.state import AgentError, Decision, InputError
+from prunewright.state import AgentError, Decision, InputError, Trials
 from prunewright.state.config import Options
 from prunewright.state.loading import describe_validation_error
 from prunewright.tools.store.storage import sha256_bytes, write_atomic, write_json
@@ -61,7 +61,7 @@ class ExchangeAgent:
             raise InputError(f"agent_options of exchange: {words}") from None
         self.notes: list[str] = []
 
-    def decide(self, observation: Observation) -> Decision:
+    def decide(self, observation: Observation) -> Decision | Trials:
         """Ask once and wait.
 
         Raises:
@@ -77,7 +77,7 @@ class ExchangeAgent:
 
     def _ask(self, observation: Observation) -> Path:
         """Write the prompt and its schema; return where the answer is awaited."""
-        step, attempt = observation.step, len(observation.refusals)
+        step, attempt = observation.step, observation.tries
         text = "".join(
             f"## {_ROLES[message.type]}\n\n{message.text}\n\n" for message in prompt(observation)
         )
@@ -91,7 +91,8 @@ class ExchangeAgent:
             "whole when it appears.\n"
         )
         # The schema first: who sees the prompt finds it.
-        write_json(self._directory / f"{stem}.schema.json", Decision.model_json_schema())
+        form = Answer if observation.probes_left else Decision
+        write_json(self._directory / f"{stem}.schema.json", form.model_json_schema())
         write_atomic(self._directory / f"{stem}.prompt.md", text.encode("utf-8", "replace"))
         if not answer.exists():
             _log.warning("waiting for %s", answer)

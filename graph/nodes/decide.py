@@ -1,17 +1,14 @@
 """The second node: the agent is asked."""
 
 import math
-from dataclasses import replace
 
 from prunewright.graph.agents import Observation, make_agent
-from prunewright.graph.agents.asking import ask, check, observe, spent_on
-from prunewright.graph.agents.base import Probes
+from prunewright.graph.agents.asking import ask, check_move, observe, spent_on
 from prunewright.graph.nodes.common import Work, node, spent_by
 from prunewright.graph.nodes.landing import changed_counts
-from prunewright.graph.running.stopping import call_stoppable
 from prunewright.graph.words.summary import decision_words
 from prunewright.state import (
-    Decision,
+    Move,
     ProbeReport,
     PruneState,
     PruneUpdate,
@@ -21,8 +18,8 @@ from prunewright.state import (
 from prunewright.state.run import add_up
 from prunewright.tools.losses import change_with_error
 
-PROBE_WINDOWS = 2
-"""Guard windows that a probe is measured on: the first ones."""
+PROBE_SHARE = 4
+"""A probe is measured on one in so many of the guard windows."""
 
 
 @node
@@ -35,15 +32,18 @@ def agent_decide(state: PruneState, work: Work) -> PruneUpdate:
     number, earlier = state["step"], run.read_steps(state["history"])
     observation = observe(state, request, context, run, earlier)
     scored: dict[str, float] = {}
-    if context.probes:
-        probes = _probes(state, work, observation, scored)
-        observation = replace(observation, probes=probes)
     # Of tries of this very step that ended in an error.
     lost = run.read_spent(number)
     spent = sum((Spent(calls=s.llm_calls, tokens=s.llm_tokens) for s in earlier), lost)
     name, agent = make_agent(context.model_copy(update={"out": str(run.path)}), spent)
     try:
-        step = call_stoppable(lambda: ask(name, agent, observation, repairs=context.asking.repairs))
+        step = ask(
+            name,
+            agent,
+            observation,
+            repairs=context.asking.repairs,
+            measure=lambda move: _measure(move, state, work, observation, scored),
+        )
     except PrunewrightError:
         lost += spent_on(agent)
         if lost.calls:
@@ -67,44 +67,59 @@ def agent_decide(state: PruneState, work: Work) -> PruneUpdate:
     }
 
 
-def _probes(
-    state: PruneState, work: Work, observation: Observation, scored: dict[str, float]
-) -> Probes:
-    """The trials that an agent may have measured from the accepted revision in this step.
+def _measure(
+    move: Move, state: PruneState, work: Work, observation: Observation, scored: dict[str, float]
+) -> ProbeReport:
+    """What a move would come to from the accepted revision, or why it is refused.
 
     Args:
+        move: is measured, not applied.
         state: the step's.
         work: the node's.
-        observation: what a trial is checked against, as a decision is.
-        scored: is told the tokens that they take, by use.
+        observation: what the move is checked against, as a decision is.
+        scored: is told the tokens that it takes, by use.
     """
-
-    def measure(trial: Decision) -> ProbeReport:
-        decision, problems = check(trial, observation)
-        deltas = decision.deltas
-        if not deltas and not problems:
-            problems = ["name at least one layer"]
-        if problems:
-            return ProbeReport(refused="; ".join(problems))
-        with work.live_model() as bench:
-            before = dict(bench.tokens)
-            bench.sync(state["revision"])
-            counts, _ = changed_counts(bench, state["revision"], deltas)
-            zeros = bench.zeros()
-            sizes = {name: layer.numel for name, layer in bench.loaded.layers.items()}
-            if not counts:
-                return ProbeReport(refused="the deltas come to no weight")
-            losses = bench.trial_losses(
-                state["revision"], state["gradient_revision"], counts, PROBE_WINDOWS, work.progress
-            )
-            spent = spent_by(bench, before)
-        scored.update(add_up(scored, spent))
-        change, stderr = change_with_error(state["guard_losses"][: len(losses)], losses)
-        return ProbeReport(
-            layers={name: (count - zeros[name]) / sizes[name] for name, count in counts.items()},
-            change=change if math.isfinite(change) else None,
-            change_stderr=stderr if math.isfinite(stderr) else None,
-            tokens=int(spent["probe"]),
+    deltas, problems = check_move(move, observation)
+    if problems:
+        return ProbeReport(refused="; ".join(problems))
+    accepted = state["guard_losses"]
+    windows = probe_windows(len(accepted), max(1, len(observation.domains)))
+    with work.live_model() as bench:
+        before = dict(bench.tokens)
+        bench.sync(state["revision"])
+        counts, _ = changed_counts(bench, state["revision"], deltas, bounded=False)
+        zeros = bench.zeros()
+        sizes = {name: layer.numel for name, layer in bench.loaded.layers.items()}
+        if not counts:
+            return ProbeReport(refused="the deltas come to no weight")
+        losses = bench.trial_losses(
+            state["revision"], state["gradient_revision"], counts, windows, work.progress
         )
+        spent = spent_by(bench, before)
+    scored.update(add_up(scored, spent))
+    change, stderr = change_with_error([accepted[window] for window in windows], losses)
+    return ProbeReport(
+        layers={name: (count - zeros[name]) / sizes[name] for name, count in counts.items()},
+        change=change if math.isfinite(change) else None,
+        change_stderr=stderr if math.isfinite(stderr) else None,
+        tokens=int(spent["probe"]),
+    )
 
-    return Probes(work.context.probes, measure)
+
+def probe_windows(guard: int, domains: int = 1) -> list[int]:
+    """Indices of the guard windows that a probe is measured on.
+
+    A quarter of them, spread over the text, and at least two of each domain where there are so
+    many.
+
+    Args:
+        guard: number of windows.
+        domains: how many take turns in them.
+    """
+    rounds = guard // domains
+    taken = min(rounds, max(2, math.ceil(rounds / PROBE_SHARE)))
+    return [
+        domains * (index * rounds // taken) + domain
+        for index in range(taken)
+        for domain in range(domains)
+    ]

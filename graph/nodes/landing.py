@@ -13,13 +13,20 @@ if TYPE_CHECKING:
 
 
 def changed_counts(
-    bench: "Workbench", revision: str, deltas: dict[str, float], fill: float = 0.0
+    bench: "Workbench",
+    revision: str,
+    deltas: dict[str, float],
+    fill: float = 0.0,
+    *,
+    bounded: bool = True,
 ) -> tuple[dict[str, int], list[str]]:
     """As `land` at the live revision, of the layers whose number of zeros changes.
 
-    With an N:M pattern as `land_whole`.
+    With an N:M pattern as `land_whole`. Without bounds neither the target nor the step scales
+    anything.
     """
     request, zeros = bench.request, bench.zeros()
+    target, step = (request.target, request.step) if bounded else (1.0, 1.0)
     sizes = {name: layer.numel for name, layer in bench.loaded.layers.items()}
     if request.pattern_sparsity is not None:
         changes, notes = land_whole(
@@ -28,17 +35,17 @@ def changed_counts(
             counts={name: gain for name, gain in bench.pattern_gains().items() if gain},
             zeros=sum(zeros.values()),
             total=bench.loaded.prunable,
-            target=request.target,
-            step=request.step,
+            target=target,
+            step=step,
         )
         return {name: bench.dense_zeros[name] + gain for name, gain in changes.items()}, notes
     counts, notes = land(
         deltas,
         zeros,
         sizes,
-        request.target,
+        target,
         request.max_layer_sparsity,
-        request.step,
+        step,
         request.max_delta,
         fill,
         own=bench.dense_zeros,

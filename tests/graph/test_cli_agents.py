@@ -150,7 +150,7 @@ def test_ask_shows_what_is_asked_and_changes_nothing(config_file: Path, tmp_path
     # The step that is asked for next, and the one before it.
     assert texts(found) == Watching.seen[1]
     assert (found["step"], found["about"]) == (2, "the step that the run is at")
-    assert found["schema"] == answer_schema()
+    assert found["schema"] == answer_schema(probes=True)
     assert [message["role"] for message in found["messages"]] == ["system", "human"]
     assert texts(asked(out, "--step", "1")) == Watching.seen[0]
     assert contents(out) == before
@@ -158,7 +158,7 @@ def test_ask_shows_what_is_asked_and_changes_nothing(config_file: Path, tmp_path
     assert shown.exit_code == 0
     for text in Watching.seen[1]:
         assert text in shown.stdout
-    assert json.dumps(answer_schema(), indent=2) in shown.stdout
+    assert json.dumps(answer_schema(probes=True), indent=2) in shown.stdout
     for step in ("3", "99"):
         late = invoke("ask", out, "--step", step)
         assert late.exit_code == 2

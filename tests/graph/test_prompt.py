@@ -488,6 +488,9 @@ def test_the_rules_ask_for_what_is_read(make_observation: MakeObservation) -> No
     system, _ = texts(make_observation())
     asked = re.findall(r"^- (\w+): ", system.partition("Answer with one JSON")[2], re.MULTILINE)
     assert asked == list(answer_schema()["properties"])
+    probing, _ = texts(make_observation(max_probes=4))
+    also = re.findall(r"^- (\w+): ", probing.partition("Answer with one JSON")[2], re.MULTILINE)
+    assert also == list(answer_schema(probes=True)["properties"])
     layer, group = (json.loads(found) for found in re.findall(r"\{\".*?\}", system))
     answer = {"reasoning": "", "layers": [layer], "groups": [group]}
     decision = read_answer(json.dumps(answer))

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from prunewright.graph.agents import InvalidAnswerError
 from prunewright.graph.agents.chat.reading import MAX_ANSWER, MAX_ENTRIES, read_answer
-from prunewright.state import Decision, LayerDelta
-from prunewright.state.decision import MAX_NAME, MAX_REASONING
+from prunewright.state import Decision, LayerDelta, Move, Trials
+from prunewright.state.decision import MAX_MOVES, MAX_NAME, MAX_REASONING
 
 NAME = "0.mlp.down_proj"
+PROBE = {"layers": [{"name": NAME, "delta": -0.1}]}
 
 
 def answer(**changes: Any) -> str:
@@ -89,6 +90,17 @@ HOSTILE: dict[str, str] = {
     "closed nested lists": "[" * 90_000 + "]" * 90_000,
     "nested objects": '{"a":' * 30_000,
     "nested where a name should be": entry(name=0).replace("0,", "[" * 50_000 + "]" * 50_000 + ","),
+    "probes and layers": answer(probes=[PROBE]),
+    "more moves than may be asked for": json.dumps({"probes": [PROBE] * (MAX_MOVES + 1)}),
+    "a move that is a list": json.dumps({"probes": [[PROBE]]}),
+    "an extra key of a move": json.dumps({"probes": [PROBE | {"windows": 99}]}),
+    "a move with words for a delta": json.dumps(
+        {"probes": [{"layers": [{"name": NAME, "delta": "much"}]}]}
+    ),
+    "moves with one entry too many": json.dumps(
+        {"probes": [{"layers": [{"name": "x", "delta": 0.1}] * (MAX_ENTRIES // 2 + 1)}] * 2}
+    ),
+    "moves by another name": json.dumps({"moves": [PROBE]}),
     "a lone surrogate in JSON": answer(reasoning="\ud800"),
     "a lone surrogate in a name": entry(name="\udfff"),
 }
@@ -116,6 +128,20 @@ def test_what_may_be_left_out() -> None:
     decision = read_answer('{"layers": [{"delta": 1, "name": "a"}], "reasoning": ""}')
     assert decision == Decision(reasoning="", layers=[LayerDelta(name="a", delta=1.0)])
     assert decision.expected_ppl_change is None
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{}, {"reasoning": None, "layers": []}, {"reasoning": "r", "groups": [], "done": True}],
+)
+def test_moves_to_measure_are_an_answer(beside: dict[str, Any]) -> None:
+    group = {"projection": "mlp.up_proj", "from": 1, "to": 3, "delta": 0.05}
+    found = read_answer(json.dumps(beside | {"probes": [PROBE, {"groups": [group]}]}))
+    layer = LayerDelta(name=NAME, delta=-0.1)
+    assert found == Trials(moves=[Move(layers=[layer]), Move.model_validate({"groups": [group]})])
+    nothing = {"reasoning": "r", "layers": []}
+    for none in ([], None):
+        assert read_answer(json.dumps(nothing | {"probes": none})) == Decision(**nothing)
 
 
 AROUND: dict[str, str] = {

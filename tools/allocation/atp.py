@@ -47,8 +47,7 @@ def allocate(bench: Workbench, options: AtpOptions, progress: Progress | None = 
             DENSE,
             DENSE,
             progression(beta).counts,
-            len(bench.windows.guard),
-            progress,
+            progress=progress,
             use="allocation",
         )
         tried[beta] = perplexity(losses)

@@ -6,7 +6,7 @@ import json
 import random
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -420,16 +420,16 @@ class Workbench:
     def live_guard_losses(self, progress: Progress | None = None) -> list[float]:
         """`guard_losses` of the live weights as they are."""
         self.tokens["guard"] += self.windows.guard.numel()
-        return self._guard_losses(len(self.windows.guard), progress)
+        return self._guard_losses(range(len(self.windows.guard)), progress)
 
-    def _guard_losses(self, count: int, progress: Progress | None) -> list[float]:
-        """Of the first guard windows; of questions the mean is over the answers' tokens."""
-        scored = self.windows.scored.get("guard")
+    def _guard_losses(self, windows: Sequence[int], progress: Progress | None) -> list[float]:
+        """Of guard windows by index; of questions the mean is over the answers' tokens."""
+        scored, chosen = self.windows.scored.get("guard"), list(windows)
         return self.loaded.execution.window_losses(
             self.head,
-            self.windows.guard[:count],
+            self.windows.guard[chosen],
             progress,
-            None if scored is None else scored[:count],
+            None if scored is None else scored[chosen],
         )
 
     def facts_hash(self) -> str:
@@ -620,12 +620,12 @@ class Workbench:
         revision: str,
         gradient_revision: str,
         counts: dict[str, int],
-        windows: int,
+        windows: Sequence[int] | None = None,
         progress: Progress | None = None,
         *,
         use: Literal["probe", "allocation"] = "probe",
     ) -> list[float]:
-        """Losses of the first guard windows if some layers had a given number of zeros.
+        """Losses of some guard windows if some layers had a given number of zeros.
 
         Masks are those of `prune`, but none is stored, and the live model is left at ``revision``.
         Nothing is solved: with SparseGPT or ``reconstruct`` the mask is that of its ``score``, the
@@ -635,18 +635,19 @@ class Workbench:
             revision: the revision to change; statistics are taken at it.
             gradient_revision: where gradients were taken.
             counts: zeros wanted by layer, as for `prune`.
-            windows: how many of the guard windows; all, if there are fewer.
+            windows: which of the guard windows, by index; None: all.
             progress: told after each layer and window.
             use: what the tokens are counted for.
 
         Returns:
             Mean loss of each window, nats a token.
         """
+        chosen = range(len(self.windows.guard)) if windows is None else windows
         try:
             for name, mask in self._masks(revision, gradient_revision, counts, progress):
                 self.try_mask(name, mask, self.loaded.dense(self.loaded.layers[name]))
-            self.tokens[use] += self.windows.guard[:windows].numel()
-            return self._guard_losses(windows, progress)
+            self.tokens[use] += len(chosen) * self.windows.guard.shape[1]
+            return self._guard_losses(chosen, progress)
         finally:
             self.sync(revision)
 

@@ -28,14 +28,13 @@ from tenacity import (
     wait_exponential_jitter,
 )
 
-from prunewright.graph.agents.base import InvalidAnswerError, Observation, Probes
-from prunewright.graph.agents.chat.probes import probe_tool, take_probes, with_results
+from prunewright.graph.agents.base import InvalidAnswerError, Observation
 from prunewright.graph.agents.chat.providers import PROVIDERS, check_access
 from prunewright.graph.agents.chat.reading import MAX_ANSWER, answer_schema, read_answer
 from prunewright.graph.agents.chat.transport import ReplyError, address, guard, watched
 from prunewright.graph.agents.prompt.build import prompt
 from prunewright.graph.running.stopping import call_stoppable
-from prunewright.state import AgentError, Decision, InputError, Spent
+from prunewright.state import AgentError, Decision, InputError, Spent, Trials
 from prunewright.state.config import AskingOptions
 from prunewright.state.loading import problem_words
 from prunewright.state.secrets import redact, resolve_references
@@ -152,14 +151,16 @@ class LLMAgent:
         self._known = known is not None
         self._asked = self._body = ""
         self._chat = model
-        self._model = _without_parser(
-            model.with_structured_output(
-                answer_schema(),
-                method="json_schema",
-                include_raw=True,
-                **(known.binding if known else {}),
+        binding = known.binding if known else {}
+        # By whether probes are left.
+        self._models = {
+            probes: _without_parser(
+                model.with_structured_output(
+                    answer_schema(probes), method="json_schema", include_raw=True, **binding
+                )
             )
-        )
+            for probes in (False, True)
+        }
 
     def greet(self) -> None:
         """Ask a small question: a wrong key or a dead server shows before the model is loaded.
@@ -170,21 +171,16 @@ class LLMAgent:
         with tracing_context(enabled=False):  # it belongs to no run
             self._ask([HumanMessage(GREETING)], self._chat)
 
-    def decide(self, observation: Observation) -> Decision:
-        """Ask once, with the answers of this step that were refused and why.
+    def decide(self, observation: Observation) -> Decision | Trials:
+        """Ask once, with what was measured in this step, and the answers that were refused.
 
         Raises:
             InvalidAnswerError: cut, empty, not JSON or not of the schema.
             AgentError: the provider failed after the last retry, or will not be tried again, or
                 the run's budget of calls or tokens is used up.
         """
-        self.notes = [] if observation.refusals else list(self._remarks)
-        messages, probes = prompt(observation), observation.probes
-        if probes is not None:
-            if not observation.refusals:
-                self._probe(messages, probes)
-            messages = with_results(messages, probes.reports, observation.profile)
-        message = self._ask(messages)
+        self.notes = [] if observation.tries else list(self._remarks)
+        message = self._ask(prompt(observation), self._models[observation.probes_left > 0])
         text = str(message.text)
         if withheld := _withheld(message):
             raise InvalidAnswerError(
@@ -193,12 +189,12 @@ class LLMAgent:
             )
         odd = _odd_ending(message) if self._known else ""
         try:
-            decision = read_answer(text, self.notes)
+            answer = read_answer(text, self.notes)
         except InvalidAnswerError as error:
             words = str(error) if text.strip() else self._where_it_went(message)
             raise InvalidAnswerError(f"{words}; {odd}" if odd else words, error.answer) from None
         self.notes += [odd] if odd else []
-        return decision
+        return answer
 
     def _where_it_went(self, message: AIMessage) -> str:
         """What to say of an answer without text."""
@@ -218,20 +214,7 @@ class LLMAgent:
         held = f": it holds {', '.join(sorted(kinds))} and no text" if kinds else ""
         return f"the answer is empty{held}"
 
-    def _probe(self, messages: list[BaseMessage], probes: Probes) -> None:
-        """Let the model call the tool, with the same tries, counts and bounds as a decision."""
-        try:
-            chat = self._chat.bind_tools([probe_tool()])
-        except NotImplementedError:  # what LangChain's base class does for a model without tools
-            raise InputError(f"the model of {self.name} takes no tools: set probes to 0") from None
-        self.notes += take_probes(
-            messages,
-            probes,
-            ask=lambda talk: self._ask(talk, chat),
-            withheld=_withheld,
-        )
-
-    def _ask(self, messages: list[BaseMessage], model: Any = None) -> AIMessage:
+    def _ask(self, messages: list[BaseMessage], model: Any) -> AIMessage:
         tries = self.calls
         retrying = Retrying(
             retry=retry_if_exception(_transient),
@@ -241,7 +224,7 @@ class LLMAgent:
             reraise=True,
         )
         try:
-            return retrying(self._call, messages, model or self._model)
+            return retrying(self._call, messages, model)
         except AgentError:
             raise
         except Exception as error:

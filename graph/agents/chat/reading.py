@@ -1,12 +1,13 @@
 """Reading an answer: the schema that a provider is sent, and the strict way back."""
 
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from prunewright.graph.agents.base import InvalidAnswerError
 from prunewright.graph.agents.chat.finding import find_object
-from prunewright.state import Decision
+from prunewright.state import Decision, Move, Trials
+from prunewright.state.decision import MAX_MOVES
 from prunewright.state.loading import problem_words
 
 MAX_ANSWER = 200_000
@@ -14,7 +15,33 @@ MAX_ANSWER = 200_000
 MAX_ENTRIES = 4_096
 """Layers that an answer may name one by one."""
 
-_Model = TypeVar("_Model", bound=BaseModel)
+
+class Answer(Decision):
+    """A decision, or moves to measure before one."""
+
+    model_config = ConfigDict(title="Decision")
+
+    probes: list[Move] = Field(
+        [],
+        max_length=MAX_MOVES,
+        description="in place of a decision: moves to be measured, not applied; layers and groups "
+        "are empty then",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _probes_are_enough(cls, data: Any) -> Any:
+        """Who has moves measured need say nothing else."""
+        if not isinstance(data, dict) or not data.get("probes"):
+            return data
+        said = {key: value for key, value in data.items() if value is not None}
+        return {"reasoning": "", "layers": [], **said}
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "Answer":
+        if self.probes and (self.layers or self.groups):
+            raise ValueError("probes stand in place of a decision: leave layers and groups empty")
+        return self
 
 
 def plain_schema(model: type[BaseModel]) -> dict[str, Any]:
@@ -47,13 +74,17 @@ def plain_schema(model: type[BaseModel]) -> dict[str, Any]:
     return closed | {"title": schema["title"]}
 
 
-def answer_schema() -> dict[str, Any]:
-    """The schema of a decision as a provider is sent it."""
-    return plain_schema(Decision)
+def answer_schema(probes: bool = False) -> dict[str, Any]:
+    """The schema of an answer as a provider is sent it.
+
+    Args:
+        probes: whether moves may be measured before the decision.
+    """
+    return plain_schema(Answer if probes else Decision)
 
 
-def read_answer(text: str, notes: list[str] | None = None) -> Decision:
-    """The decision that an answer's text holds as its one JSON object; no repair of any kind.
+def read_answer(text: str, notes: list[str] | None = None) -> Decision | Trials:
+    """What an answer's text holds as its one JSON object; no repair of any kind.
 
     Args:
         text: the answer.
@@ -62,27 +93,19 @@ def read_answer(text: str, notes: list[str] | None = None) -> Decision:
     Raises:
         InvalidAnswerError: with what is wrong.
     """
-    decision = read_strictly(Decision, text, notes)
-    if len(decision.layers) > MAX_ENTRIES:
+    answer = _read_strictly(text, notes)
+    named = len(answer.layers) + sum(len(move.layers) for move in answer.probes)
+    if named > MAX_ENTRIES:
         raise InvalidAnswerError(
-            f"the answer names {len(decision.layers)} layers one by one, more than {MAX_ENTRIES}: "
-            "use groups",
+            f"the answer names {named} layers one by one, more than {MAX_ENTRIES}: use groups",
             text[:2000],
         )
-    return decision
+    if answer.probes:
+        return Trials(moves=answer.probes)
+    return Decision(**{key: getattr(answer, key) for key in Decision.model_fields})
 
 
-def read_strictly(model: type[_Model], text: str, notes: list[str] | None = None) -> _Model:
-    """A model from the one JSON object of a text; no repair of any kind.
-
-    Args:
-        model: what the object must be.
-        text: an answer, or a tool call's arguments.
-        notes: takes what the trace must tell: what was around the object.
-
-    Raises:
-        InvalidAnswerError: with what is wrong.
-    """
+def _read_strictly(text: str, notes: list[str] | None) -> Answer:
     if len(text) > MAX_ANSWER:
         raise InvalidAnswerError(
             f"the answer has {len(text)} characters, more than {MAX_ANSWER}", text[:2000]
@@ -91,7 +114,7 @@ def read_strictly(model: type[_Model], text: str, notes: list[str] | None = None
     plain = text.encode("utf-8", "replace").decode()
     try:
         found = find_object(plain)
-        read = model.model_validate_json(found.text, strict=True)
+        read = Answer.model_validate_json(found.text, strict=True)
         read.model_dump_json()
     except ValidationError as error:
         problems = problem_words(error, "answer", most=8)

@@ -24,6 +24,7 @@ from prunewright.graph.agents.prompt.feedback import (
     last_changes,
     last_measured,
     percent,
+    told_probes,
 )
 from prunewright.graph.agents.prompt.table import MAX_ROWS, shown_layers, signals_shown, table
 from prunewright.state import InputError
@@ -58,6 +59,7 @@ _SAMPLE: dict[str, Any] = {
 # What is empty, or None, without feedback or before the first step.
 _FORMS: dict[str, tuple[Any, ...]] = {
     "pattern": (None, "2:4"),
+    "probes": (0, 4),
     "signals": ([], ["z_s", "z_g"], ["z_s", "z_g", "z_c"]),
     "feedback": (True, False),
     "perplexity": (None, 21.0),
@@ -70,7 +72,7 @@ _FORMS: dict[str, tuple[Any, ...]] = {
 
 
 def prompt(observation: Observation, rows: int = MAX_ROWS) -> list[BaseMessage]:
-    """The messages of one step: rules, state and table, then refused answers and why.
+    """The messages of one step: rules, state and table, what was measured, refused answers and why.
 
     Nothing of a signal that is hidden is in them, and without feedback nothing of what
     earlier steps came to.
@@ -84,7 +86,10 @@ def prompt(observation: Observation, rows: int = MAX_ROWS) -> list[BaseMessage]:
     """
     values = _values(observation, rows)
     system, step = (_render(name, observation.prompts, values) for name in FILES)
-    messages: list[BaseMessage] = [SystemMessage(system), HumanMessage(step)]
+    # Not by the template: nobody's own may leave out what was asked for.
+    measured = told_probes(observation)
+    words = f"{step}\n\n{measured}" if measured else step
+    messages: list[BaseMessage] = [SystemMessage(system), HumanMessage(words)]
     for refusal in observation.refusals:
         if refusal.answer:
             messages.append(AIMessage(refusal.answer[:20_000]))
@@ -146,6 +151,7 @@ def _values(o: Observation, rows: int) -> dict[str, Any]:
         "max_layer_sparsity": o.max_layer_sparsity,
         "max_lessons": MAX_LESSONS,
         "max_lesson": MAX_LESSON,
+        "probes": o.max_probes,
         "step": o.step + 1,
         "steps": o.step + o.steps_left,
         "steps_left": o.steps_left - 1,
@@ -155,7 +161,7 @@ def _values(o: Observation, rows: int) -> dict[str, Any]:
         "budget": floor_digits(o.budget),
         "dense_perplexity": o.dense_perplexity,
         "perplexity": o.perplexity if o.feedback else None,
-        "last_change": f"{percent(last.change)} ± {percent(last.change_stderr).lstrip('+')} %"
+        "last_change": f"{percent(last.change)} ± {percent(last.change_stderr, '')} %"
         if last
         else "",
         "gradient_age": o.gradient_age if any(s.gradients for s in shown) else None,

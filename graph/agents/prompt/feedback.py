@@ -1,6 +1,6 @@
 """What the earlier steps came to, in words, for the next decision."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 from prunewright.graph.agents.base import Observation, quote_name
@@ -29,10 +29,36 @@ def compile_feedback(observation: Observation) -> str:
     lines = _table(records, costs)
     for record in [r for r in records if r.verdict == "rolled_back"][-ROLLBACKS:]:
         why = f"Step {record.step + 1} was rolled back: {one_line(record.reason, 300)}."
-        lines.append(f"{why} It was {_layers(observation, record)}")
+        lines.append(f"{why} It was {_layers(observation, record.applied)}")
     lines += _last(observation, records[-1])
     if costs:
         lines += _ratios(observation, ratios(records))
+    return "\n".join(lines)
+
+
+def told_probes(observation: Observation) -> str:
+    """What the moves came to that were measured in this very step; "" if none was asked for."""
+    if not observation.probes:
+        return ""
+    costs = observation.costs_shown
+    tokens = max(probe.tokens for probe in observation.probes)
+    lines = [
+        "Moves that you had measured, each from where the model is now and none applied: change of "
+        f"the perplexity on {tokens:,} tokens of the held-out text, in per cent"
+        f"{', predicted by the costs' if costs else ''}:"
+    ]
+    for number, probe in enumerate(observation.probes, 1):
+        if probe.refused:
+            lines.append(f"{number}. refused: {one_line(probe.refused, 600)}")
+            continue
+        error = "" if probe.change_stderr is None else f" ± {percent(probe.change_stderr, '')}"
+        change = "not finite" if probe.change is None else f"{percent(probe.change)}{error}"
+        if costs:
+            predicted = observation.profile.predicted_change(probe.layers)
+            change += f", predicted {percent(predicted)}"
+        lines.append(f"{number}. {_layers(observation, probe.layers)}: {change}")
+    left = observation.probes_left
+    lines.append(f"Probes left: {left}." if left else "No probes are left in this step: decide.")
     return "\n".join(lines)
 
 
@@ -51,18 +77,19 @@ def last_measured(observation: Observation) -> Step | None:
     return next((r for r in reversed(records) if r.change is not None), None)
 
 
-def percent(value: float | None) -> str:
+def percent(value: float | None, plus: str = "+") -> str:
     """A fraction in per cent, signed, with two or three digits; "-" for None."""
     if value is None:
         return "-"
     value *= 100
     digits = 2 if abs(value) < 0.995 else 1 if abs(value) < 9.95 else 0
-    return f"{value:+.{digits}f}".replace("+0.", "+.").replace("-0.", "-.")
+    words = f"{value:+.{digits}f}".replace("+0.", "+.").replace("-0.", "-.")
+    return words.replace("+", plus)
 
 
 def _table(records: Sequence[Step], costs: bool) -> list[str]:
     noise = [r.change_stderr for r in records if r.change_stderr is not None]
-    error = f", within {percent(median(noise)).lstrip('+')} or so" if noise else ""
+    error = f", within {percent(median(noise), '')} or so" if noise else ""
     head = f"step gained change{' predicted' if costs else ''}"
     title = (
         "Earlier steps, in per cent: sparsity that the model gained, change of the perplexity"
@@ -97,7 +124,7 @@ def _gained(record: Step) -> float | None:
 def _last(observation: Observation, record: Step) -> list[str]:
     lines = []
     if record.applied and record.verdict == "accepted":
-        lines.append(f"The last step was {_layers(observation, record)}")
+        lines.append(f"The last step was {_layers(observation, record.applied)}")
     if record.decision.expected_ppl_change is not None:
         lines.append(f"You expected {percent(record.decision.expected_ppl_change)} % of it.")
     if record.review is not None and record.review.verdict == "rejected":
@@ -110,8 +137,8 @@ def _last(observation: Observation, record: Step) -> list[str]:
     return lines
 
 
-def _layers(observation: Observation, record: Step) -> str:
-    shown = {name: f"{delta:+.3f}".replace("0.", ".") for name, delta in record.applied.items()}
+def _layers(observation: Observation, deltas: Mapping[str, float]) -> str:
+    shown = {name: f"{delta:+.3f}".replace("0.", ".") for name, delta in deltas.items()}
     return by_blocks(observation.profile.layers, shown, ITEMS)
 
 
