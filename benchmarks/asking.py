@@ -25,6 +25,7 @@ from prunewright.state import (
     PruneRequest,
     PruneState,
     Step,
+    Trials,
 )
 from prunewright.tools.store.rundir import RunDirectory
 from prunewright.tools.store.storage import write_json
@@ -39,7 +40,7 @@ class Prompted:
     def __init__(self, answer: str) -> None:
         self._answer = answer
 
-    def decide(self, observation: Observation) -> Decision:
+    def decide(self, observation: Observation) -> Decision | Trials:
         prompt(observation)
         return read_answer(self._answer)
 

@@ -7,8 +7,9 @@ from typing import Literal
 
 from prunewright.state import PruneState
 from prunewright.state.config import GuardOptions
-from prunewright.state.run import TOLERANCE, Status
+from prunewright.state.run import TOLERANCE, Best, Status
 from prunewright.state.shown import told_apart
+from prunewright.tools.losses import change_with_error
 
 
 def guard_reason(
@@ -62,6 +63,41 @@ def guard_reason(
     return ""
 
 
+NEARER = TOLERANCE / 10
+"""Difference of sparsity that decides between two revisions at the target."""
+MAX_FRUITLESS = 2
+"""Returns to the target in a row that gain nothing, after which a run ends there."""
+
+
+def at_target(sparsity: float, target: float) -> bool:
+    """Whether a sparsity is that of the target, within `TOLERANCE`."""
+    return sparsity >= target - min(TOLERANCE, target / 2)
+
+
+def returned(best: Best | None, now: Best) -> Best:
+    """What is kept at the target once an accepted step has ended there.
+
+    It gained if its perplexity is below the best one's by more than the standard error of that
+    change, paired over the guard windows. The lower perplexity of the two is kept, unless one of
+    them is nearer to the target by more than `NEARER`: sparsity that is missing is perplexity, too.
+
+    Args:
+        best: what was kept before; None if the target was never reached.
+        now: the step's revision, its counts 0.
+    """
+    if best is None:
+        return now
+    change, error = change_with_error(best["losses"], now["losses"])
+    nearer = now["sparsity"] - best["sparsity"]
+    lower = now["perplexity"] < best["perplexity"]
+    kept = now if nearer > NEARER or (lower and nearer >= -NEARER) else best
+    return {
+        **kept,
+        "returns": best["returns"] + 1,
+        "fruitless": 0 if change < -error else best["fruitless"] + 1,
+    }
+
+
 def termination(
     *,
     sparsity: float,
@@ -73,6 +109,7 @@ def termination(
     nothing_fits: bool = False,
     done: bool = True,
     cut: bool = False,
+    fruitless: int | None = None,
 ) -> Status:
     """Whether the run goes on after a step, and if not, why.
 
@@ -86,10 +123,15 @@ def termination(
         nothing_fits: of a run with an N:M pattern, that no whole layer fits under the target.
         done: what the step's decision says; false goes on at the target while steps are left.
         cut: that the bound of a step alone kept it from the target, so that another one lands.
+        fruitless: returns to the target just now, in a row, that gained nothing; None: it was never
+            reached. Once it was, a run that ends below it has a revision there to end with.
     """
     out_of_steps, stuck = steps >= max_steps, stalls >= max_stalls
-    reached = sparsity >= target - min(TOLERANCE, target / 2) or nothing_fits
-    if reached and (out_of_steps or stuck or (done and not cut)):
+    reached = at_target(sparsity, target) or nothing_fits
+    over = out_of_steps or stuck or (fruitless or 0) >= MAX_FRUITLESS
+    if over and (reached or fruitless is not None):
+        return "target_reached"
+    if reached and done and not cut:
         return "target_reached"
     if stuck:
         return "stalled"

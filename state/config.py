@@ -540,6 +540,14 @@ class PruneRequest(Options):
         return values | ({"domains": domains} if any(domains.values()) else {})
 
     @property
+    def crowded(self) -> bool:
+        """Whether predicted costs hold a factor for how sparse a layer is.
+
+        None where kept weights are solved for: they make up for more in a layer that gives more.
+        """
+        return self.reconstruct == "none" and self.pattern == "unstructured"
+
+    @property
     def criterion_words(self) -> str:
         """Criterion, pattern, and whether weights are reconstructed, for people to read."""
         words = f"{self.criterion}, {self.pattern}"

@@ -69,6 +69,27 @@ class RunEnd(TypedDict):
     """What was done after the last step; absent in runs that ended when there was none of it."""
 
 
+class Best(TypedDict):
+    """The best accepted revision at the target, by guard perplexity, and how refining it goes on.
+
+    Absent until the target is first reached.
+    """
+
+    step: int
+    """The step that made it."""
+    revision: str
+    sparsity: float
+    perplexity: float
+    losses: list[float]
+    """Its mean loss on each guard window, nats a token."""
+    knowledge: float | None
+    """Its factual recall, where the guard bounds that."""
+    returns: int
+    """Times that a step has ended at the target since."""
+    fruitless: int
+    """How many of the latest in a row gained nothing, steps without a revision counted, too."""
+
+
 class PruneInput(TypedDict):
     """What starts a run."""
 
@@ -118,6 +139,8 @@ class PruneState(TypedDict, total=False):
     rollbacks: int
     stalls: int
     """Rollbacks and empty decisions in a row."""
+    best: Best | None
+    """What the run ends with once the target was reached, whatever comes after."""
     history: list[StepSummary]
     """The latest steps, by whose seals trace.jsonl is checked."""
     result: RunEnd | None

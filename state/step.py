@@ -66,6 +66,17 @@ class DomainMeasure(BaseModel):
     """Standard error of the paired change over the domain's guard windows."""
 
 
+class Kept(BaseModel):
+    """The earlier step whose revision a run ended with: the best at the target."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step: int
+    """Its index, from 0."""
+    perplexity: float
+    """Guard perplexity of its revision."""
+
+
 class Step(BaseModel):
     """One step of a run: proposed, then applied, measured, and judged.
 
@@ -136,6 +147,8 @@ class Step(BaseModel):
     """The accepted revision, after the step once it is judged."""
     sparsity: float
     """Of that revision."""
+    kept: Kept | None = None
+    """Of the last step: the earlier one that the run went back to; None: it ended with its own."""
     previous: str = ""
     """Seal of the line of the step before in trace.jsonl; "" for the first step's."""
 
@@ -147,6 +160,8 @@ class Step(BaseModel):
     @property
     def accepted_perplexity(self) -> float:
         """Guard perplexity of the revision that the step left."""
+        if self.kept is not None:
+            return self.kept.perplexity
         if self.verdict == "accepted" and self.candidate_perplexity is not None:
             return self.candidate_perplexity
         return self.perplexity_before

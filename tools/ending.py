@@ -68,6 +68,8 @@ def describe_ending(
                 f"no dense layer fits under the target any more: {missing:.4f} is missing to it, "
                 "as layers are taken whole"
             )
+        if records and (kept := records[-1].kept) is not None:
+            words += f"; of the revisions there the best is kept, that of step {kept.step + 1}"
         return Ending(words)
     lost = [r for r in records if kind_of(r) != "accepted"]
     settings: dict[str, str] = {}

@@ -176,7 +176,7 @@ def make_agent(context: PruneContext, spent: Spent | None = None) -> tuple[str, 
     """
     name = resolve_agent(context.agent, context.agent_options).name
     if name in CONTROLS:
-        return name, CONTROLS[name]()
+        return name, _control(name, context.agent_options)
     if (found := _own(name)) is not None:
         return name, found(**_options(name, found, context.agent_options))
     kind, _, path = name.partition(":")
@@ -193,6 +193,19 @@ def make_agent(context: PruneContext, spent: Spent | None = None) -> tuple[str, 
     return name, LLMAgent(
         name, context.agent_options, context.asking, spent, context.out or "RUN_DIR"
     )
+
+
+def _control(name: str, options: Mapping[str, Any]) -> Agent:
+    """A control, with those of the options that it has: the others are an LLM's.
+
+    Raises:
+        InputError: it cannot refine and is to, or its options are none.
+    """
+    made = CONTROLS[name]
+    known = inspect.signature(made).parameters
+    if options.get("refine") and "refine" not in known:
+        raise InputError(f"agent {name} does not refine: leave agent_options.refine away")
+    return made(**{key: value for key, value in options.items() if key in known})
 
 
 def _hint(name: str) -> str:

@@ -62,6 +62,7 @@ def observe(
         bounds=bounds,
         max_knowledge_drop=context.guard.max_knowledge_drop,
         criterion=request.criterion,
+        crowded=request.crowded,
         pattern=request.pattern,
         dense_perplexity=state["dense_perplexity"],
         perplexity=state["perplexity"],
@@ -75,6 +76,7 @@ def observe(
         seed=request.seed,
         thread=run.thread() or "",
         stalls=state["stalls"],
+        best=state.get("best"),
         max_probes=context.probes,
     )
 
@@ -166,7 +168,7 @@ def check_move(move: Move, observation: Observation) -> tuple[dict[str, float], 
 
     What bounds a layer bounds it, too; a step's bound and the target do not.
     """
-    trial = Decision(reasoning="", layers=move.layers, groups=move.groups, rebalance=True)
+    trial = Decision(reasoning="", layers=move.layers, groups=move.groups)
     decision, problems = check(trial, observation, math.inf)
     if not decision.layers and not problems:
         problems = ["name at least one layer"]

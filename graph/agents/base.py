@@ -19,6 +19,7 @@ from prunewright.state import (
 from prunewright.state.config import pattern_sparsity
 from prunewright.state.decision import MAX_NAME
 from prunewright.state.profile import COST_SIGNAL, SIGNALS
+from prunewright.state.run import Best
 
 
 class InvalidAnswerError(PrunewrightError):
@@ -53,6 +54,8 @@ class Observation:
         max_knowledge_drop: fall below the dense model, of the log-probability of the right answers
             to questions of fact, that is rolled back, nats a token; None: any.
         criterion: which weights go inside a layer.
+        crowded: whether costs hold a factor for how sparse each layer is: `crowded_costs` in
+            tools/calibration/costs.py.
         pattern: ``unstructured``, or ``2:4`` in a run that takes whole layers to that pattern.
         dense_perplexity: guard perplexity of the dense model.
         perplexity: guard perplexity of the accepted revision.
@@ -69,6 +72,7 @@ class Observation:
         seed: the run's.
         thread: the run's name, which no other run has.
         stalls: steps just before this one that were rolled back or chose nothing, in a row.
+        best: the best revision at the target so far; None until the target was reached.
         refusals: answers of this very step that were refused.
         probes: what the moves came to that were measured in this step, refused ones too.
         max_probes: moves that may be measured before this step is decided on.
@@ -92,6 +96,7 @@ class Observation:
     weights: Mapping[str, float] = field(default_factory=dict)
     domains: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     bounds: Mapping[str, float] = field(default_factory=dict)
+    crowded: bool = False
     pattern: str = "unstructured"
     signals: tuple[str, ...] = SIGNALS
     history: tuple[Step, ...] = ()
@@ -100,7 +105,8 @@ class Observation:
     seed: int = 0
     thread: str = ""
     stalls: int = 0
-    refusals: tuple[Refusal, ...] = field(default=())
+    best: Best | None = None
+    refusals: tuple[Refusal, ...] = ()
     probes: tuple[ProbeReport, ...] = ()
     max_probes: int = 0
     tries: int = 0

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from prunewright.graph.agents.base import Observation
+from prunewright.graph.agents.refining import RefiningAgent
 from prunewright.graph.words.numbers import count
 from prunewright.state import COST_DELTAS, Decision, LayerDelta, LayerProfile
 from prunewright.state.decision import MAX_CHANGE
@@ -19,7 +20,7 @@ WHOLE = 1e-3
 """Weights by which a whole layer may exceed a budget: less than one, what rounding leaves."""
 
 
-class GreedyAgent:
+class GreedyAgent(RefiningAgent):
     """Brings the layers to where the next weight costs the same everywhere.
 
     Each layer offers slices of sparsity, at the marginal costs between the profile's
@@ -29,7 +30,7 @@ class GreedyAgent:
     pattern layers are taken and restored as a whole, by their price.
     """
 
-    def decide(self, observation: Observation) -> Decision:
+    def choose(self, observation: Observation) -> Decision:
         """The cheapest slices that fill the budget; with a pattern, whole layers."""
         if observation.pattern_sparsity is not None:
             return _settled(observation, _cheapest_whole(observation))

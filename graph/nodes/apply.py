@@ -31,10 +31,8 @@ def apply_prune(state: PruneState, work: Work) -> PruneUpdate:
         with work.live_model() as bench:
             before = dict(bench.tokens)
             bench.sync(state["revision"])
-            # Where the run may end with this step, it ends on the target.
-            last = step.decision.done or observation.steps_left == 1
-            fill = TOLERANCE if last else 0.0
-            counts, notes = changed_counts(bench, state["revision"], deltas, fill)
+            # Whatever ends at the target may be what the run ends with.
+            counts, notes = changed_counts(bench, state["revision"], deltas, TOLERANCE)
             applied = {}
             if counts:
                 earlier = bench.sparsities()

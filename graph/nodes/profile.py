@@ -87,9 +87,15 @@ def profile(state: PruneState, work: Work) -> PruneUpdate:
 
 
 def _gave_back(state: PruneState, run: RunDirectory) -> bool:
-    """Whether the step before restored weights: gradients know nothing of those."""
-    last = run.read_steps(state["history"])[-1:]
-    return any(s.verdict == "accepted" and min(s.applied.values(), default=0) < 0 for s in last)
+    """Whether the step before restored weights: gradients know nothing of those.
+
+    So does going back to the best revision, as a run did that is to reach a higher target now.
+    """
+    return any(
+        step.kept is not None
+        or (step.verdict == "accepted" and min(step.applied.values(), default=0) < 0)
+        for step in run.read_steps(state["history"])[-1:]
+    )
 
 
 def _fresh_state(dense: float, losses: list[float], sparsity: float) -> PruneUpdate:
@@ -103,5 +109,6 @@ def _fresh_state(dense: float, losses: list[float], sparsity: float) -> PruneUpd
         "dense_perplexity": dense,
         "rollbacks": 0,
         "stalls": 0,
+        "best": None,
         "history": [],
     }

@@ -3,7 +3,7 @@
 import math
 
 from prunewright.graph.nodes.common import Work, node
-from prunewright.graph.routing import termination
+from prunewright.graph.routing import at_target, returned, termination
 from prunewright.graph.whole_layers import MISSING, model_notes, nothing_fits
 from prunewright.graph.words.steps import step_words
 from prunewright.state import (
@@ -14,7 +14,8 @@ from prunewright.state import (
     Step,
     StepSummary,
 )
-from prunewright.state.run import TOLERANCE
+from prunewright.state.run import TOLERANCE, Best
+from prunewright.state.step import Kept
 from prunewright.tools.bench.own_zeros import own_zeros_words
 from prunewright.tools.counting import most_zeros
 from prunewright.tools.losses import change_with_error, measures
@@ -29,6 +30,31 @@ def reflect(state: PruneState, work: Work) -> PruneUpdate:
     """Accept the step or not, record it, decide whether the run goes on."""
     request, context, run = work.request, work.context, work.run
     step, at_end = _whole_layers(_with_model_notes(_judged(state, request, run), run), run, request)
+    accepted = step.verdict == "accepted"
+    # A person who rejects can stop the run, too: that is not the run's to do.
+    stalls = 0 if accepted else state["stalls"] + (not _rejected(step.review))
+    cut = accepted and _is_cut(step, run, request)
+    best = _best(state, step, at_end or (at_target(step.sparsity, request.target) and not cut))
+    status = termination(
+        sparsity=step.sparsity,
+        target=request.target,
+        steps=state["step"] + 1,
+        max_steps=context.max_steps,
+        stalls=stalls,
+        max_stalls=context.max_stalls,
+        nothing_fits=at_end,
+        done=step.decision.done,
+        cut=cut,
+        fruitless=None if best is None else best["fruitless"],
+    )
+    losses = state["candidate_losses"] if accepted else state["guard_losses"]
+    known, recalled = state.get("knowledge"), step.candidate_knowledge
+    if accepted and known is not None and recalled is not None:
+        known = {**known, "accepted": recalled, "revision": step.revision}
+    if status != "running" and best is not None and best["revision"] != step.revision:
+        step, losses = _gone_back(step, best), best["losses"]
+        if known is not None and best["knowledge"] is not None:
+            known = {**known, "accepted": best["knowledge"], "revision": step.revision}
     line = run.steps.append(step, state["history"])
     step = line.step
     summary: StepSummary = {
@@ -40,30 +66,17 @@ def reflect(state: PruneState, work: Work) -> PruneUpdate:
         "change": step.change,
         "layers": len(step.applied),
     }
-    history = [*state["history"], summary][-KEPT:]
-    accepted = step.verdict == "accepted"
-    # A person who rejects can stop the run, too: that is not the run's to do.
-    stalls = 0 if accepted else state["stalls"] + (not _rejected(step.review))
     update: PruneUpdate = {
         "summary": step_words(step),
         "step": state["step"] + 1,
         "revision": step.revision,
         "sparsity": step.sparsity,
         "perplexity": summary["perplexity"],
-        "guard_losses": state["candidate_losses"] if accepted else state["guard_losses"],
+        "guard_losses": losses,
         "stalls": stalls,
-        "history": history,
-        "status": termination(
-            sparsity=step.sparsity,
-            target=request.target,
-            steps=state["step"] + 1,
-            max_steps=context.max_steps,
-            stalls=stalls,
-            max_stalls=context.max_stalls,
-            nothing_fits=at_end,
-            done=step.decision.done,
-            cut=accepted and _is_cut(step, run, request),
-        ),
+        "best": best,
+        "history": [*state["history"], summary][-KEPT:],
+        "status": status,
         # What only this step needed is not carried on into the next one's checkpoints.
         "profile": None,
         "proposal": None,
@@ -75,12 +88,54 @@ def reflect(state: PruneState, work: Work) -> PruneUpdate:
         "step_file": "",
         "rollback_reason": "",
     }
-    known, recalled = state.get("knowledge"), step.candidate_knowledge
-    if accepted and known is not None and recalled is not None:
-        known = {**known, "accepted": recalled, "revision": step.revision}
+    if known is not None:
         update["knowledge"] = known
     work.tell({"step": step.model_dump(mode="json")})
     return update
+
+
+def _best(state: PruneState, step: Step, reached: bool) -> Best | None:
+    """The best revision at the target, once a step is judged.
+
+    A step that is accepted below the target, to come back to it, changes nothing; one that came to
+    nothing gained nothing, but for what a person rejected.
+    """
+    best = state.get("best")
+    if step.verdict == "accepted":
+        if not reached:
+            return best
+        now: Best = {
+            "step": step.step,
+            "revision": step.revision,
+            "sparsity": step.sparsity,
+            "perplexity": step.accepted_perplexity,
+            "losses": state["candidate_losses"],
+            "knowledge": step.candidate_knowledge,
+            "returns": 0,
+            "fruitless": 0,
+        }
+        return returned(best, now)
+    if best is None or _rejected(step.review):
+        return best
+    return {**best, "fruitless": best["fruitless"] + 1}
+
+
+def _gone_back(step: Step, best: Best) -> Step:
+    """The last step of a run that ends with an earlier one's revision."""
+    own = step.accepted_perplexity
+    words = (
+        f"the run ends with the revision of step {best['step'] + 1}, the best at the target: guard "
+        f"perplexity {best['perplexity']:.3f}, and {own:.3f} after the last step, at a sparsity of "
+        f"{step.sparsity:.4f}"
+    )
+    return step.model_copy(
+        update={
+            "revision": best["revision"],
+            "sparsity": best["sparsity"],
+            "kept": Kept(step=best["step"], perplexity=best["perplexity"]),
+            "notes": [*step.notes, words],
+        }
+    )
 
 
 def _judged(state: PruneState, request: PruneRequest, run: RunDirectory) -> Step:

@@ -347,7 +347,7 @@ def has_ended(state: PruneState) -> bool:
 
 def ends_now(state: PruneState, config: PruneConfig) -> Status:
     """How a run that goes on from a checkpoint would end before its first step, or that it runs."""
-    raised = is_raised(state, config)
+    raised, best = is_raised(state, config), state.get("best")
     return termination(
         sparsity=state["sparsity"],
         target=config.target,
@@ -359,6 +359,7 @@ def ends_now(state: PruneState, config: PruneConfig) -> Status:
         # A run that has reached its target has, whatever else is changed.
         nothing_fits=state["status"] == "target_reached" and not raised,
         done=state["status"] != "running",
+        fruitless=None if raised or best is None else best["fruitless"],
     )
 
 
@@ -375,6 +376,7 @@ def reopened(state: PruneState, config: PruneConfig) -> PruneUpdate:
     """
     if is_raised(state, config):
         request = config.request.model_dump(mode="json")
-        return {"status": "running", "result": None, "stalls": 0, "request": request}
+        fresh: PruneUpdate = {"status": "running", "result": None, "stalls": 0, "best": None}
+        return {**fresh, "request": request}
     stalls = 0 if state["status"] == "stalled" else state["stalls"]
     return {"status": "running", "result": None, "stalls": stalls}

@@ -77,8 +77,7 @@ def preview(directory: RunDirectory, step: int | None = None) -> Preview:
         about = f"the step before the next: step {newest['step'] + 1} has no profile yet"
     records = directory.read_steps(state["history"])
     observation = observe(state, config.request, config.context, directory, records)
-    schema = answer_schema(observation.probes_left > 0)
-    return Preview(state["step"], about, prompt(observation), schema)
+    return Preview(state["step"], about, prompt(observation), answer_schema(observation))
 
 
 def _states(directory: RunDirectory, step: int | None) -> tuple[dict[str, Any], PruneState | None]:

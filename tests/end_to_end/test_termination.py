@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from prunewright.graph import run
+from prunewright.graph import resume, run
+from prunewright.tools.signatures import find_signatures
 from prunewright.tools.store.rundir import RunDirectory
+from prunewright.tools.store.trace import layer_sparsities, read_story
 
 REACHED = "target_reached"
 
@@ -110,9 +112,11 @@ def test_status_in_metrics(
         assert "no weight" in empty[0]["reason"]
 
 
+PROJECTIONS = [
+    *(f"self_attn.{kind}_proj" for kind in "qkvo"),
+    *(f"mlp.{kind}_proj" for kind in ("gate", "up", "down")),
+]
 ALL_BUT_A_BIT = {"layers": {"*": 0.1496}}
-SWAP = {"layers": {"0.mlp.up_proj": -0.1, "1.mlp.up_proj": 0.1}, "rebalance": True}
-SWAP_BACK = {"layers": {"0.mlp.up_proj": 0.05, "1.mlp.up_proj": -0.05}, "rebalance": True}
 
 
 def steps_of(out: Path) -> list[dict[str, Any]]:
@@ -155,31 +159,88 @@ def test_a_step_that_would_end_just_below_the_target_is_filled_up_where_there_is
     assert any("to land on the target" in note for note in step["notes"]) == filled
 
 
-def test_a_step_that_does_not_end_the_run_is_applied_as_it_is(
+def test_an_agent_may_go_on_at_the_target_and_the_best_revision_there_is_the_result(
     scripted: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    goes_on = ALL_BUT_A_BIT | {"done": False}
-    run(scripted(goes_on, goes_on | {"layers": {"*": 0.0008}}, max_steps=2), out=tmp_path / "run")
-    first, last = steps_of(tmp_path / "run")
-    assert 0.149 < first["sparsity"] < 0.1497
-    assert last["sparsity"] == pytest.approx(0.15, abs=6e-5)
+    """A step that lands just below is filled up in the middle of a run, too: it may be the best."""
+    fill = {"layers": {"*": 0.3996}, "done": False}
+    # One block takes nearly all that the other one has.
+    harm = {"layers": {f"{b}.{p}": d for b, d in ((0, 0.35), (1, -0.35)) for p in PROJECTIONS}}
+    harm |= {"rebalance": True, "done": False}
+    back = {"layers": {"0.mlp.up_proj": -0.05}, "rebalance": True, "done": False}
+    steps = [fill, harm, back, {"layers": {"0.mlp.up_proj": 0.05}}]
+    out = tmp_path / "run"
+    metrics = run(scripted(*steps, max_steps=9, target=0.4, step=0.5), out=out).metrics
+    trace = steps_of(out)
+    assert (metrics.status, metrics.steps) == (REACHED, 4)
+    assert {step["verdict"] for step in trace} == {"accepted"}
+    weights = RunDirectory(out).manifest()["model"]["prunable_weights"]
+    assert round(trace[0]["sparsity"] * weights) == math.floor(0.4 * weights)
+    assert trace[1]["sparsity"] == trace[3]["sparsity"] == trace[0]["sparsity"]
+    assert trace[2]["sparsity"] < trace[1]["sparsity"] - 0.005
+    first, last = trace[0], trace[-1]
+    assert last["candidate_perplexity"] > first["candidate_perplexity"]
+    assert last["kept"] == {"step": 0, "perplexity": first["candidate_perplexity"]}
+    assert (last["revision"], last["sparsity"]) == (first["revision"], first["sparsity"])
+    assert last["candidate"] != last["revision"]
+    assert metrics.revision == first["revision"]
+    assert metrics.perplexity.guard.final == first["candidate_perplexity"]
+    assert metrics.sparsity == first["sparsity"]
+    assert any("ends with the revision of step 1, the best" in note for note in last["notes"])
+    assert "the best is kept, that of step 1" in metrics.reason
+    # The saved model has its zeros, and what is read from the directory tells of those.
+    story = read_story(RunDirectory(out))
+    assert set(layer_sparsities(story).values()) == set(first["applied"].values())
+    # On to a higher target it goes from there.
+    higher = resume(out, target=0.45, agent="greedy", agent_options={})
+    onward = steps_of(out)[4]
+    assert higher.metrics.status == REACHED
+    assert onward["sparsity_before"] == first["sparsity"]
+    assert onward["perplexity_before"] == first["candidate_perplexity"]
+    profile = RunDirectory(out).read_profile(onward["profile"])
+    assert profile.revision == profile.gradient_revision == first["revision"]
 
 
-def test_an_agent_may_go_on_past_the_target_and_ends_the_run_itself(
+def test_two_returns_to_the_target_that_gain_nothing_end_the_run(
     scripted: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    fill = {"layers": {"*": 0.15}}
+    # Back and forth between the same masks: nothing can be gained.
+    fill = {"layers": {"*": 0.15}, "done": False}
     back = {"layers": {"*": -0.05}, "rebalance": True, "done": False}
     refill = {"layers": {"*": 0.05}, "done": False}
-    steps = [fill | {"done": False}, SWAP | {"done": False}, back, refill, SWAP_BACK]
-    metrics = run(scripted(*steps, max_steps=9), out=tmp_path / "run").metrics
-    trace = steps_of(tmp_path / "run")
+    steps = [fill, back, refill, back, refill, back]
+    config = scripted(*steps, criterion="magnitude", max_steps=9)
+    metrics = run(config, out=tmp_path / "run").metrics
     assert (metrics.status, metrics.steps) == (REACHED, 5)
-    assert [round(step["sparsity"], 2) for step in trace] == [0.15, 0.15, 0.1, 0.15, 0.15]
-    assert all(step["sparsity"] <= 0.15 for step in trace)
-    assert {step["verdict"] for step in trace} == {"accepted"}
-    swapped = next(v for n, v in trace[1]["applied"].items() if "0.mlp.up_proj" in n)
-    assert swapped == pytest.approx(-0.1, abs=1e-3)
+    trace = steps_of(tmp_path / "run")
+    assert len({step["revision"] for step in trace}) == 2
+    assert trace[-1]["kept"] is None
+    assert find_signatures(RunDirectory(tmp_path / "run").read_trace()) == {}
+
+
+@pytest.mark.parametrize(("refine", "most", "steps"), [(0, 9, 2), (1, 9, 4), (1, 3, 2)])
+def test_greedy_refines_at_the_target(
+    refine: int, most: int, steps: int, config: dict[str, Any], tmp_path: Path
+) -> None:
+    """A cycle is begun where its two steps are left."""
+    config |= {"target": 0.2, "max_steps": most, "guard": {"max_increase": 1e6}}
+    config |= {"agent_options": {"refine": refine}, "profile": {"gradient_every": 9}}
+    metrics = run(config, out=tmp_path / "run").metrics
+    trace = RunDirectory(tmp_path / "run").read_trace()
+    assert (metrics.status, metrics.steps) == (REACHED, steps)
+    at = [step.candidate_perplexity for step in trace if step.candidate_perplexity]
+    if steps == 2:
+        return
+    restored, again = trace[2:]
+    before = RunDirectory(tmp_path / "run").read_profile(restored.profile)
+    assert restored.applied.keys() == {p.name for p in before.layers if p.pruned > 0}
+    assert all(-0.05 - 1e-9 <= delta < 0 for delta in restored.applied.values())
+    assert restored.decision.rebalance
+    assert again.decision.done
+    profile = RunDirectory(tmp_path / "run").read_profile(again.profile)
+    assert profile.gradient_revision == restored.candidate
+    assert metrics.perplexity.guard.final == min(at[1], at[3])
+    assert metrics.sparsity == trace[1].sparsity
 
 
 @pytest.mark.parametrize(("limit", "steps"), [({"max_steps": 3}, 3), ({"max_stalls": 2}, 3)])

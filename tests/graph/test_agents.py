@@ -40,6 +40,7 @@ from prunewright.state import (
     check_decision,
 )
 from prunewright.state.config import DEFAULT_AGENT
+from prunewright.state.run import Best
 
 if TYPE_CHECKING:
     from tests.graph.conftest import FakeGemini
@@ -625,3 +626,61 @@ def test_a_control_halves_its_step_after_each_rollback(
         return sum(item.delta for item in control().decide(observation).layers) / len(layers)
 
     assert [gain(n) for n in range(4)] == pytest.approx([0.04, 0.02, 0.01, 0.005], rel=1e-6)
+
+
+# Refining
+
+
+@pytest.mark.parametrize(
+    ("agent", "refine", "words"),
+    [
+        ("greedy", -1, "agent_options.refine: -1 is no number of cycles, 0 or more"),
+        ("greedy", True, "agent_options.refine: True is no number of cycles"),
+        ("greedy", "2", "agent_options.refine: '2' is no number of cycles"),
+        ("zscore", 1, "agent zscore does not refine: leave agent_options.refine away"),
+    ],
+)
+def test_who_refines_how_often(agent: str, refine: Any, words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        check_agent(PruneContext(agent=agent, agent_options={"refine": refine}))
+    assert words in str(caught.value)
+
+
+def test_a_control_leaves_an_llms_options_alone() -> None:
+    options = {"temperature": 0.5, "refine": 2}
+    assert isinstance(
+        make_agent(PruneContext(agent="greedy", agent_options=options))[1], GreedyAgent
+    )
+    assert check_agent(PruneContext(agent="uniform", agent_options={"temperature": 0.5}))
+
+
+def test_whole_layers_are_not_refined(make_observation: MakeObservation) -> None:
+    with pytest.raises(InputError, match="a pattern takes layers as a whole"):
+        GreedyAgent(refine=1).decide(make_observation(pattern="2:4"))
+
+
+def test_before_the_target_and_without_steps_left_nothing_is_restored(
+    make_layer: MakeLayer, make_observation: MakeObservation
+) -> None:
+    def best(returns: int) -> Best:
+        kept: Any = {"step": 1, "revision": "r", "perplexity": 20.0, "losses": [], "fruitless": 0}
+        return {**kept, "sparsity": 0.3, "knowledge": None, "returns": returns}
+
+    layers = [make_layer(i, sparsity=0.3 if i else 0.02) for i in range(4)]
+    sparsity = sum(p.sparsity for p in layers) / 4
+    there = make_observation(layers, target=sparsity, best=best(0), max_step=0.05)
+    restored = GreedyAgent(refine=1).decide(there)
+    assert [item.delta for item in restored.layers] == [-0.02, -0.05, -0.05, -0.05]
+    assert (restored.rebalance, restored.done) == (True, False)
+    # The second cycle is over, or its second step is not left.
+    for other in (replace(there, best=best(1)), replace(there, steps_left=1)):
+        assert not GreedyAgent(refine=1).decide(other).layers
+    below = replace(there, target=sparsity + 0.04)
+    for refine, returns, left, done in (
+        *((0, None, 9, True), (1, None, 9, False), (1, None, 2, True), (1, None, 3, False)),
+        *((1, 0, 9, True), (2, 0, 9, False), (2, 1, 9, True)),
+    ):
+        seen = replace(below, best=None if returns is None else best(returns), steps_left=left)
+        decision = GreedyAgent(refine=refine).decide(seen)
+        assert all(item.delta > 0 for item in decision.layers)
+        assert decision.done == done, (refine, returns, left)

@@ -17,7 +17,7 @@ from prunewright.graph.agents.asking import ask
 from prunewright.graph.agents.base import quote_name
 from prunewright.graph.agents.chat.reading import read_answer
 from prunewright.graph.agents.prompt.build import prompt
-from prunewright.state import Decision, Step
+from prunewright.state import Decision, Step, Trials
 from prunewright.state.decision import MAX_GROUPS
 
 MAX_DELTA, CEILING, BUDGET, TARGET = 0.15, 0.9, 0.05, 0.5
@@ -65,7 +65,7 @@ class Says:
     def __init__(self, text: str) -> None:
         self.text = text
 
-    def decide(self, observation: Observation) -> Decision:
+    def decide(self, observation: Observation) -> Decision | Trials:
         return read_answer(self.text)
 
 
@@ -180,6 +180,8 @@ def near_valid(seed: int) -> str:
         said["rebalance"] = r.random() < 0.5
     if r.random() < 0.4:
         said["lessons"] = [r.choice("ab") * r.choice([1, 300, 301])] * r.choice([0, 1, 8, 9])
+    if r.random() < 0.05:
+        said["probes"] = [{"layers": said["layers"]}] * r.choice([0, 1, 5])
     if r.random() < 0.1:
         said[r.choice([*said, "groups", "rebalance"])] = None
     return r.choice(AROUND).replace("@", json.dumps(said))

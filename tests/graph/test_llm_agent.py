@@ -60,7 +60,9 @@ def test_a_good_answer(gemini: FakeGemini, asked: Ask) -> None:
     assert report.predicted_change == pytest.approx(0.004, rel=0.01)
 
 
-def test_what_the_server_gets(gemini: FakeGemini, asked: Ask) -> None:
+def test_what_the_server_gets(
+    gemini: FakeGemini, asked: Ask, make_observation: Callable[..., Observation]
+) -> None:
     gemini.script = [gemini.decision(*GOOD)]
     asked()
     (received,) = gemini.received
@@ -69,16 +71,16 @@ def test_what_the_server_gets(gemini: FakeGemini, asked: Ask) -> None:
     assert received.generation["temperature"] == 0.5
     assert received.generation["responseMimeType"] == "application/json"
     schema = received.generation["responseJsonSchema"]
-    assert schema == answer_schema()
+    assert schema == answer_schema(make_observation())
     assert gemini.key not in json.dumps(received.body)
     assert [role for role, _ in received.turns] == ["user"]
     assert [row["name"] for row in received.table] == [f"{i}.mlp.down_proj" for i in range(4)]
     assert received.budget == 0.05
 
 
-def test_the_schema_that_is_sent() -> None:
+def test_the_schema_that_is_sent(make_observation: Callable[..., Observation]) -> None:
     """Flat, closed, and without the length bounds that Gemini refuses to serve."""
-    schema = answer_schema()
+    schema = answer_schema(make_observation())
     text = json.dumps(schema)
     assert all(word not in text for word in ("maxItems", "maxLength", "$ref", "$defs", "anyOf"))
     assert schema["required"] == [

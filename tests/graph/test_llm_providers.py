@@ -56,7 +56,9 @@ def test_a_good_answer(llm: FakeLLM, asked: Ask) -> None:
     assert (report.llm_calls, report.repairs, report.llm_tokens) == (1, 0, 321)
 
 
-def test_what_each_server_gets(llm: FakeLLM, asked: Ask) -> None:
+def test_what_each_server_gets(
+    llm: FakeLLM, asked: Ask, make_observation: Callable[..., Observation]
+) -> None:
     llm.script = [llm.decision(*GOOD)]
     asked()
     (received,) = llm.received
@@ -71,13 +73,14 @@ def test_what_each_server_gets(llm: FakeLLM, asked: Ask) -> None:
     assert received.system.startswith("You decide how an LLM is pruned")
     assert [role for role, _ in received.turns] == ["user"]
     assert [row["name"] for row in received.table] == [f"{i}.mlp.down_proj" for i in range(4)]
+    schema = answer_schema(make_observation())
     if llm.provider == "anthropic":  # its client moves bounds into the descriptions
-        assert received.schema["required"] == answer_schema()["required"]
+        assert received.schema["required"] == schema["required"]
         assert received.schema["additionalProperties"] is False
     else:
         # OpenAI's client sends title and description beside the schema.
-        beside = {"title": "Decision", "description": answer_schema()["description"]}
-        assert received.schema | beside == answer_schema()
+        beside = {"title": "Decision", "description": schema["description"]}
+        assert received.schema | beside == schema
     if llm.provider == "openai":
         assert received.body["response_format"]["json_schema"]["strict"] is True
     if llm.provider == "ollama":

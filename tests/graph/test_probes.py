@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,10 @@ def test_moves_are_measured_and_the_llm_is_asked_again(
 
 
 def test_without_probes_left_they_are_not_offered_and_refused(
-    config: dict[str, Any], gemini: FakeGemini, tmp_path: Path
+    config: dict[str, Any],
+    gemini: FakeGemini,
+    tmp_path: Path,
+    make_observation: Callable[..., Observation],
 ) -> None:
     up, q = move(("0.mlp.up_proj", 0.1)), move(("1.self_attn.q_proj", 0.1))
     gemini.script = [
@@ -143,8 +147,8 @@ def test_without_probes_left_they_are_not_offered_and_refused(
     assert (metrics.probes, metrics.tokens["probe"]) == (2, 2 * TOKENS)
     assert record.invalid_answers == ["no probes are left in this step: decide"]
     third, fourth = gemini.received[2:]
-    assert [r.schema for r in gemini.received[:2]] == [answer_schema(probes=True)] * 2
-    assert [third.schema, fourth.schema] == [answer_schema()] * 2
+    schemas = [answer_schema(make_observation(max_probes=most)) for most in (2, 0)]
+    assert [r.schema for r in gemini.received] == [schemas[0]] * 2 + [schemas[1]] * 2
     assert third.turns[0][1].endswith("No probes are left in this step: decide.")
     # What was measured is told again with what was wrong.
     assert fourth.turns[0] == third.turns[0]

@@ -7,10 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunewright.graph.routing import guard_reason, route_guard, route_termination, termination
+from prunewright.graph.routing import (
+    guard_reason,
+    returned,
+    route_guard,
+    route_termination,
+    termination,
+)
 from prunewright.state import STATUS_WORDS, PruneState
 from prunewright.state.config import GuardOptions
-from prunewright.state.run import Status
+from prunewright.state.run import Best, Status
 
 PERPLEXITIES = st.floats(1.0, 1e300)
 
@@ -94,6 +100,19 @@ def test_a_fall_is_never_rolled_back() -> None:
         ({"stalls": 2}, "running"),
         ({"stalls": 3}, "stalled"),
         ({"steps": 40, "stalls": 3}, "stalled"),
+        ({"sparsity": 0.45, "done": False}, "running"),
+        ({"sparsity": 0.45, "done": False, "steps": 40}, "target_reached"),
+        ({"sparsity": 0.4495, "cut": True}, "running"),
+        # Once the target was reached: at it, and below it on the way back.
+        ({"sparsity": 0.45, "done": False, "fruitless": 0}, "running"),
+        ({"sparsity": 0.45, "done": False, "fruitless": 1}, "running"),
+        ({"sparsity": 0.45, "done": False, "fruitless": 2}, "target_reached"),
+        ({"sparsity": 0.45, "fruitless": 0}, "target_reached"),
+        ({"sparsity": 0.4, "fruitless": 0}, "running"),
+        ({"sparsity": 0.4, "fruitless": 1, "done": False}, "running"),
+        ({"sparsity": 0.4, "fruitless": 2}, "target_reached"),
+        ({"sparsity": 0.4, "fruitless": 0, "steps": 40}, "target_reached"),
+        ({"sparsity": 0.4, "fruitless": 1, "stalls": 3}, "target_reached"),
     ],
 )
 def test_termination(changes: dict[str, Any], status: str) -> None:
@@ -106,6 +125,43 @@ def test_termination(changes: dict[str, Any], status: str) -> None:
         "max_stalls": 3,
     }
     assert termination(**(values | changes)) == status
+
+
+def best(*losses: float, sparsity: float = 0.45, **counts: int) -> Best:
+    """A revision at the target with some losses, named by them."""
+    return {
+        "step": 7,
+        "revision": str(losses),
+        "sparsity": sparsity,
+        "perplexity": math.exp(sum(losses) / len(losses)),
+        "losses": list(losses),
+        "knowledge": None,
+        "returns": counts.get("returns", 0),
+        "fruitless": counts.get("fruitless", 0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("now", "kept", "fruitless"),
+    [
+        # Every window fell by the same, which has no error.
+        (best(2.9, 3.9, 4.9), True, 0),
+        # It fell by 0.1 on average, with an error of 0.1 and a little, or half of that.
+        (best(2.7, 3.9, 5.1), True, 2),
+        (best(2.8, 3.9, 5.0), True, 0),
+        (best(3.0, 4.0, 5.0), False, 2),
+        (best(3.1, 4.1, 5.1), False, 2),
+        # What is nearer to the target is kept, and what is further from it is not.
+        (best(3.1, 4.1, 5.1, sparsity=0.4502), True, 2),
+        (best(2.9, 3.9, 4.9, sparsity=0.4498), False, 0),
+        (best(2.9, 3.9, 4.9, sparsity=0.44995), True, 0),
+    ],
+)
+def test_what_is_kept_at_the_target(now: Best, kept: bool, fruitless: int) -> None:
+    before = best(3.0, 4.0, 5.0, returns=4, fruitless=1)
+    assert returned(None, now) == now
+    expected = now if kept else before
+    assert returned(before, now) == {**expected, "returns": 5, "fruitless": fruitless}
 
 
 def test_the_bound_on_what_is_forgotten() -> None:

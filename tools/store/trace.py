@@ -157,7 +157,9 @@ def load_metrics(directory: RunDirectory) -> Metrics:
 
 
 def layer_sparsities(story: Story) -> dict[str, float]:
-    """Each layer's sparsity after the last step: the last profile's, and what that step added.
+    """Each layer's sparsity as the steps left it: the last profile's, and what its step added.
+
+    Of a run that went back to an earlier step, that step's.
 
     Raises:
         StoreError: the last step's profile is missing or damaged.
@@ -165,6 +167,8 @@ def layer_sparsities(story: Story) -> dict[str, float]:
     if not story.records:
         return {}
     last = story.records[-1]
+    if last.kept is not None:
+        last = story.records[last.kept.step]
     found: dict[str, float] = {}
     if last.profile:
         profile = story.directory.read_profile(last.profile)

@@ -151,16 +151,17 @@ class LLMAgent:
         self._known = known is not None
         self._asked = self._body = ""
         self._chat = model
-        binding = known.binding if known else {}
-        # By whether probes are left.
-        self._models = {
-            probes: _without_parser(
-                model.with_structured_output(
-                    answer_schema(probes), method="json_schema", include_raw=True, **binding
-                )
+        self._binding = known.binding if known else {}
+        # One that takes no schema is found out before anything costs time.
+        self._bound({"title": "Any", "type": "object", "properties": {}})
+
+    def _bound(self, schema: dict[str, Any]) -> Any:
+        """The chat model, bound to answer in a schema."""
+        return _without_parser(
+            self._chat.with_structured_output(
+                schema, method="json_schema", include_raw=True, **self._binding
             )
-            for probes in (False, True)
-        }
+        )
 
     def greet(self) -> None:
         """Ask a small question: a wrong key or a dead server shows before the model is loaded.
@@ -180,7 +181,7 @@ class LLMAgent:
                 the run's budget of calls or tokens is used up.
         """
         self.notes = [] if observation.tries else list(self._remarks)
-        message = self._ask(prompt(observation), self._models[observation.probes_left > 0])
+        message = self._ask(prompt(observation), self._bound(answer_schema(observation)))
         text = str(message.text)
         if withheld := _withheld(message):
             raise InvalidAnswerError(

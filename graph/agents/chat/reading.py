@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from prunewright.graph.agents.base import InvalidAnswerError
+from prunewright.graph.agents.base import InvalidAnswerError, Observation
 from prunewright.graph.agents.chat.finding import find_object
 from prunewright.state import Decision, Move, Trials
 from prunewright.state.decision import MAX_MOVES
@@ -74,13 +74,13 @@ def plain_schema(model: type[BaseModel]) -> dict[str, Any]:
     return closed | {"title": schema["title"]}
 
 
-def answer_schema(probes: bool = False) -> dict[str, Any]:
+def answer_schema(observation: Observation) -> dict[str, Any]:
     """The schema of an answer as a provider is sent it.
 
     Args:
-        probes: whether moves may be measured before the decision.
+        observation: what is to be decided on; with no probes left moves are not asked for.
     """
-    return plain_schema(Answer if probes else Decision)
+    return plain_schema(Answer if observation.probes_left else Decision)
 
 
 def read_answer(text: str, notes: list[str] | None = None) -> Decision | Trials:
