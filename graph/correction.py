@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import stdev
 
 from prunewright.state import LayerProfile, ModelProfile, Step
 
@@ -35,9 +36,10 @@ def predicted_costs(deltas: Mapping[str, float], profile: ModelProfile) -> dict[
 def ratios(records: Sequence[Step]) -> dict[str, tuple[float, float]]:
     """Measured over predicted cost with its standard error: of all steps, and of kinds of layers.
 
-    A step's ratio is its measured rise of the loss, log(1 + change), over what was predicted for
-    it; a kind of layers has the mean of the steps' ratios, weighted by what each predicted for that
-    kind. The error is the larger of the guard's noise and the spread between the steps.
+    A kind of layers has the mean of each `step_ratio`, weighted by what the step predicted for that
+    kind. The error is the larger of the guard's noise and what the spread between all steps makes
+    of the mean of so few. A step says what all its layers cost together, so a kind that few steps
+    touched takes the spread from the others.
 
     Returns:
         By `ALL`, projection and depth; empty without a measured step that was predicted to cost
@@ -45,10 +47,10 @@ def ratios(records: Sequence[Step]) -> dict[str, tuple[float, float]]:
     """
     weights: dict[str, list[tuple[float, float, float]]] = {}
     for record in records:
-        total = sum(record.predicted_costs.values())
-        if record.change is None or total <= 0:
+        ratio, total = step_ratio(record), sum(record.predicted_costs.values())
+        if ratio is None:
             continue
-        ratio, noise = math.log1p(record.change) / total, (record.change_stderr or 0.0) / total
+        noise = (record.change_stderr or 0.0) / total
         shares = {ALL: total}
         for cell, cost in record.predicted_costs.items():
             for kind in cell.rsplit("@", 1):
@@ -56,13 +58,28 @@ def ratios(records: Sequence[Step]) -> dict[str, tuple[float, float]]:
         for kind, share in shares.items():
             if share > 0:  # a kind that was restored says nothing of what taking costs
                 weights.setdefault(kind, []).append((share, ratio, noise))
-    return {kind: _mean(steps) for kind, steps in weights.items()}
+    known = [ratio for _, ratio, _ in weights.get(ALL, [])]
+    spread = stdev(known) if len(known) > 1 else 0.0
+    return {kind: _mean(steps, spread) for kind, steps in weights.items()}
 
 
-def _mean(steps: list[tuple[float, float, float]]) -> tuple[float, float]:
-    """Weighted mean of ratios and its error; each step is a weight, a ratio and its noise."""
-    whole, count = sum(weight for weight, _, _ in steps), len(steps)
+def step_ratio(record: Step) -> float | None:
+    """A step's measured rise of the loss, log(1 + change), over what was predicted for it.
+
+    None where it was not measured, or nothing was predicted to rise.
+    """
+    total = sum(record.predicted_costs.values())
+    return None if record.change is None or total <= 0 else math.log1p(record.change) / total
+
+
+def _mean(steps: list[tuple[float, float, float]], spread: float) -> tuple[float, float]:
+    """Weighted mean of ratios and its error; each step is a weight, a ratio and its noise.
+
+    Args:
+        steps: those of a kind.
+        spread: standard deviation of a single step's ratio.
+    """
+    whole = sum(weight for weight, _, _ in steps)
     mean = sum(weight * ratio for weight, ratio, _ in steps) / whole
     noise = math.sqrt(sum((weight * error) ** 2 for weight, _, error in steps)) / whole
-    spread = sum((weight * (ratio - mean)) ** 2 for weight, ratio, _ in steps)
-    return mean, max(noise, math.sqrt(spread * count / max(count - 1, 1)) / whole)
+    return mean, max(noise, spread * math.sqrt(sum(w**2 for w, _, _ in steps)) / whole)

@@ -132,7 +132,7 @@ def check_decision(
         pruned: sparsity that steps have added to each layer, and so can be restored.
         parameters: weights of each layer.
         max_delta: bound of one layer's delta, either way.
-        max_step: sparsity that the step may add to the whole model.
+        max_step: sparsity that the step may add to the whole model; inf: it may also add none.
         fixed: with an N:M pattern the one delta of each layer, 0 for those that have none; it
             takes the place of ``max_delta``, ``room`` and ``pruned``.
     """
@@ -172,6 +172,13 @@ def check_decision(
                 if fixed is None
                 else ""
             )
+        )
+    if math.isinf(max_step):  # nothing but layers is bounded
+        return first_problems(problems)
+    if decision.rebalance and gain > SHOWN:
+        problems.append(
+            f"rebalance: true is for a step that gains no sparsity as a whole, and this one gains "
+            f"{gain:.4f}: leave it out, or restore as much as you prune"
         )
     if seen and gain <= 0 and not decision.rebalance:
         problems.append(

@@ -13,9 +13,15 @@ _BLANK = re.compile(
 
 
 def one_line(text: str, most: int, end: str = "") -> str:
-    """Text without line ends and runs of blanks, cut to a length; ``end`` says that it was cut."""
+    """Text without line ends and runs of blanks, cut to a length; ``end`` says that it was cut.
+
+    It is cut between words, unless much would be lost by that.
+    """
     joined = " ".join(text.split())
-    return joined if len(joined) <= most else joined[:most] + end
+    if len(joined) <= most:
+        return joined
+    words = joined[: most + 1].rpartition(" ")[0]
+    return (words if len(words) > most // 2 else joined[:most]) + end
 
 
 def clean(text: str) -> str:

@@ -53,6 +53,15 @@ def test_the_error_is_the_guards_noise_or_the_spread_whichever_is_larger() -> No
     assert even == pytest.approx((1.0, 0.5 / math.sqrt(3)), rel=1e-3)
 
 
+def test_a_kind_that_one_step_touched_has_the_spread_of_all_steps() -> None:
+    records = [step({"q@early": 0.02}, 0.02 * r) for r in (0.5, 1.0, 1.5)]
+    found = ratios([*records, step({"up@late": 0.01}, 0.01)])
+    # 0.5, 1, 1.5 and 1: their standard deviation is the error of a single one.
+    assert found["up"] == pytest.approx((1.0, math.sqrt(0.5 / 3)), rel=1e-3)
+    weighted = math.sqrt(3 * 0.02**2 + 0.01**2) / 0.07
+    assert found["all"][1] == pytest.approx(math.sqrt(0.5 / 3) * weighted, rel=1e-3)
+
+
 def test_costs_by_projection_and_depth_add_up_to_the_predicted_change() -> None:
     layers = [
         LayerProfile(

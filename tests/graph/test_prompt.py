@@ -33,9 +33,12 @@ from prunewright.state import (
     LayerProfile,
     ModelProfile,
     PruneContext,
+    PruneRequest,
     Step,
 )
 from prunewright.state.decision import MAX_NAME
+from prunewright.state.run import Best
+from prunewright.tools.calibration.costs import crowding_exponent
 from prunewright.tools.model.loading import resolve_directory
 
 MakeLayer = Callable[..., LayerProfile]
@@ -295,7 +298,7 @@ def test_the_heads_of_long_tables_come_again(make_observation: MakeObservation) 
     lines = step.splitlines()
     heads = [i for i, line in enumerate(lines) if line.startswith("name | ")]
     assert [b - a for a, b in pairwise(heads)] == [REPEAT + 1] * 3
-    assert sum(line == "step gained change predicted" for line in lines) == 3
+    assert sum(line == "step gained change predicted" for line in lines) == 2
 
 
 @pytest.mark.parametrize(
@@ -324,6 +327,49 @@ def test_the_prompt_says_when_the_run_ends(make_observation: MakeObservation) ->
     assert "The run ends once the target is reached, exactly, or with its last step." in system
     assert ": 0 left after it." in step
     assert "The target is reached: a step can only rebalance." in step
+    assert "Best at the target" not in step
+
+
+def test_the_best_at_the_target_is_told(make_observation: MakeObservation) -> None:
+    best: Best = {
+        "step": 4,
+        "revision": "r",
+        "sparsity": 0.1,
+        "perplexity": 21.2345,
+        "losses": [],
+        "knowledge": None,
+        "returns": 3,
+        "fruitless": 1,
+    }
+    observation = make_observation(target=0.1, sparsity=0.1, best=best)
+    words = " Best at the target so far: perplexity 21.235, of step 5. It is kept. 1 of 2 tries"
+    assert words in texts(observation)[1]
+    assert "tries" not in texts(replace(observation, best={**best, "fruitless": 0}))[1]
+    assert "Best at" not in texts(replace(observation, feedback=False))[1]
+
+
+def test_what_scores_are_of_is_told_where_nothing_else_is(
+    make_layer: MakeLayer, make_observation: MakeObservation
+) -> None:
+    layers = [make_layer(i, measured={"z_s": value}) for i, value in enumerate((1.0, 2.0, 6.0))]
+    observation = make_observation(layers)
+    _, step = texts(replace(observation, signals=("z_s", "z_g")))
+    words = "Behind the scores, mean ± standard deviation over the layers: z_s 3 ± 2.2"
+    assert step.endswith(words)
+    assert "Behind" not in texts(observation)[1]
+
+
+@pytest.mark.parametrize(
+    ("request_", "crowded"),
+    [({}, False), ({"reconstruct": "none"}, True), ({"reconstruct": "layer"}, False)],
+)
+def test_the_factor_in_the_costs_is_told_where_there_is_one(
+    request_: dict[str, Any], crowded: bool, make_observation: MakeObservation
+) -> None:
+    request = PruneRequest(**request_)
+    assert request.crowded == crowded == (crowding_exponent(request.reconstruct != "none") > 0)
+    system, _ = texts(make_observation(crowded=request.crowded))
+    assert ("(1 - the model's sparsity) / (1 - the layer's)) squared" in system) == crowded
 
 
 def test_maps_tell_the_last_changes(make_observation: MakeObservation) -> None:
@@ -463,8 +509,8 @@ def test_the_prompt_says_where_the_run_is(make_observation: MakeObservation) -> 
     assert "Pace: 0.0500 a step" in step
     assert "may add at most 0.05." in step
     assert "dense 20.000, now 21.000 (+5.0 %), last measured change -1.2 ± .04 %." in step
-    assert "Earlier steps" in step
-    assert "Earlier steps" not in texts(make_observation())[1]
+    assert "The latest steps" in step
+    assert "The latest steps" not in texts(make_observation())[1]
 
 
 def test_lessons_are_those_last_stated(make_observation: MakeObservation) -> None:
@@ -487,10 +533,11 @@ def test_the_system_prompt_is_the_same_in_every_step(make_observation: MakeObser
 def test_the_rules_ask_for_what_is_read(make_observation: MakeObservation) -> None:
     system, _ = texts(make_observation())
     asked = re.findall(r"^- (\w+): ", system.partition("Answer with one JSON")[2], re.MULTILINE)
-    assert asked == list(answer_schema()["properties"])
-    probing, _ = texts(make_observation(max_probes=4))
+    assert asked == list(answer_schema(make_observation())["properties"])
+    probed = make_observation(max_probes=4)
+    probing, _ = texts(probed)
     also = re.findall(r"^- (\w+): ", probing.partition("Answer with one JSON")[2], re.MULTILINE)
-    assert also == list(answer_schema(probes=True)["properties"])
+    assert also == list(answer_schema(probed)["properties"])
     layer, group = (json.loads(found) for found in re.findall(r"\{\".*?\}", system))
     answer = {"reasoning": "", "layers": [layer], "groups": [group]}
     decision = read_answer(json.dumps(answer))
@@ -640,8 +687,8 @@ def test_a_step_shows_what_it_forgot(make_observation: MakeObservation) -> None:
     measured = {"knowledge_dense": -2.0, "candidate_knowledge": -2.6}
     bad = last.model_copy(update=measured | {"verdict": "rolled_back", "reason": "forgot it"})
     shown = texts(make_observation(profile.layers, step=2, history=(first, bad)))[1]
-    (line,) = [line for line in shown.splitlines() if line.startswith("2 ")]
-    assert line.endswith("recall -0.600 nats rolled back")
+    (line,) = [line for line in shown.splitlines() if line.startswith("2: ")]
+    assert line.endswith("recall -0.600 nats, rolled back")
     assert "Step 2 was rolled back: forgot it." in shown
 
 
@@ -654,7 +701,7 @@ VARIABLES = [
     "max_layer_sparsity",
     *("max_lessons", "max_lesson", "step", "steps", "steps_left", "target"),
     *("sparsity", "pace", "budget", "dense_perplexity", "perplexity", "last_change"),
-    *("gradient_age", "history", "lessons", "table"),
+    *("gradient_age", "history", "lessons", "table", "probes", "crowded", "best"),
 ]
 
 

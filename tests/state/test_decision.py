@@ -71,6 +71,9 @@ def test_a_step_that_gains_nothing_must_say_so() -> None:
     assert problem.startswith("the step as a whole gains no sparsity (+0.0000)")
     rebalancing = Decision(reasoning="", layers=layers, rebalance=True)
     assert check_decision(rebalancing, ROOM, SPARSITY, PARAMETERS, **kept) == []
+    gaining = Decision(reasoning="", layers=layers[:1], rebalance=True)
+    (problem,) = check_decision(gaining, ROOM, SPARSITY, PARAMETERS, **kept)
+    assert problem.startswith("rebalance: true is for a step that gains no sparsity as a whole")
     far = Decision(reasoning="", layers=[LayerDelta(name="b", delta=-0.16)], rebalance=True)
     assert check_decision(far, ROOM, SPARSITY, PARAMETERS, **kept) == [
         "b: delta -0.16 is not within 0.15 of 0"

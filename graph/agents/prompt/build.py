@@ -24,6 +24,7 @@ from prunewright.graph.agents.prompt.feedback import (
     last_changes,
     last_measured,
     percent,
+    told_best,
     told_probes,
 )
 from prunewright.graph.agents.prompt.table import MAX_ROWS, shown_layers, signals_shown, table
@@ -59,7 +60,6 @@ _SAMPLE: dict[str, Any] = {
 # What is empty, or None, without feedback or before the first step.
 _FORMS: dict[str, tuple[Any, ...]] = {
     "pattern": (None, "2:4"),
-    "probes": (0, 4),
     "signals": ([], ["z_s", "z_g"], ["z_s", "z_g", "z_c"]),
     "feedback": (True, False),
     "perplexity": (None, 21.0),
@@ -123,6 +123,9 @@ def check_prompts(folder: str | None) -> None:
     for changes in itertools.product(*([(key, v) for v in vs] for key, vs in _FORMS.items())):
         values = _SAMPLE | dict(changes)
         values["fixed_delta"] = 0.5 if values["pattern"] else None
+        # With what they have nothing to do with, as every pair would take seconds.
+        values["probes"], values["crowded"] = (4, True) if values["lessons"] else (0, False)
+        values["best"] = "Best at the target" if values["history"] else ""
         for name in FILES:
             _render(name, folder, values)
 
@@ -164,6 +167,8 @@ def _values(o: Observation, rows: int) -> dict[str, Any]:
         "last_change": f"{percent(last.change)} ± {percent(last.change_stderr, '')} %"
         if last
         else "",
+        "best": told_best(o),
+        "crowded": o.crowded,
         "gradient_age": o.gradient_age if any(s.gradients for s in shown) else None,
         "history": compile_feedback(o),
         "lessons": [" ".join(lesson.split()) for lesson in o.lessons] if o.feedback else [],

@@ -4,11 +4,16 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 
 from prunewright.graph.agents.base import Observation, quote_name
-from prunewright.graph.agents.prompt.table import by_blocks, with_heads
-from prunewright.graph.correction import ALL, DEPTHS, depth_of, ratios
+from prunewright.graph.agents.prompt.table import by_blocks, by_thirds, with_heads
+from prunewright.graph.correction import ALL, DEPTHS, depth_of, ratios, step_ratio
+from prunewright.graph.routing import MAX_FRUITLESS
 from prunewright.state import Step
 from prunewright.state.shown import one_line
 
+TOLD = 20
+"""Steps before those that have a line each."""
+LATEST = 3
+"""Steps that are told in full: the latest."""
 ROLLBACKS = 2
 """Rolled-back steps whose layers and deltas are told: the latest."""
 ITEMS = 24
@@ -18,21 +23,21 @@ ITEMS = 24
 def compile_feedback(observation: Observation) -> str:
     """All that an LLM is told of its earlier steps; "" without feedback or before the first.
 
-    A line a step; of the latest rollbacks and the last step also the layers with their deltas,
-    of the last step the agent's own reasoning; what was measured over what was predicted, by
-    projection and by depth. Of predicted costs only where they are shown.
+    A line a step, of the latest with what they changed; of the latest rollbacks also the layers
+    with their deltas, of the last step the agent's own reasoning; what was measured over what was
+    predicted, by projection and by depth. Of predicted costs only where they are shown.
     """
     records = observation.history
     if not observation.feedback or not records:
         return ""
     costs = observation.costs_shown
-    lines = _table(records, costs)
+    lines = _table(records[:-LATEST], costs) + _latest(observation, records[-LATEST:])
     for record in [r for r in records if r.verdict == "rolled_back"][-ROLLBACKS:]:
         why = f"Step {record.step + 1} was rolled back: {one_line(record.reason, 300)}."
         lines.append(f"{why} It was {_layers(observation, record.applied)}")
     lines += _last(observation, records[-1])
     if costs:
-        lines += _ratios(observation, ratios(records))
+        lines += _ratios(observation, records)
     return "\n".join(lines)
 
 
@@ -62,6 +67,18 @@ def told_probes(observation: Observation) -> str:
     return "\n".join(lines)
 
 
+def told_best(observation: Observation) -> str:
+    """What is kept at the target; "" before it was reached, and without feedback."""
+    best = observation.best if observation.feedback else None
+    if best is None:
+        return ""
+    words = f"Best at the target so far: perplexity {best['perplexity']:.3f}, of step "
+    words += f"{best['step'] + 1}. It is kept."
+    if best["fruitless"]:
+        words += f" {best['fruitless']} of {MAX_FRUITLESS} tries in a row gained nothing."
+    return words
+
+
 def last_changes(observation: Observation) -> dict[str, str]:
     """Step, from 1, that last changed each layer, with an x if it was rolled back."""
     found: dict[str, str] = {}
@@ -87,7 +104,42 @@ def percent(value: float | None, plus: str = "+") -> str:
     return words.replace("+", plus)
 
 
+def _latest(observation: Observation, records: Sequence[Step]) -> list[str]:
+    """The latest steps, a line each."""
+    costs = observation.costs_shown
+    lines = [
+        "The latest steps, in per cent: mean delta of each projection, in the early/middle/late "
+        "third of the blocks where it differs; sparsity after the step; perplexity, its change:"
+    ]
+    for r in records:
+        if r.verdict == "empty":
+            lines.append(_empty(r))
+            continue
+        what = by_thirds(observation.profile.layers, r.applied, percent)
+        error = "" if r.change_stderr is None else f" ± {percent(r.change_stderr, '')}"
+        value = r.candidate_perplexity
+        parts = [
+            f"{r.step + 1}: {what}; sparsity {100 * r.sparsity:.2f}",
+            f"perplexity {'not finite' if value is None else f'{value:.2f}'}",
+            *([f"{percent(r.change)}{error}"] if r.change is not None else []),
+            *([f"predicted {percent(r.predicted_change)}"] if costs else []),
+        ]
+        expected = r.decision.expected_ppl_change
+        parts += [f"expected {percent(expected)}"] if expected is not None else []
+        parts += [_recall(r)] if r.candidate_knowledge is not None else []
+        parts += ["rolled back"] if r.verdict == "rolled_back" else []
+        lines.append(", ".join(parts))
+    return lines
+
+
+def _empty(record: Step) -> str:
+    return f"{record.step + 1} nothing was pruned: {one_line(record.reason, 200, '...')}"
+
+
 def _table(records: Sequence[Step], costs: bool) -> list[str]:
+    """The steps before those, a line each."""
+    if not records:
+        return []
     noise = [r.change_stderr for r in records if r.change_stderr is not None]
     error = f", within {percent(median(noise), '')} or so" if noise else ""
     head = f"step gained change{' predicted' if costs else ''}"
@@ -96,9 +148,13 @@ def _table(records: Sequence[Step], costs: bool) -> list[str]:
         f"{error}{', predicted by the costs' if costs else ''}:"
     )
     lines = []
-    for r in records:
+    if before := records[:-TOLD]:
+        gained = percent(before[-1].sparsity - before[0].sparsity_before)
+        change = percent(before[-1].accepted_perplexity / before[0].perplexity_before - 1)
+        title += f"\n1-{len(before)} together {gained} {change}"
+    for r in records[-TOLD:]:
         if r.verdict == "empty":
-            lines.append(f"{r.step + 1} nothing was pruned: {one_line(r.reason, 200)}")
+            lines.append(_empty(r))
             continue
         cells = [str(r.step + 1), percent(_gained(r)), percent(r.change)]
         cells += [percent(r.predicted_change)] if costs else []
@@ -123,17 +179,13 @@ def _gained(record: Step) -> float | None:
 
 def _last(observation: Observation, record: Step) -> list[str]:
     lines = []
-    if record.applied and record.verdict == "accepted":
-        lines.append(f"The last step was {_layers(observation, record.applied)}")
-    if record.decision.expected_ppl_change is not None:
-        lines.append(f"You expected {percent(record.decision.expected_ppl_change)} % of it.")
     if record.review is not None and record.review.verdict == "rejected":
         words = one_line(record.review.words, 1000)
         return [*lines, f"A person rejected your last decision: {words}"]
     if record.review is not None and record.review.verdict == "edited":
         lines.append("A person edited your decision before it was applied.")
     if record.decision.reasoning:
-        lines.append(f"Your reasoning then: {one_line(record.decision.reasoning, 300)}")
+        lines.append(f"Your reasoning then: {one_line(record.decision.reasoning, 300, '...')}")
     return lines
 
 
@@ -142,10 +194,12 @@ def _layers(observation: Observation, deltas: Mapping[str, float]) -> str:
     return by_blocks(observation.profile.layers, shown, ITEMS)
 
 
-def _ratios(observation: Observation, found: dict[str, tuple[float, float]]) -> list[str]:
+def _ratios(observation: Observation, records: Sequence[Step]) -> list[str]:
     """Measured over predicted cost: overall, by projection and by depth, with its error."""
+    found = ratios(records)
     if not found:
         return []
+    single = [ratio for r in records if (ratio := step_ratio(r)) is not None]
     blocks = 1 + max(p.block for p in observation.profile.layers)
     spans = {depth: [b for b in range(blocks) if depth_of(b, blocks) == depth] for depth in DEPTHS}
     names = {depth: f"blocks {span[0]}-{span[-1]}" for depth, span in spans.items() if span}
@@ -155,6 +209,6 @@ def _ratios(observation: Observation, found: dict[str, tuple[float, float]]) -> 
     parts = [f"{name} {found[kind][0]:.2f} ± {found[kind][1]:.2f}" for name, kind in groups]
     overall, error = found[ALL]
     return [
-        f"Measured over predicted cost, of all steps: {overall:.2f} ± {error:.2f}; "
-        + ", ".join(parts)
+        f"Measured over predicted cost, of all steps: {overall:.2f} ± {error:.2f}, of single ones "
+        f"{min(single):.2f} to {max(single):.2f}; {', '.join(parts)}"
     ]

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import groupby
-from statistics import fmean, median
+from statistics import fmean, median, pstdev
 
 from prunewright.graph.agents.base import Observation, quote_name
 from prunewright.graph.correction import DEPTHS, depth_of
@@ -18,6 +18,8 @@ MAX_ROWS = 256
 """Layers shown in one prompt; with more, a shortlist and summaries."""
 LINES = 96
 """Layers shown with a line each; up to `MAX_ROWS` are in maps, which take half the tokens."""
+PROJECTIONS = 12
+"""Projections told of one step."""
 RECENT = 6
 """Steps that maps tell the layers of."""
 GROUPS = 64
@@ -104,7 +106,22 @@ def table(observation: Observation, last: Mapping[str, str], rows: int = MAX_ROW
         if observation.pattern_sparsity is not None:
             words += ", and the pattern adds as much less"
         parts.append(f"Zeros of the dense model, {words}: {by_blocks(layers, own, LINES)}")
+    if not observation.costs_shown and (behind := _behind(observation)):
+        parts.append(f"Behind the scores, mean ± standard deviation over the layers: {behind}")
     return "\n".join(parts)
+
+
+def _behind(observation: Observation) -> str:
+    """What the scores shown are of: a score tells nothing of how far apart the layers are."""
+    found = {
+        name: [p.measured[name] for p in observation.profile.layers if name in p.measured]
+        for name in _scores_shown(observation)
+    }
+    return ", ".join(
+        f"{name} {fmean(values):.3g} ± {pstdev(values):.2g}"
+        for name, values in found.items()
+        if values
+    )
 
 
 def by_blocks(layers: Iterable[LayerProfile], values: Mapping[str, str], most: int) -> str:
@@ -128,6 +145,40 @@ def by_blocks(layers: Iterable[LayerProfile], values: Mapping[str, str], most: i
         if shown:
             parts.append(f"{quote_name(projection)} {', '.join(shown)}")
     return "; ".join(parts) + (f"; and {items - most} more" if items > most else "")
+
+
+def by_thirds(
+    layers: Iterable[LayerProfile], deltas: Mapping[str, float], words: Callable[[float], str]
+) -> str:
+    """Mean deltas as ``up +5.0/+2.0/0``: of a projection's layers in each third of the blocks.
+
+    One number stands for all thirds where they are alike. Of many projections those with the
+    largest part in the step are told.
+
+    Args:
+        layers: the model's.
+        deltas: by name, of the layers that changed.
+        words: a mean delta as it is told.
+    """
+    layers = list(layers)
+    blocks = 1 + max(p.block for p in layers)
+    held: dict[str, dict[str, list[float]]] = {}
+    part: dict[str, float] = {}
+    for p in layers:
+        delta = deltas.get(p.name, 0.0)
+        thirds = held.setdefault(p.projection, {depth: [] for depth in DEPTHS})
+        thirds[depth_of(p.block, blocks)].append(delta)
+        part[p.projection] = part.get(p.projection, 0.0) + abs(delta) * p.parameters
+    touched = [name for name in held if part[name] > 0]
+    told = set(sorted(touched, key=lambda name: -part[name])[:PROJECTIONS])
+    labels, parts = _labels(list(held)), []
+    for name in touched:
+        means = [fmean(third) for third in held[name].values() if third]
+        cells = [words(mean) if mean else "0" for mean in means]
+        if name in told:
+            parts.append(f"{labels[name]} {cells[0] if len(set(cells)) == 1 else '/'.join(cells)}")
+    over = len(touched) - len(parts)
+    return ", ".join(parts) + (f" and {over} more" if over else "")
 
 
 def cost_rates(layer: LayerProfile, prunable: int, deltas: Iterable[float]) -> list[float]:
