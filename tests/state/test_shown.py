@@ -2,7 +2,7 @@
 
 import pytest
 
-from prunewright.state.shown import clean
+from prunewright.state.shown import clean, one_line
 
 
 def test_control_characters_are_written_out() -> None:
@@ -29,3 +29,19 @@ def test_what_nobody_sees_is_written_out(hidden: str) -> None:
 @pytest.mark.parametrize("text", ["naïve", "שלום", "日本語", "a\u0301", "❤\ufe0f", "x\u3000y"])
 def test_letters_of_every_script_are_left_alone(text: str) -> None:
     assert clean(text) == text
+
+
+@pytest.mark.parametrize(
+    ("most", "words"),
+    [
+        (40, "The middle blocks of up_proj are cheap."),
+        (39, "The middle blocks of up_proj are cheap."),
+        (38, "The middle blocks of up_proj are..."),
+        (28, "The middle blocks of up_proj..."),
+        (27, "The middle blocks of..."),
+        # A word that is most of it is cut.
+        (2, "Th..."),
+    ],
+)
+def test_words_are_cut_between_two_of_them(most: int, words: str) -> None:
+    assert one_line("The  middle\nblocks of up_proj are cheap.", most, "...") == words
