@@ -40,6 +40,8 @@ class ProbeReport(BaseModel):
     """Relative perplexity change over the accepted revision; None: refused, or not finite."""
     change_stderr: float | None = None
     """Standard error of the paired change over the windows that it was measured on."""
+    domains: dict[str, float] = {}
+    """The same change by domain of the guard's text; empty where it is of one."""
     tokens: int = 0
     """Tokens of guard text scored."""
     refused: str = ""

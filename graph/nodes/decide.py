@@ -16,7 +16,7 @@ from prunewright.state import (
     Spent,
 )
 from prunewright.state.run import add_up
-from prunewright.tools.losses import change_with_error
+from prunewright.tools.losses import by_domain, change_with_error
 
 PROBE_SHARE = 4
 """A probe is measured on one in so many of the guard windows."""
@@ -82,10 +82,10 @@ def _measure(
     deltas, problems = check_move(move, observation)
     if problems:
         return ProbeReport(refused="; ".join(problems))
-    accepted = state["guard_losses"]
-    windows = probe_windows(len(accepted), max(1, len(observation.domains)))
+    names, accepted = tuple(observation.domains), state["guard_losses"]
+    windows = probe_windows(len(accepted), max(1, len(names)))
     with work.live_model() as bench:
-        before = dict(bench.tokens)
+        tokens = dict(bench.tokens)
         bench.sync(state["revision"])
         counts, _ = changed_counts(bench, state["revision"], deltas, bounded=False)
         zeros = bench.zeros()
@@ -95,13 +95,17 @@ def _measure(
         losses = bench.trial_losses(
             state["revision"], state["gradient_revision"], counts, windows, work.progress
         )
-        spent = spent_by(bench, before)
+        spent = spent_by(bench, tokens)
     scored.update(add_up(scored, spent))
-    change, stderr = change_with_error([accepted[window] for window in windows], losses)
+    before = [accepted[window] for window in windows]
+    change, stderr = change_with_error(before, losses)
+    after = by_domain(names, losses)
+    changes = {n: change_with_error(b, after[n])[0] for n, b in by_domain(names, before).items()}
     return ProbeReport(
         layers={name: (count - zeros[name]) / sizes[name] for name, count in counts.items()},
         change=change if math.isfinite(change) else None,
         change_stderr=stderr if math.isfinite(stderr) else None,
+        domains={name: value for name, value in changes.items() if math.isfinite(value)},
         tokens=int(spent["probe"]),
     )
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from prunewright.graph.agents import Observation
 from prunewright.graph.agents.controls import GreedyAgent
-from prunewright.state import Decision, LayerDelta
+from prunewright.state import Decision, LayerDelta, Move, Trials
 
 SEEN: list[Observation] = []
 """What `Seeing` was shown."""
@@ -143,3 +143,14 @@ class Steps:
             if key in ("*", name.removeprefix("model.layers."))
         ]
         return Decision(reasoning="As told.", layers=layers, **step)
+
+
+class Sure:
+    """Has the step of `greedy` measured, then takes it."""
+
+    def __init__(self, **_: Any) -> None:
+        pass
+
+    def decide(self, observation: Observation) -> Decision | Trials:
+        decision = GreedyAgent().decide(observation)
+        return decision if observation.probes else Trials(moves=[Move(layers=decision.layers)])

@@ -49,6 +49,21 @@ def perplexities(directory: Path, drawn: Windows) -> dict[str, float]:
     return {name: math.exp(sum(losses) / len(losses)) for name, losses in found.items()}
 
 
+def test_a_probe_measures_every_domain_as_the_step_does_that_follows_it(
+    config: dict[str, Any], texts: dict[str, Any], tmp_path: Path
+) -> None:
+    config |= {"texts": texts, "agent": "import:scripted_agents:Sure", "max_steps": 1}
+    metrics = run(config, out=tmp_path / "run").metrics
+    (step,) = RunDirectory(tmp_path / "run").read_trace()
+    (probe,) = step.probes
+    # Of so few windows all are measured: two a domain.
+    assert (probe.tokens, metrics.tokens["probe"]) == (6 * 48, 6 * 48)
+    assert probe.layers == step.applied
+    assert probe.change == pytest.approx(step.change)
+    assert tuple(probe.domains) == NAMES
+    assert probe.domains == pytest.approx({n: one.change for n, one in step.domains.items()})
+
+
 def test_every_step_measures_every_domain(
     config: dict[str, Any],
     texts: dict[str, Any],

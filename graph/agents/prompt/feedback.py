@@ -61,6 +61,9 @@ def told_probes(observation: Observation) -> str:
         if costs:
             predicted = observation.profile.predicted_change(probe.layers)
             change += f", predicted {percent(predicted)}"
+        change += "".join(
+            f", {quote_name(name)} {percent(value)}" for name, value in probe.domains.items()
+        )
         lines.append(f"{number}. {_layers(observation, probe.layers)}: {change}")
     left = observation.probes_left
     lines.append(f"Probes left: {left}." if left else "No probes are left in this step: decide.")
