@@ -35,7 +35,7 @@ def compile_feedback(observation: Observation) -> str:
     for record in [r for r in records if r.verdict == "rolled_back"][-ROLLBACKS:]:
         why = f"Step {record.step + 1} was rolled back: {one_line(record.reason, 300)}."
         lines.append(f"{why} It was {_layers(observation, record.applied)}")
-    lines += _last(observation, records[-1])
+    lines += _last(records[-1])
     if costs:
         lines += _ratios(observation, records)
     return "\n".join(lines)
@@ -180,11 +180,10 @@ def _gained(record: Step) -> float | None:
     return record.sparsity - record.sparsity_before if accepted else None
 
 
-def _last(observation: Observation, record: Step) -> list[str]:
-    lines = []
+def _last(record: Step) -> list[str]:
     if record.review is not None and record.review.verdict == "rejected":
-        words = one_line(record.review.words, 1000)
-        return [*lines, f"A person rejected your last decision: {words}"]
+        return [f"A person rejected your last decision: {one_line(record.review.words, 1000)}"]
+    lines = []
     if record.review is not None and record.review.verdict == "edited":
         lines.append("A person edited your decision before it was applied.")
     if record.decision.reasoning:
