@@ -62,9 +62,13 @@ class Move(BaseModel):
 class Trials(BaseModel):
     """An answer in place of a decision: moves to measure first, after which one is asked again."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
 
-    moves: list[Move] = Field(min_length=1, max_length=MAX_MOVES)
+    moves: list[Move] = Field(
+        min_length=1,
+        max_length=MAX_MOVES,
+        serialization_alias="probes",  # as an LLM says it
+    )
 
 
 class Decision(BaseModel):

@@ -152,6 +152,7 @@ def test_without_probes_left_they_are_not_offered_and_refused(
     assert third.turns[0][1].endswith("No probes are left in this step: decide.")
     # What was measured is told again with what was wrong.
     assert fourth.turns[0] == third.turns[0]
+    assert json.loads(fourth.turns[1][1]) == {"probes": [up]}
     assert "no probes are left" in fourth.turns[2][1]
     assert gemini.received[0].system == fourth.system
 
