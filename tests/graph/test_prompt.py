@@ -699,9 +699,9 @@ VARIABLES = [
     *("criterion", "signals", "meanings", "feedback", "max_increase"),
     *("max_knowledge_drop", "pattern", "fixed_delta", "max_delta"),
     "max_layer_sparsity",
-    *("max_lessons", "max_lesson", "step", "steps", "steps_left", "target"),
+    *("max_lessons", "max_lesson", "probes", "step", "steps", "steps_left", "target"),
     *("sparsity", "pace", "budget", "dense_perplexity", "perplexity", "last_change"),
-    *("gradient_age", "history", "lessons", "table", "probes", "crowded", "best"),
+    *("crowded", "best", "gradient_age", "history", "lessons", "table"),
 ]
 
 
