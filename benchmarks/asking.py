@@ -1,6 +1,6 @@
-"""What asking an LLM costs besides the LLM, in processor time: observation, prompt, checking.
+"""What asking an LLM costs besides the LLM, in processor time, and how long its prompt is.
 
-python benchmarks/asking.py --blocks 36 --steps 40 --repeats 20
+python benchmarks/asking.py --blocks 36 --steps 40 --domains 3 --repeats 20
 """
 
 import argparse
@@ -10,8 +10,11 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
+
+from transformers import AutoTokenizer
 
 from prunewright.graph.agents import Observation
 from prunewright.graph.agents.asking import ask, observe
@@ -27,6 +30,7 @@ from prunewright.state import (
     Step,
     Trials,
 )
+from prunewright.tools.model.loading import resolve_directory
 from prunewright.tools.store.rundir import RunDirectory
 from prunewright.tools.store.storage import write_json
 
@@ -85,9 +89,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, default=36)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--domains", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
-    profile = make_model(options.blocks)
+    domains = tuple(f"domain{i + 1}" for i in range(options.domains))
+    profile = make_model(options.blocks, domains=domains)
     request = PruneRequest(target=0.6)
     context = PruneContext(max_steps=options.steps + 20)
     answer = {
@@ -108,6 +114,8 @@ def main() -> None:
                 "sparsity": 0.4,
                 "perplexity": 24.0,
                 "dense_perplexity": 20.0,
+                "dense_domains": {},
+                "guard_losses": [],
                 "stalls": 0,
                 "profile": {"path": path},
             },
@@ -117,6 +125,11 @@ def main() -> None:
         for _ in range(options.repeats + 1):
             began = time.process_time()
             observation = observe(state, request, context, run, run.read_trace())
+            observation = replace(
+                observation,
+                goal="Keep German and facts as well as you can; code may suffer.",
+                domains=dict.fromkeys(domains, (20.0, 24.0)),
+            )
             seen = time.process_time()
             report = ask("prompted", agent, observation, repairs=0)
             ended = time.process_time()
@@ -131,7 +144,10 @@ def main() -> None:
             f"{name:12} median {1000 * statistics.median(seconds[1:]):6.1f} ms, "
             f"first {1000 * seconds[0]:6.1f} ms"
         )
-    print(f"{len(profile.layers)} layers, {options.steps} steps of history")
+    # The embedded model's tokenizer splits numbers into digits.
+    tokenizer = AutoTokenizer.from_pretrained(resolve_directory("embedded"))
+    count = sum(len(tokenizer(str(message.text)).input_ids) for message in prompt(observation))
+    print(f"{count} tokens: {len(profile.layers)} layers, {options.steps} steps of history")
 
 
 if __name__ == "__main__":

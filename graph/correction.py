@@ -10,10 +10,19 @@ DEPTHS = ("early", "middle", "late")
 """The thirds of a model's blocks."""
 ALL = "all"
 
+_Ratio = tuple[float, float, float]
+"""Of a step: its weight, its ratio, and the noise of that."""
+
 
 def depth_of(block: int, blocks: int) -> str:
     """Which third of the model a block lies in."""
     return DEPTHS[min(3 * block // max(blocks, 1), 2)]
+
+
+def spans(blocks: int) -> dict[str, str]:
+    """The first and the last block of each third that has any: ``0-11``."""
+    held = {d: [b for b in range(blocks) if depth_of(b, blocks) == d] for d in DEPTHS}
+    return {depth: f"{found[0]}-{found[-1]}" for depth, found in held.items() if found}
 
 
 def depths_of(profile: ModelProfile) -> dict[str, str]:
@@ -45,7 +54,7 @@ def ratios(records: Sequence[Step]) -> dict[str, tuple[float, float]]:
         By `ALL`, projection and depth; empty without a measured step that was predicted to cost
         something. Rolled-back steps count.
     """
-    weights: dict[str, list[tuple[float, float, float]]] = {}
+    weights: dict[str, list[_Ratio]] = {}
     for record in records:
         ratio, total = step_ratio(record), sum(record.predicted_costs.values())
         if ratio is None:
@@ -72,7 +81,23 @@ def step_ratio(record: Step) -> float | None:
     return None if record.change is None or total <= 0 else math.log1p(record.change) / total
 
 
-def _mean(steps: list[tuple[float, float, float]], spread: float) -> tuple[float, float]:
+def domain_ratios(records: Sequence[Step]) -> dict[str, tuple[float, float]]:
+    """As `ratios`, by domain of the guard's text: of all steps whose cost was predicted there."""
+    weights: dict[str, list[_Ratio]] = {}
+    for record in records:
+        for name, total in record.predicted_domains.items():
+            measure = record.domains.get(name)
+            if measure is None or measure.change is None or total <= 0:
+                continue
+            ratio, noise = math.log1p(measure.change) / total, (measure.change_stderr or 0) / total
+            weights.setdefault(name, []).append((total, ratio, noise))
+    return {
+        name: _mean(steps, stdev([ratio for _, ratio, _ in steps]) if len(steps) > 1 else 0.0)
+        for name, steps in weights.items()
+    }
+
+
+def _mean(steps: list[_Ratio], spread: float) -> tuple[float, float]:
     """Weighted mean of ratios and its error; each step is a weight, a ratio and its noise.
 
     Args:

@@ -22,7 +22,7 @@ from prunewright.state.loading import load_config, validate_config
 from prunewright.state.profile import COST_DELTAS, LayerProfile, ModelProfile
 from prunewright.state.review import Review, ReviewAnswer, ReviewRequest
 from prunewright.state.run import STATUS_WORDS, PruneInput, PruneState, PruneUpdate
-from prunewright.state.step import ProbeReport, Spent, Step, StepSummary
+from prunewright.state.step import FromRanking, ProbeReport, Spent, Step, StepSummary
 
 # A library configures no logging: what is not asked for is not heard.
 logging.getLogger("prunewright").addHandler(logging.NullHandler())
@@ -32,6 +32,7 @@ __all__ = [
     "STATUS_WORDS",
     "AgentError",
     "Decision",
+    "FromRanking",
     "GroupDelta",
     "InputError",
     "LayerDelta",

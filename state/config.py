@@ -13,13 +13,16 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    StringConstraints,
     Tag,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from prunewright.state.profile import SIGNALS
 from prunewright.state.secrets import find_secret
+from prunewright.state.shown import clean
 
 DEFAULT_AGENT = "google_genai:gemini-3-flash-preview"
 EMBEDDED = "embedded"
@@ -32,6 +35,8 @@ SELF = "self"
 """The name that stands for text that the dense model writes itself."""
 Offload = Literal["none", "cpu", "disk"]
 Reconstruct = Literal["none", "layer", "block"]
+MAX_GOAL = 1_000
+"""Characters of what the user wants kept."""
 BASELINE = "baseline"
 """The name that stands for "no agent" in a run directory's config and trace."""
 
@@ -49,6 +54,21 @@ def _plain_name(value: str) -> str:
 
 Name = Annotated[str, AfterValidator(_plain_name)]
 """What stands for something that is found by its name when it is used, perhaps outside."""
+
+
+def _all_seen(value: str) -> str:
+    """Refuse a text that holds more than is seen of it."""
+    if clean(value) != value:
+        raise ValueError("it holds control or invisible characters: leave them out")
+    return value
+
+
+Goal = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_GOAL),
+    AfterValidator(_all_seen),
+]
+"""Words of the user's for an LLM."""
 
 
 class Options(BaseModel):
@@ -639,6 +659,11 @@ class PruneContext(Options):
     allocation_options: dict[str, Any] = Field(
         default_factory=dict, description="passed to the allocation"
     )
+    goal: Goal | None = Field(
+        None,
+        description="what you want kept, in your own words, which an LLM is shown as such: keep "
+        "German and facts, code may suffer; null: nothing is said",
+    )
     asking: AskingOptions = Field(AskingOptions(), description="how an LLM is asked")
     feedback: bool = Field(True, description="show the agent what its earlier steps did")
     signals: tuple[Name, ...] = Field(
@@ -675,10 +700,10 @@ class PruneContext(Options):
     )
     out: str | None = Field(None, description="run directory; null: runs/<thread>")
 
-    @field_validator("agent_options", "allocation_options")
+    @field_validator("agent_options", "allocation_options", "goal")
     @classmethod
-    def _no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
-        secret = find_secret(value)
+    def _no_secrets(cls, value: Any, info: ValidationInfo) -> Any:
+        secret = find_secret(value, info.field_name or "")
         if secret:
             raise ValueError(
                 f"{secret} does not belong into a config, which every run stores: "

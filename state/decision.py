@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.config import JsonDict
+from pydantic_core import PydanticCustomError
 
 MAX_REASONING = 4_000
 MAX_LAYERS = 65_536  # models with experts as layers of their own have thousands
@@ -18,7 +20,12 @@ MAX_MOVES = 4
 SHOWN = 5e-4
 """How far a layer's sparsity is from the three digits shown, all of which may be restored."""
 
+MAX_DOMAINS = 64
+MAX_WEIGHT = 1_000.0
+
 Lesson = Annotated[str, Field(max_length=MAX_LESSON)]
+DomainName = Annotated[str, Field(max_length=MAX_NAME)]
+Weight = Annotated[float, Field(ge=0, le=MAX_WEIGHT, allow_inf_nan=False)]
 
 
 class LayerDelta(BaseModel):
@@ -71,15 +78,44 @@ class Trials(BaseModel):
     )
 
 
-class Decision(BaseModel):
-    """One step's choice: the reasons, the layers with their deltas, the change expected."""
+ENOUGH: tuple[JsonDict, ...] = (
+    {"required": ["reasoning", "layers"]},
+    {"required": ["reasoning", "groups"], "properties": {"groups": {"minItems": 1}}},
+    {"required": ["accept"], "properties": {"accept": {"const": True}}},
+    {"required": ["weights"], "properties": {"weights": {"type": "object", "minProperties": 1}}},
+)
+"""What a decision holds at least, one of these, as a schema says it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
+
+class Decision(BaseModel):
+    """One step's choice: the ranking's proposal, edits of it, or layers and deltas of one's own.
+
+    Reasoning and layers may be left out of one that takes the proposal; its layers and groups are
+    edits, added to the proposal's deltas.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        serialize_by_alias=True,
+        json_schema_extra={"anyOf": [*ENOUGH]},
+    )
 
     reasoning: str = Field(
-        max_length=MAX_REASONING, description="why these layers and amounts, in a few sentences"
+        "", max_length=MAX_REASONING, description="why these layers and amounts, in a few sentences"
     )
-    layers: list[LayerDelta] = Field(max_length=MAX_LAYERS)
+    accept: bool | None = Field(
+        None,
+        description="true takes the proposal; layers and groups are then added to it; false or "
+        "null: they are the whole decision",
+    )
+    weights: dict[DomainName, Weight] | None = Field(
+        None,
+        max_length=MAX_DOMAINS,
+        description="takes the proposal that the ranking makes at these weights of the domains; a "
+        "domain that is not named keeps its own",
+    )
+    layers: list[LayerDelta] = Field([], max_length=MAX_LAYERS)
     groups: list[GroupDelta] = Field(
         [], max_length=MAX_GROUPS, description="several layers at once: a projection, from to"
     )
@@ -108,6 +144,11 @@ class Decision(BaseModel):
         """Sparsity added to each layer that is named."""
         return {item.name: item.delta for item in self.layers}
 
+    @property
+    def takes_proposal(self) -> bool:
+        """Whether it begins from the ranking's proposal."""
+        return bool(self.accept or self.weights)
+
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, data: Any) -> Any:
@@ -116,6 +157,17 @@ class Decision(BaseModel):
             return data
         said = {k: v for k, v in data.items() if v is not None or k not in cls.model_fields}
         return {"layers": [], **said} if said.get("groups") else said
+
+    @model_validator(mode="after")
+    def _says_enough(self) -> "Decision":
+        if self.weights and self.accept is False:
+            words = "weights take a proposal: leave them out, or do not say accept: false"
+            raise PydanticCustomError("torn", words)
+        left_out = [key for key in ("reasoning", "layers") if key not in self.model_fields_set]
+        if left_out and not self.takes_proposal:
+            words = f"{' and '.join(left_out)} must be there, or accept: true"
+            raise PydanticCustomError("missing", words)
+        return self
 
 
 def check_decision(

@@ -48,6 +48,37 @@ class ProbeReport(BaseModel):
     """Why it was not measured; "" if it was."""
 
 
+class FromRanking(BaseModel):
+    """What a decision took over from the ranking's proposal, and what the agent made of it.
+
+    The proposal's delta of a layer is the decision's, less its edit; where there are edits and the
+    layer has none, divided by ``scale`` if it prunes.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weights: dict[str, float] = {}
+    """By domain, those that the agent had the ranking use; empty: the run's."""
+    edits: dict[str, float] = {}
+    """By layer, what the agent added to the proposal's delta."""
+    scale: float = 1.0
+    """By what all other pruning was multiplied to keep to the step."""
+
+    @property
+    def words(self) -> str:
+        """How it was taken, for people to read: ``as it is``, or what was changed."""
+        parts = []
+        if self.weights:
+            told = ", ".join(f"{name} {weight:.3g}" for name, weight in self.weights.items())
+            parts.append(f"at weights {told}")
+        if self.edits:
+            layers = "1 layer" if len(self.edits) == 1 else f"{len(self.edits)} layers"
+            parts.append(f"with {layers} edited by the agent")
+        if self.scale < 1:
+            parts.append(f"the others scaled by {self.scale:.3f}")
+        return ", ".join(parts) or "as it is"
+
+
 class DomainMeasure(BaseModel):
     """How a domain of the guard's text fared in a step: perplexities, and the change between them.
 
@@ -92,6 +123,8 @@ class Step(BaseModel):
     """Counted from 0."""
     agent: str
     decision: Decision
+    ranking: FromRanking | None = None
+    """What the decision has of the ranking's proposal; None: it is the agent's own."""
     predicted_change: float | None = None
     """Relative perplexity change that the profile's loss_cost predicts for the decision."""
     invalid_answers: list[str] = []
@@ -123,6 +156,8 @@ class Step(BaseModel):
     """Sparsity really added to each layer, after the landing on the target."""
     predicted_costs: dict[str, float] = {}
     """Predicted rise of the mean token loss for it, nats, by ``projection@depth``."""
+    predicted_domains: dict[str, float] = {}
+    """The same rise by domain; empty where costs are not known by domain."""
     candidate: str | None = None
     """The revision that it made; None: it changed no weight."""
 

@@ -14,6 +14,7 @@ from typing import Any
 from prunewright.graph.agents.base import Agent, InvalidAnswerError, Observation, Refusal
 from prunewright.graph.agents.chat.providers import check_access
 from prunewright.graph.agents.controls import (
+    BalanceAgent,
     GreedyAgent,
     RandomAgent,
     UniformAgent,
@@ -37,6 +38,7 @@ __all__ = [
 
 CONTROLS: dict[str, type[Agent]] = {
     "greedy": GreedyAgent,
+    "balance": BalanceAgent,
     "zscore": ZScoreAgent,
     "random": RandomAgent,
     "uniform": UniformAgent,

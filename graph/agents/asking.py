@@ -5,14 +5,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from prunewright.graph.agents import InvalidAnswerError, Observation, Refusal
 from prunewright.graph.agents.base import Agent, quote_name
+from prunewright.graph.agents.proposal import take
 from prunewright.graph.running.stopping import call_stoppable
 from prunewright.state import (
     AgentError,
     Decision,
+    FromRanking,
     LayerDelta,
     ModelProfile,
     Move,
@@ -63,6 +65,7 @@ def observe(
         max_knowledge_drop=context.guard.max_knowledge_drop,
         criterion=request.criterion,
         crowded=request.crowded,
+        goal=context.goal,
         pattern=request.pattern,
         dense_perplexity=state["dense_perplexity"],
         perplexity=state["perplexity"],
@@ -107,14 +110,16 @@ def ask(
     seen = observation if measure is not None else replace(observation, max_probes=0)
     refusals: list[Refusal] = []
     notes: list[str] = []
+    ranking: FromRanking | None = None
     before = spent_on(agent)
     while len(refusals) <= repairs:
         try:
             answer = call_stoppable(partial(agent.decide, seen))
             if not isinstance(answer, Decision | Trials):  # of a class of the user's
                 raise AgentError(f"{name} returned a {type(answer).__name__}, not a Decision")
+            told: list[str] = []
             if isinstance(answer, Decision):
-                decision, problems = check(answer, observation)
+                decision, ranking, told, problems = settle(answer, observation)
             else:
                 problems = [] if seen.probes_left else ["no probes are left in this step: decide"]
             text = answer.model_dump_json()
@@ -131,14 +136,17 @@ def ask(
             reports += (len(answer.moves) - len(reports)) * [_TOO_MANY]
             seen = replace(seen, probes=(*seen.probes, *reports))
         else:
+            notes += told
             break
     else:
         decision = Decision(reasoning="No valid answer: nothing is pruned.", layers=[], done=False)
+        ranking = None
     after = spent_on(agent)
     step = Step(
         step=observation.step,
         agent=name,
         decision=decision,
+        ranking=ranking,
         predicted_change=observation.profile.predicted_change(decision.deltas)
         if decision.layers
         else None,
@@ -178,7 +186,22 @@ def check_move(move: Move, observation: Observation) -> tuple[dict[str, float], 
 def check(
     answer: Decision, observation: Observation, most: float | None = None
 ) -> tuple[Decision, list[str]]:
-    """The answer layer by layer with full names, and what is wrong with it.
+    """The answer as it would be applied, and what is wrong with it: see `settle`."""
+    settled = settle(answer, observation, most)
+    return settled.decision, settled.problems
+
+
+class Settled(NamedTuple):
+    """An answer as it would be applied, and what is wrong with it."""
+
+    decision: Decision
+    ranking: FromRanking | None
+    notes: list[str]
+    problems: list[str]
+
+
+def settle(answer: Decision, observation: Observation, most: float | None = None) -> Settled:
+    """The answer layer by layer with full names, on the proposal if it takes that, checked.
 
     Args:
         answer: a decision.
@@ -186,8 +209,14 @@ def check(
         most: sparsity that it may add to the model; None: the step's budget.
     """
     decision, problems = expand(answer, observation.profile)
-    decision = whole_deltas(decision, observation)
-    problems += check_decision(
+    ranking: FromRanking | None = None
+    notes: list[str] = []
+    if answer.takes_proposal:
+        decision, ranking, notes, found = take(decision, observation, len(answer.layers))
+        problems += found
+    else:
+        decision = whole_deltas(decision, observation)
+    broken = check_decision(
         decision,
         observation.room(),
         {p.name: p.pruned for p in observation.profile.layers},
@@ -196,7 +225,9 @@ def check(
         max_step=observation.budget if most is None else most,
         fixed=observation.fixed_deltas(),
     )
-    return decision, problems
+    if broken and ranking is not None and ranking.edits:
+        broken.append("these deltas are those of the proposal with your edits added")
+    return Settled(decision, ranking, notes, [*problems, *broken])
 
 
 def whole_deltas(decision: Decision, observation: Observation) -> Decision:

@@ -127,6 +127,12 @@ class Observation:
         return COST_SIGNAL in self.signals
 
     @property
+    def weighable(self) -> bool:
+        """Whether other weights of the domains make another proposal."""
+        several = len(self.profile.domains) > 1
+        return several and self.costs_shown and self.pattern_sparsity is None
+
+    @property
     def gradient_age(self) -> int:
         """Steps since gradients were taken; 0 if nothing was changed since."""
         profile = self.profile

@@ -1,5 +1,7 @@
 """The third node: deltas become masks, and those a candidate revision."""
 
+import math
+
 from pydantic import ValidationError
 
 from prunewright.graph.agents import Observation
@@ -49,6 +51,10 @@ def apply_prune(state: PruneState, work: Work) -> PruneUpdate:
         changes = {
             "applied": applied,
             "predicted_costs": predicted_costs(applied, observation.profile),
+            "predicted_domains": {
+                name: math.log1p(change)
+                for name, change in observation.profile.predicted_changes(applied).items()
+            },
             "candidate": update["candidate"],
             "notes": [*step.notes, *notes],
         }

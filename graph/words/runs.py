@@ -14,6 +14,7 @@ def request_rows(config: PruneConfig) -> list[tuple[str, str]]:
     return [
         ("target", target_words(config)),
         ("criterion", config.criterion_words),
+        *([("goal", " ".join(config.goal.split()))] if config.goal else []),
         *([("adapt", adapt_words(config.adapt))] if config.adapt else []),
         (
             "texts",

@@ -26,7 +26,8 @@ def decision_words(step: Step) -> str:
         return clean(f"{step.agent} chose no layer")
     predicted = step.predicted_change
     tail = "" if predicted is None else f", predicted {predicted:+.2%} perplexity"
-    return clean(f"{step.agent} chose {layers_words(deltas)}{tail}")
+    begun = "" if step.ranking is None else f"took the proposal {step.ranking.words}: "
+    return clean(f"{step.agent} {begun or 'chose '}{layers_words(deltas)}{tail}")
 
 
 def applied_words(applied: dict[str, float], before: float, after: float | None) -> str:

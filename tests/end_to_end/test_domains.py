@@ -111,6 +111,14 @@ def test_every_step_measures_every_domain(
         assert seen.bounds == dict.fromkeys(NAMES, 9.0)
         assert seen.domains == {n: (d.dense, d.before) for n, d in step.domains.items()}
         assert seen.profile.domains == NAMES
+        predicted = {
+            name: sum(
+                p.in_domain(name).cost_of(step.applied.get(p.name, 0.0))
+                for p in seen.profile.layers
+            )
+            for name in NAMES
+        }
+        assert step.predicted_domains == pytest.approx(predicted)
         for layer in seen.profile.layers:
             costs = layer.domain_costs
             mean_cost = [sum(weights[n] / 3.5 * costs[n][i] for n in NAMES) for i in (0, 1, 2)]
@@ -175,3 +183,22 @@ def test_domains_of_the_guard_alone_change_no_mask(
     assert tuple(two.domains) == ("facts", "general")
     (step,) = RunDirectory(tmp_path / "two").read_trace()
     assert step.domains["facts"].candidate == two.domains["facts"].final
+
+
+def test_balance_weighs_by_what_each_domain_has_lost(
+    config: dict[str, Any], texts: dict[str, Any], tmp_path: Path
+) -> None:
+    guard = {"max_increase": 9.0}
+    result = run(
+        config | {"texts": texts, "agent": "balance", "guard": guard, "max_steps": 3},
+        out=tmp_path / "run",
+    )
+    steps = RunDirectory(result.directory).read_trace()
+    assert len(steps) == 3
+    for step in steps:
+        raised = {name: (one.before / one.dense) ** 5 for name, one in step.domains.items()}
+        mean = sum(raised.values()) / 3
+        told = ", ".join(f"{name} {raised[name] / mean:.2f}" for name in NAMES)
+        assert step.decision.reasoning.startswith(f"Weights after what each has lost: {told}. ")
+    assert "code 1.00, facts 1.00, general 1.00" in steps[0].decision.reasoning
+    assert "code 1.00, facts 1.00, general 1.00" not in steps[2].decision.reasoning

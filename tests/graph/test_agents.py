@@ -24,6 +24,7 @@ from prunewright.graph.agents import (
 from prunewright.graph.agents.asking import ask
 from prunewright.graph.agents.chat.agent import LLMAgent
 from prunewright.graph.agents.controls import (
+    BalanceAgent,
     GreedyAgent,
     RandomAgent,
     UniformAgent,
@@ -45,7 +46,7 @@ from prunewright.state.run import Best
 if TYPE_CHECKING:
     from tests.graph.conftest import FakeGemini
 
-CONTROLS: list[type[Agent]] = [GreedyAgent, ZScoreAgent, RandomAgent, UniformAgent]
+CONTROLS: list[type[Agent]] = [GreedyAgent, BalanceAgent, ZScoreAgent, RandomAgent, UniformAgent]
 
 MakeObservation = Callable[..., Observation]
 MakeLayer = Callable[..., LayerProfile]
@@ -76,6 +77,7 @@ def test_auto_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "kind"),
     [
         ("greedy", GreedyAgent),
+        ("balance", BalanceAgent),
         ("zscore", ZScoreAgent),
         ("random", RandomAgent),
         ("uniform", UniformAgent),

@@ -122,6 +122,9 @@ def test_the_schema_is_what_is_held_to(tmp_path: Path, make_observation: MakeObs
         (GOOD | {"groups": [group], "lessons": ["a"], "expected_ppl_change": None}, True),
         (GOOD | {"layers": [{"name": "x", "delta": 2}]}, False),
         (GOOD | {"more": 1}, False),
+        ({"accept": True}, True),
+        ({"accept": True, "groups": [group | {"delta": -0.01}]}, True),
+        ({"accept": False}, False),
         ({"layers": []}, False),
     ):
         assert jsonschema.Draft202012Validator(schema).is_valid(value) is fits

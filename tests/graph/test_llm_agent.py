@@ -83,8 +83,9 @@ def test_the_schema_that_is_sent(make_observation: Callable[..., Observation]) -
     schema = answer_schema(make_observation())
     text = json.dumps(schema)
     assert all(word not in text for word in ("maxItems", "maxLength", "$ref", "$defs", "anyOf"))
-    assert schema["required"] == [
-        *("reasoning", "layers", "groups", "expected_ppl_change", "rebalance", "done", "lessons")
+    assert list(schema["properties"]) == [
+        *("reasoning", "accept", "layers", "groups", "expected_ppl_change", "rebalance"),
+        *("done", "lessons"),
     ]
     assert schema["additionalProperties"] is False
     entry = schema["properties"]["layers"]["items"]

@@ -13,12 +13,14 @@ import pytest
 import tenacity.nap
 import yaml
 from loopback import FakeAnthropic, FakeGemini, FakeLLM, FakeOllama, FakeOpenAI, Reply, serve
+from profiles import make_model
 from typer.testing import CliRunner
 
 from prunewright.graph.agents import Observation, make_agent, resolve_agent
 from prunewright.graph.agents.asking import ask
 from prunewright.graph.agents.chat.agent import MAX_WAIT, PLACEHOLDER
 from prunewright.graph.agents.chat.reading import answer_schema
+from prunewright.graph.agents.controls import GreedyAgent
 from prunewright.graph.cli import app
 from prunewright.state import AgentError, InputError, PruneContext, Spent, Step
 from prunewright.state.config import AskingOptions
@@ -59,6 +61,7 @@ def test_a_good_answer(llm: FakeLLM, asked: Ask) -> None:
 def test_what_each_server_gets(
     llm: FakeLLM, asked: Ask, make_observation: Callable[..., Observation]
 ) -> None:
+    schema = answer_schema(make_observation(), strict=llm.provider == "openai")
     llm.script = [llm.decision(*GOOD)]
     asked()
     (received,) = llm.received
@@ -88,6 +91,26 @@ def test_what_each_server_gets(
         assert options == {"temperature": 0.5, "num_ctx": 16_384, "num_predict": 8_192}
 
 
+def test_each_provider_takes_the_proposal(
+    llm: FakeLLM, make_observation: Callable[..., Observation]
+) -> None:
+    observation = make_observation(make_model(2, domains=("code", "german")).layers, target=0.6)
+    name, agent = make_agent(PruneContext(agent=llm.agent, agent_options=llm.options()))
+    llm.script = [
+        llm.text('{"reasoning": "", "accept": true}'),
+        llm.text('{"reasoning": "Spare it.", "accept": true, "weights": {"code": 0, "german": 1}}'),
+    ]
+    accepted, weighed = (ask(name, agent, observation, repairs=0) for _ in range(2))
+    assert (accepted.invalid_answers, weighed.invalid_answers) == ([], [])
+    assert deltas(accepted) == GreedyAgent().decide(observation).deltas
+    assert weighed.ranking is not None
+    assert weighed.ranking.weights == {"code": 0, "german": 1}
+    for received in llm.received:
+        weights = received.schema["properties"]["weights"]
+        assert weights["required"] == list(weights["properties"]) == ["code", "german"]
+        assert weights["additionalProperties"] is False
+
+
 def mended(llm: FakeLLM) -> str:
     """The beginning of an answer, which LangChain's parser would close to a shorter decision."""
     whole = llm.answer(*GOOD)
@@ -96,7 +119,7 @@ def mended(llm: FakeLLM) -> str:
 
 INVALID: dict[str, tuple[Callable[[FakeLLM], Reply], str]] = {
     "malformed JSON": (lambda llm: llm.text("I would prune 0.mlp.down_proj."), "JSON"),
-    "wrong schema": (lambda llm: llm.text('{"prune": "all"}'), "layers: Field required"),
+    "wrong schema": (lambda llm: llm.text('{"prune": "all"}'), "prune: Extra inputs"),
     "empty": (lambda llm: llm.text(" "), "the answer is empty"),
     "cut": (lambda llm: llm.text(mended(llm), llm.cut), "cut off or withheld (finish reason"),
     "cut after its end": (

@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 from loopback import FakeGemini
+from typer.testing import CliRunner
 
 from prunewright.graph import resume, run
+from prunewright.graph.cli import app
 from prunewright.state import AgentError, InputError
+from prunewright.tools.store.trace import load_trace
 
 
 @pytest.fixture
@@ -32,6 +35,30 @@ def assert_no_key(directory: Path, key: str) -> None:
     files = [path for path in directory.rglob("*") if path.is_file()]
     assert {"trace.jsonl", "state.sqlite", "config.yaml"} <= {path.name for path in files}
     assert [path for path in files if key.encode() in path.read_bytes()] == []
+
+
+def test_who_always_accepts_ends_with_the_masks_of_greedy(
+    llm_config: dict[str, Any], gemini: FakeGemini, tmp_path: Path
+) -> None:
+    gemini.otherwise = gemini.text('{"reasoning": "", "accept": true}', tokens=30)
+    accepting = run(llm_config, out=tmp_path / "llm")
+    greedy = run(llm_config | {"agent": "greedy", "agent_options": {}}, out=tmp_path / "greedy")
+    assert accepting.metrics.sparsity == greedy.metrics.sparsity
+    trace, control = trace_of(accepting.directory), trace_of(greedy.directory)
+    # Revisions are named by their masks.
+    assert [step["revision"] for step in trace] == [step["revision"] for step in control]
+    assert all(step["ranking"] == {"weights": {}, "edits": {}, "scale": 1.0} for step in trace)
+    assert all(step["ranking"] is None for step in control)
+    assert len(gemini.received) == len(trace) > 2
+    again = run(
+        llm_config | {"agent": f"replay:{accepting.directory}", "agent_options": {}},
+        out=tmp_path / "again",
+    )
+    assert trace_of(again.directory)[-1]["revision"] == trace[-1]["revision"]
+    shown = CliRunner().invoke(app, ["show", str(accepting.directory), "--step", "1"])
+    assert "taken as it is" in shown.stdout
+    assert load_trace(accepting.directory).history["proposal"].unique() == ["as it is"]
+    assert "taken as it is" in (accepting.directory / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_run_with_mishaps_reaches_its_target(

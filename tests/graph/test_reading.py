@@ -207,7 +207,7 @@ def test_what_nobody_sees_around_an_object_is_not_worth_a_note(blank: str) -> No
         (answer() + answer(layers=[]), "2 different JSON objects, at characters 0, "),
         ("[" * 30_000 + '{"a":' * 30_000, "nested too deeply"),
         ('Sure! {"layers": []} Done.', "answer; there was 'Sure!' before it and 'Done.' after"),
-        ('Sure! {"layers": []}', "reasoning: Field required"),
+        ('Sure! {"layers": []}', "reasoning must be there, or accept: true (of"),
     ],
 )
 def test_a_refusal_says_what_is_wrong(text: str, words: str) -> None:
@@ -233,7 +233,7 @@ def test_who_chooses_groups_need_not_choose_layers(layers: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("key", ["reasoning", "more"])
 def test_null_stands_for_no_key_that_is_needed_or_unknown(key: str) -> None:
-    with pytest.raises(InvalidAnswerError, match=f"{key}: (Field required|Extra inputs)"):
+    with pytest.raises(InvalidAnswerError, match=f"{key}(: Extra inputs| must be there)"):
         read_answer(answer(**{key: None}))
 
 

@@ -139,10 +139,10 @@ def test_the_prompt_says_that_layers_are_taken_whole(
     assert "A delta is exactly 0.5 for a dense layer, and exactly -0.5 for one that has" in system
     assert "0.15" not in system.replace("15 %", "")
     lines = step.splitlines()
-    head = lines.index("name | share | sparsity | z_s | z_g | z_c | cost at 0.5")
+    head = lines.index("name | share | sparsity | z_s | z_g | z_c | cost at 0.5 | proposed")
     # Layer 1: 1 % of 1000 of 7000 weights is 0.07 of the model's sparsity: 0.01 / (0.5 / 7) = 0.14.
     assert lines[head + 1 : head + 4] == [
-        "1.mlp.down_proj | 14.29 | 0.000 | 0.00 | 0.00 | 0.00 | 0.14",
+        "1.mlp.down_proj | 14.29 | 0.000 | 0.00 | 0.00 | 0.00 | 0.14 | +.500",
         "Have the pattern 2:4 already, with the cost that restoring the layer takes away: "
         "mlp.down_proj 0 0.28",
         "No room left in: mlp.down_proj 2-3",

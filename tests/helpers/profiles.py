@@ -16,11 +16,19 @@ QWEN3_4B = {
 }
 
 
-def make_model(blocks: int, seed: int = 0, sizes: Mapping[str, int] = QWEN3_4B) -> ModelProfile:
-    """A profile whose signals and costs are spread as those of a real model half pruned."""
+def make_model(
+    blocks: int,
+    seed: int = 0,
+    sizes: Mapping[str, int] = QWEN3_4B,
+    domains: tuple[str, ...] = (),
+) -> ModelProfile:
+    """A profile whose signals and costs are spread as those of a real model half pruned.
+
+    With domains each layer's cost is the mean of theirs, which are spread around it.
+    """
     dice = random.Random(seed)
     total = blocks * sum(sizes.values())
-    layers = []
+    layers: list[LayerProfile] = []
     for block in range(blocks):
         for projection, parameters in sizes.items():
             # Per cent of perplexity for a per cent of the model's sparsity.
@@ -40,4 +48,19 @@ def make_model(blocks: int, seed: int = 0, sizes: Mapping[str, int] = QWEN3_4B) 
                     signals={name: dice.gauss(0, 1) for name in ("z_s", "z_g", "z_c")},
                 )
             )
+    if domains:
+        layers = [_by_domain(layer, domains, dice) for layer in layers]
     return ModelProfile(revision="r", gradient_revision="r", layers=layers)
+
+
+def _by_domain(layer: LayerProfile, domains: tuple[str, ...], dice: random.Random) -> LayerProfile:
+    parts = [dice.lognormvariate(0, 0.5) for _ in domains]
+    factors = [len(parts) * part / sum(parts) for part in parts]
+    costs, gains = (
+        {
+            name: tuple(factor * value for value in values)
+            for name, factor in zip(domains, factors, strict=True)
+        }
+        for values in (layer.loss_cost, layer.regrow_gain)
+    )
+    return layer.model_copy(update={"domain_costs": costs, "domain_gains": gains})

@@ -38,6 +38,7 @@ _HISTORY = (
     "stderr",
     "predicted",
     "expected",
+    "proposal",
     "invalid_answers",
     "repairs",
     "calls",
@@ -47,7 +48,7 @@ _HISTORY = (
     "review",
     "revision",
 )
-_DECISIONS = ("step", "verdict", "layer", "block", "projection", "delta")
+_DECISIONS = ("step", "verdict", "layer", "block", "projection", "delta", "edit")
 _STAGES = ("stage", "before", "after", "kept", "seconds", "tokens", "revision", "notes")
 _CURVE = ("stage", "tokens", "loss")
 _DOMAINS = ("step", "domain", "dense", "before", "candidate", "change", "stderr")
@@ -94,10 +95,12 @@ class Trace:
             prunable weights; ``perplexity`` is what the step's candidate measured on the guard
             text, ``accepted_perplexity`` that of the revision it left; ``change``, ``stderr``,
             ``predicted`` (by the profile) and ``expected`` (by the agent) are relative
-            perplexity changes; ``tokens`` are those exchanged with an LLM; ``review`` is what a
+            perplexity changes; ``proposal`` says how the ranking's was taken, None of a decision
+            of the agent's own; ``tokens`` are those exchanged with an LLM; ``review`` is what a
             person said to the decision.
-        decisions: a row a step and layer: the ``delta`` of sparsity that was applied. Those of a
-            rolled-back step were taken back.
+        decisions: a row a step and layer: the ``delta`` of sparsity that was applied, and the
+            ``edit`` that the agent had added to the ranking's proposal. Those of a rolled-back step
+            were taken back.
         profiles: a row a step and layer: all that `LayerProfile` holds before the step. A signal
             has two columns, its z-score (``z_s``) and what that is of (``s``); ``loss_cost`` and
             ``regrow_gain``, in nats, have one for each delta: ``loss_cost_0.05``, and with domains
@@ -243,6 +246,7 @@ def _history_row(record: Step) -> dict[str, Any]:
         "stderr": record.change_stderr,
         "predicted": record.predicted_change,
         "expected": record.decision.expected_ppl_change,
+        "proposal": None if record.ranking is None else record.ranking.words,
         "invalid_answers": len(record.invalid_answers),
         "repairs": record.repairs,
         "calls": record.llm_calls,
@@ -269,6 +273,7 @@ def _stage_row(stage: Stage) -> dict[str, Any]:
 
 def _decision_rows(record: Step) -> list[dict[str, Any]]:
     rows = []
+    edits = record.ranking.edits if record.ranking is not None else {}
     for name, delta in record.applied.items():
         block, _, projection = short_name(name).partition(".")
         rows.append(
@@ -279,6 +284,7 @@ def _decision_rows(record: Step) -> list[dict[str, Any]]:
                 "block": int(block) if block.isdigit() else None,
                 "projection": projection,
                 "delta": delta,
+                "edit": edits.get(name, 0.0),
             }
         )
     return rows

@@ -181,7 +181,8 @@ class LLMAgent:
                 the run's budget of calls or tokens is used up.
         """
         self.notes = [] if observation.tries else list(self._remarks)
-        message = self._ask(prompt(observation), self._bound(answer_schema(observation)))
+        schema = answer_schema(observation, strict=bool(self._binding.get("strict")))
+        message = self._ask(prompt(observation), self._bound(schema))
         text = str(message.text)
         if withheld := _withheld(message):
             raise InvalidAnswerError(

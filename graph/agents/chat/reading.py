@@ -3,11 +3,12 @@
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.config import JsonDict
 
 from prunewright.graph.agents.base import InvalidAnswerError, Observation
 from prunewright.graph.agents.chat.finding import find_object
 from prunewright.state import Decision, Move, Trials
-from prunewright.state.decision import MAX_MOVES
+from prunewright.state.decision import ENOUGH, MAX_MOVES
 from prunewright.state.loading import problem_words
 
 MAX_ANSWER = 200_000
@@ -16,10 +17,19 @@ MAX_ENTRIES = 4_096
 """Layers that an answer may name one by one."""
 
 
+_PROBES: JsonDict = {
+    "required": ["probes"],
+    "properties": {"probes": {"type": "array", "minItems": 1}},
+}
+
+
 class Answer(Decision):
     """A decision, or moves to measure before one."""
 
-    model_config = ConfigDict(title="Decision")
+    model_config = ConfigDict(
+        title="Decision",
+        json_schema_extra={"anyOf": [*ENOUGH, _PROBES]},
+    )
 
     probes: list[Move] = Field(
         [],
@@ -39,8 +49,11 @@ class Answer(Decision):
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "Answer":
-        if self.probes and (self.layers or self.groups):
-            raise ValueError("probes stand in place of a decision: leave layers and groups empty")
+        if self.probes and (self.layers or self.groups or self.takes_proposal):
+            raise ValueError(
+                "probes stand in place of a decision: leave layers and groups empty, and accept "
+                "and weights out"
+            )
         return self
 
 
@@ -74,13 +87,38 @@ def plain_schema(model: type[BaseModel]) -> dict[str, Any]:
     return closed | {"title": schema["title"]}
 
 
-def answer_schema(observation: Observation) -> dict[str, Any]:
+def answer_schema(observation: Observation, *, strict: bool = False) -> dict[str, Any]:
     """The schema of an answer as a provider is sent it.
+
+    Where there is a proposal, an answer may take it in a dozen tokens; weights are asked for where
+    they change it, a number for each domain.
 
     Args:
         observation: what is to be decided on; with no probes left moves are not asked for.
+        strict: that every key must be there, as OpenAI wants it, null where nothing is said.
     """
-    return plain_schema(Answer if observation.probes_left else Decision)
+    schema = plain_schema(Answer if observation.probes_left else Decision)
+    keys: dict[str, Any] = schema["properties"]
+    if not observation.weighable:
+        del keys["weights"]
+    else:
+        domains = {name: {"type": "number", "minimum": 0} for name in observation.profile.domains}
+        keys["weights"] = {
+            "type": "object",
+            "description": keys["weights"]["description"],
+            "properties": domains,
+            "required": list(domains),
+            "additionalProperties": False,
+        }
+    if not observation.costs_shown:
+        del keys["accept"]
+        return schema | {"required": list(keys)}
+    needed = ["reasoning", "accept"]
+    if strict:
+        for key in keys.keys() - needed:
+            keys[key]["type"] = [keys[key]["type"], "null"]
+        needed = list(keys)
+    return schema | {"required": needed}
 
 
 def read_answer(text: str, notes: list[str] | None = None) -> Decision | Trials:

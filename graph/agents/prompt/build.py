@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import math
 import traceback
 from pathlib import Path
@@ -27,8 +28,17 @@ from prunewright.graph.agents.prompt.feedback import (
     told_best,
     told_probes,
 )
-from prunewright.graph.agents.prompt.table import MAX_ROWS, shown_layers, signals_shown, table
+from prunewright.graph.agents.prompt.proposed import domain_rows, proposal_words
+from prunewright.graph.agents.prompt.table import (
+    MAX_ROWS,
+    shown_layers,
+    signals_shown,
+    signals_told,
+    table,
+)
+from prunewright.graph.agents.proposal import propose
 from prunewright.state import InputError
+from prunewright.state.config import MAX_GOAL
 from prunewright.state.decision import MAX_LESSON, MAX_LESSONS
 from prunewright.state.shown import one_line
 
@@ -54,8 +64,20 @@ _SAMPLE: dict[str, Any] = {
     "pace": 0.01,
     "budget": "0.05",
     "dense_perplexity": 20.0,
+    "domains": [],
+    "goal": None,
+    "weighable": False,
+    "proposal": "",
     "table": "name | share",
     "meanings": {"z_s": "how safe"},
+}
+_DOMAIN = {
+    "name": "german",
+    "dense": 20.0,
+    "perplexity": None,
+    "last_change": "",
+    "bound": None,
+    "weight": 1.0,
 }
 # What is empty, or None, without feedback or before the first step.
 _FORMS: dict[str, tuple[Any, ...]] = {
@@ -123,9 +145,12 @@ def check_prompts(folder: str | None) -> None:
     for changes in itertools.product(*([(key, v) for v in vs] for key, vs in _FORMS.items())):
         values = _SAMPLE | dict(changes)
         values["fixed_delta"] = 0.5 if values["pattern"] else None
+        values["proposal"] = "The proposal" if "z_c" in values["signals"] else ""
         # With what they have nothing to do with, as every pair would take seconds.
         values["probes"], values["crowded"] = (4, True) if values["lessons"] else (0, False)
         values["best"] = "Best at the target" if values["history"] else ""
+        if values["lessons"]:
+            values |= {"goal": '"Keep it."', "domains": [_DOMAIN], "weighable": True}
         for name in FILES:
             _render(name, folder, values)
 
@@ -141,13 +166,18 @@ def floor_digits(value: float, digits: int = 4) -> str:
 def _values(o: Observation, rows: int) -> dict[str, Any]:
     """What a template may use, as docs/prompts.md tells."""
     last, shown = last_measured(o), signals_shown(o)
+    proposed = propose(o) if o.costs_shown else {}
     return {
         "criterion": o.criterion,
         "signals": [signal.name for signal in shown],
-        "meanings": {s.name: one_line(s.meaning, MAX_MEANING) for s in shown},
+        "meanings": {s.name: one_line(s.meaning, MAX_MEANING) for s in signals_told(o)},
         "feedback": o.feedback,
         "max_increase": o.max_increase,
         "max_knowledge_drop": o.max_knowledge_drop,
+        "goal": None
+        if o.goal is None
+        else json.dumps(one_line(o.goal, MAX_GOAL), ensure_ascii=False),
+        "weighable": o.weighable,
         "pattern": None if o.pattern_sparsity is None else o.pattern,
         "fixed_delta": o.pattern_sparsity,
         "max_delta": o.max_delta,
@@ -167,12 +197,14 @@ def _values(o: Observation, rows: int) -> dict[str, Any]:
         "last_change": f"{percent(last.change)} ± {percent(last.change_stderr, '')} %"
         if last
         else "",
+        "domains": domain_rows(o),
         "best": told_best(o),
         "crowded": o.crowded,
         "gradient_age": o.gradient_age if any(s.gradients for s in shown) else None,
         "history": compile_feedback(o),
         "lessons": [" ".join(lesson.split()) for lesson in o.lessons] if o.feedback else [],
-        "table": table(o, last_changes(o), rows),
+        "proposal": proposal_words(o, proposed) if o.costs_shown else "",
+        "table": table(o, last_changes(o), proposed, rows),
     }
 
 

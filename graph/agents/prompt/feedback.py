@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 
 from prunewright.graph.agents.base import Observation, quote_name
-from prunewright.graph.agents.prompt.table import by_blocks, by_thirds, with_heads
-from prunewright.graph.correction import ALL, DEPTHS, depth_of, ratios, step_ratio
+from prunewright.graph.agents.prompt.table import by_blocks, by_thirds, thousandths, with_heads
+from prunewright.graph.correction import ALL, DEPTHS, domain_ratios, ratios, spans, step_ratio
 from prunewright.graph.routing import MAX_FRUITLESS
 from prunewright.state import Step
 from prunewright.state.shown import one_line
 
-TOLD = 20
+TOLD = 12
 """Steps before those that have a line each."""
 LATEST = 3
 """Steps that are told in full: the latest."""
@@ -35,9 +35,10 @@ def compile_feedback(observation: Observation) -> str:
     for record in [r for r in records if r.verdict == "rolled_back"][-ROLLBACKS:]:
         why = f"Step {record.step + 1} was rolled back: {one_line(record.reason, 300)}."
         lines.append(f"{why} It was {_layers(observation, record.applied)}")
-    lines += _last(records[-1])
+    lines += _last(observation, records[-1])
     if costs:
         lines += _ratios(observation, records)
+        lines += _domain_ratios(domain_ratios(records))
     return "\n".join(lines)
 
 
@@ -154,7 +155,7 @@ def _table(records: Sequence[Step], costs: bool) -> list[str]:
     if before := records[:-TOLD]:
         gained = percent(before[-1].sparsity - before[0].sparsity_before)
         change = percent(before[-1].accepted_perplexity / before[0].perplexity_before - 1)
-        title += f"\n1-{len(before)} together {gained} {change}"
+        lines.append(f"1-{len(before)} together {gained} {change}")
     for r in records[-TOLD:]:
         if r.verdict == "empty":
             lines.append(_empty(r))
@@ -180,10 +181,13 @@ def _gained(record: Step) -> float | None:
     return record.sparsity - record.sparsity_before if accepted else None
 
 
-def _last(record: Step) -> list[str]:
+def _last(observation: Observation, record: Step) -> list[str]:
     if record.review is not None and record.review.verdict == "rejected":
         return [f"A person rejected your last decision: {one_line(record.review.words, 1000)}"]
     lines = []
+    if (ranking := record.ranking) is not None and observation.costs_shown:
+        edits = f": {_layers(observation, ranking.edits)}" if ranking.edits else ""
+        lines.append(f"You took the proposal {ranking.words}{edits}.")
     if record.review is not None and record.review.verdict == "edited":
         lines.append("A person edited your decision before it was applied.")
     if record.decision.reasoning:
@@ -192,7 +196,7 @@ def _last(record: Step) -> list[str]:
 
 
 def _layers(observation: Observation, deltas: Mapping[str, float]) -> str:
-    shown = {name: f"{delta:+.3f}".replace("0.", ".") for name, delta in deltas.items()}
+    shown = {name: thousandths(delta) for name, delta in deltas.items()}
     return by_blocks(observation.profile.layers, shown, ITEMS)
 
 
@@ -202,15 +206,21 @@ def _ratios(observation: Observation, records: Sequence[Step]) -> list[str]:
     if not found:
         return []
     single = [ratio for r in records if (ratio := step_ratio(r)) is not None]
-    blocks = 1 + max(p.block for p in observation.profile.layers)
-    spans = {depth: [b for b in range(blocks) if depth_of(b, blocks) == depth] for depth in DEPTHS}
-    names = {depth: f"blocks {span[0]}-{span[-1]}" for depth, span in spans.items() if span}
+    thirds = spans(1 + max(p.block for p in observation.profile.layers))
     kinds = sorted(found.keys() - {ALL, *DEPTHS})
     groups = [(quote_name(kind), kind) for kind in kinds]
-    groups += [(name, depth) for depth, name in names.items() if depth in found]
+    groups += [(f"blocks {span}", depth) for depth, span in thirds.items() if depth in found]
     parts = [f"{name} {found[kind][0]:.2f} ± {found[kind][1]:.2f}" for name, kind in groups]
     overall, error = found[ALL]
     return [
         f"Measured over predicted cost, of all steps: {overall:.2f} ± {error:.2f}, of single ones "
         f"{min(single):.2f} to {max(single):.2f}; {', '.join(parts)}"
     ]
+
+
+def _domain_ratios(found: dict[str, tuple[float, float]]) -> list[str]:
+    """The same by domain."""
+    parts = [
+        f"{quote_name(name)} {ratio:.2f} ± {error:.2f}" for name, (ratio, error) in found.items()
+    ]
+    return [f"By domain, measured over predicted: {', '.join(parts)}"] if parts else []

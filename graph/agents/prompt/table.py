@@ -11,15 +11,21 @@ from prunewright.graph.agents.base import Observation, quote_name
 from prunewright.graph.correction import DEPTHS, depth_of
 from prunewright.state import COST_DELTAS, LayerProfile
 from prunewright.state.decision import SHOWN
-from prunewright.state.profile import COST_SIGNAL
+from prunewright.state.profile import COST_SIGNAL, SIGNALS
 from prunewright.tools.signals import Signal, find_signals
 
 MAX_ROWS = 256
 """Layers shown in one prompt; with more, a shortlist and summaries."""
 LINES = 96
-"""Layers shown with a line each; up to `MAX_ROWS` are in maps, which take half the tokens."""
+"""Layers shown with a line each; up to `MAX_ROWS` are in maps, which take fewer tokens."""
 PROJECTIONS = 12
 """Projections told of one step."""
+BANDS = 12
+"""Rows of maps where costs are shown: the ranking's proposal sees each layer, its reader kinds."""
+APART = 1.5
+"""By how many times a layer's cost must differ from its band's to be told."""
+ODD = 16
+"""Layers told of those whose cost differs most."""
 RECENT = 6
 """Steps that maps tell the layers of."""
 GROUPS = 64
@@ -42,7 +48,7 @@ def shown_layers(observation: Observation, rows: int = MAX_ROWS) -> list[LayerPr
     if len(layers) <= rows:
         return layers
     rows = min(rows, LINES)
-    visible = _scores_shown(observation)
+    visible = _scores_told(observation)
     if observation.costs_shown:
         costs = observation.cost_deltas
         order = sorted(layers, key=lambda p: p.cost_of(costs[0]) / p.parameters)
@@ -63,17 +69,34 @@ def signals_shown(observation: Observation) -> list[Signal]:
     return [signal for signal in find_signals(observation.signals) if signal.name in held]
 
 
-def _scores_shown(observation: Observation) -> list[str]:
-    """Names of the signals shown beside the cost, whose own z-score tells nothing more."""
-    return [s.name for s in signals_shown(observation) if s.name != COST_SIGNAL]
+def signals_told(observation: Observation) -> list[Signal]:
+    """Those of them that the table holds: beside costs maps have none of the project's own.
+
+    They would take a tenth of the prompt, and have decided nothing.
+    """
+    shown, count = signals_shown(observation), len(observation.profile.layers)
+    if not observation.costs_shown or not LINES < count <= MAX_ROWS:
+        return shown
+    return [signal for signal in shown if signal.name not in SIGNALS]
 
 
-def table(observation: Observation, last: Mapping[str, str], rows: int = MAX_ROWS) -> str:
+def _scores_told(observation: Observation) -> list[str]:
+    """Names of the signals told beside the cost, whose own z-score tells nothing more."""
+    return [s.name for s in signals_told(observation) if s.name != COST_SIGNAL]
+
+
+def table(
+    observation: Observation,
+    last: Mapping[str, str],
+    proposed: Mapping[str, float],
+    rows: int = MAX_ROWS,
+) -> str:
     """All that an LLM is shown of the layers: of their signals, those in ``signals`` only.
 
     Args:
         observation: what the agent may see.
         last: the step that last changed each layer, in words.
+        proposed: deltas of the ranking's proposal; of no use where costs are hidden.
         rows: layers shown at most.
     """
     layers = observation.profile.layers
@@ -84,11 +107,13 @@ def table(observation: Observation, last: Mapping[str, str], rows: int = MAX_ROW
     parts = []
     if len(shown) + len(taken) + len(full) < len(layers):
         parts += [
-            _summary(observation),
+            _summary(observation, proposed),
             f"{len(shown)} of {len(layers)} layers, {_order(observation)}:",
         ]
     parts.append(
-        _lines(observation, shown, last) if len(shown) <= LINES else _maps(observation, last)
+        _lines(observation, shown, last, proposed)
+        if len(shown) <= LINES
+        else _maps(observation, last, proposed)
     )
     if taken:
         words = f"Have the pattern {observation.pattern} already"
@@ -193,15 +218,25 @@ def cost_rates(layer: LayerProfile, prunable: int, deltas: Iterable[float]) -> l
     ]
 
 
+def thousandths(delta: float) -> str:
+    """A delta as ``+.052``."""
+    return f"{delta:+.3f}".replace("0.", ".", 1)
+
+
 def _order(observation: Observation) -> str:
     if observation.costs_shown:
         return "those with the lowest cost"
-    if _scores_shown(observation):
+    if _scores_told(observation):
         return "those with the lowest mean z-score"
     return "evenly spread"
 
 
-def _lines(observation: Observation, shown: list[LayerProfile], last: Mapping[str, str]) -> str:
+def _lines(
+    observation: Observation,
+    shown: list[LayerProfile],
+    last: Mapping[str, str],
+    proposed: Mapping[str, float],
+) -> str:
     """One line a layer."""
     prunable = observation.prunable
     columns: dict[str, Callable[[LayerProfile], str]] = {
@@ -209,7 +244,7 @@ def _lines(observation: Observation, shown: list[LayerProfile], last: Mapping[st
         "share": lambda p: f"{100 * p.parameters / prunable:.4g}",
         "sparsity": lambda p: f"{p.sparsity:.3f}",
     }
-    for signal in signals_shown(observation):
+    for signal in signals_told(observation):
         columns[signal.name] = partial(_cell, signal)
     if observation.costs_shown:
         deltas = observation.cost_deltas
@@ -217,7 +252,8 @@ def _lines(observation: Observation, shown: list[LayerProfile], last: Mapping[st
             f"{rate:.2g}" for rate in cost_rates(p, prunable, deltas)
         )
         if _near(observation) and observation.pattern_sparsity is None:
-            columns[GAIN] = lambda p: _back(p, prunable, 1.0, ".2g")
+            columns[GAIN] = lambda p: _back([p], prunable, 1.0, ".2g")
+        columns["proposed"] = lambda p: thousandths(proposed[p.name]) if p.name in proposed else "-"
     if last:
         columns["last"] = lambda p: last.get(p.name, "-")
     rows = [" | ".join(cell(p) for cell in columns.values()) for p in shown]
@@ -232,77 +268,127 @@ def with_heads(head: str, rows: list[str], every: int = REPEAT) -> list[str]:
     return found or [head]
 
 
-def _maps(observation: Observation, last: Mapping[str, str]) -> str:
-    """A line a block: every layer under a label of its own, its numbers parted by slashes."""
+def _maps(observation: Observation, last: Mapping[str, str], proposed: Mapping[str, float]) -> str:
+    """A line a block: every layer under a label of its own, its numbers parted by slashes.
+
+    With costs a line a band of blocks, with the means of their layers.
+    """
     layers, prunable = observation.profile.layers, observation.prunable
     shares = {p.name: f"{100 * p.parameters / prunable:.4g}" for p in layers}
     projections = list(dict.fromkeys(p.projection for p in layers))
     labels = _labels(projections)
-    cells: dict[str, Callable[[LayerProfile], str]] = {
-        "sparsity in thousandths (312 is 0.312)": lambda p: f"{1000 * p.sparsity:.0f}"
-    }
-    parts = [f"share of each layer, per cent, by blocks: {by_blocks(layers, shares, MAX_ROWS)}"]
-    visible = _scores_shown(observation)
-    growth = ""
+    whole = (
+        f"{labels[name]} = {by_blocks(held, shares, MAX_ROWS)}"
+        for name in projections
+        if (held := [p for p in layers if p.projection == name])
+    )
+    cells: dict[str, Callable[[list[LayerProfile]], str]] = {}
+    width, tail = 1, []
     if observation.costs_shown:
+        width = -(-(1 + max(p.block for p in layers)) // BANDS)
         deltas = observation.cost_deltas
         # Near the target the next weights count, before it a whole step.
         at = 0 if _near(observation) else len(deltas) // 2
         rates = {p.name: cost_rates(p, prunable, deltas) for p in layers}
         unit = _unit([rate[at] for rate in rates.values()])
-        cells[f"cost at {deltas[at]:.4g}, in units of {unit:g}"] = lambda p: (
-            f"{rates[p.name][at] / unit:.0f}"
-        )
+
+        def cost(group: list[LayerProfile]) -> float:
+            return _mean(group, lambda p: rates[p.name][at])
+
+        cells["sparsity in per cent"] = lambda g: f"{100 * _mean(g, lambda p: p.sparsity):.0f}"
+        cells[f"cost at {deltas[at]:.4g}, in units of {unit:g}"] = lambda g: f"{cost(g) / unit:.0f}"
         if _near(observation) and observation.pattern_sparsity is None:
-            cells[f"{GAIN}, in the same units"] = lambda p: _back(p, prunable, unit, ".0f")
+            cells[f"{GAIN}, in the same units"] = lambda g: _back(g, prunable, unit, ".0f")
+        cells["delta proposed, in thousandths"] = lambda g: (
+            f"{1000 * _mean(g, lambda p: proposed.get(p.name, 0.0)):+.0f}"
+        )
+        for signal in _scores_told(observation):
+            cells[f"{signal} in tenths"] = partial(_tenths, signal)
         if len(deltas) > 1:
             others = [i for i in range(len(deltas)) if i != at]
-            ratios = (f"{labels[n]} {_growth(layers, n, rates, at, others)}" for n in projections)
-            growth = (
-                f"cost at {'/'.join(f'{deltas[i]:g}' for i in others)} over that, median of each "
-                f"projection: {', '.join(ratios)}"
+            tail.append(
+                f"cost at {'/'.join(f'{deltas[i]:g}' for i in others)} over that, median: "
+                f"{_growth(rates.values(), at, others)}"
             )
-        if visible:
-            # Beside the cost half a standard deviation is near enough.
-            cells[
-                f"{' and '.join(visible)}, one digit each: 5 for a score of 0, then half a "
-                "standard deviation a digit, lower is safer"
-            ] = lambda p: "".join(_digit(p.signals[signal]) for signal in visible)
+        if width > 1:
+            odd = {n: f"{rates[n][at] / unit:.0f}" for n in _odd(layers, width, rates, at, cost)}
+            tail += [f"layers whose cost is apart from their mean: {by_blocks(layers, odd, ODD)}"]
     else:
-        for signal in visible:
+        cells["sparsity in thousandths (312 is 0.312)"] = lambda g: f"{1000 * g[0].sparsity:.0f}"
+        for signal in _scores_told(observation):
             cells[f"{signal} in hundredths"] = partial(_hundredths, signal)
-    parts += [
-        f"layers by block, each as LABEL{'/'.join('1234'[: len(cells)])}: "
+        if last:
+            first = observation.step + 1 - RECENT
+            recent = {name: step for name, step in last.items() if int(step.rstrip("x")) >= first}
+            tail.append(
+                f"last changed in step (others before step {max(first, 1)}, or never): "
+                + by_blocks(layers, recent, MAX_ROWS)
+            )
+    means = f", means over {width} blocks" if width > 1 else ""
+    parts = [
+        "labels, the whole names that an answer takes, their blocks, share of each layer in per "
+        f"cent: {'; '.join(whole)}",
+        f"layers by block{means}, each as LABEL{'/'.join(map(str, range(1, len(cells) + 1)))}: "
         + "; ".join(f"{number} {words}" for number, words in enumerate(cells, 1)),
-        "labels, for the whole names that an answer takes: "
-        + ", ".join(f"{labels[name]} = {quote_name(name)}" for name in projections),
-        *_rows(layers, labels, list(cells.values())),
-        *([growth] if growth else []),
+        *_rows(layers, labels, list(cells.values()), width),
+        *tail,
     ]
-    if last:
-        first = observation.step + 1 - RECENT
-        recent = {name: step for name, step in last.items() if int(step.rstrip("x")) >= first}
-        parts.append(
-            f"last changed in step (others before step {max(first, 1)}, or never): "
-            + by_blocks(layers, recent, MAX_ROWS)
-        )
     return "\n".join(parts)
+
+
+def _mean(group: list[LayerProfile], value: Callable[[LayerProfile], float]) -> float:
+    """A value's mean over the weights of some layers."""
+    return sum(p.parameters * value(p) for p in group) / sum(p.parameters for p in group)
+
+
+def _banded(
+    layers: Iterable[LayerProfile], width: int
+) -> dict[tuple[int, str], list[LayerProfile]]:
+    """The layers by band of so many blocks and by projection."""
+    groups: dict[tuple[int, str], list[LayerProfile]] = {}
+    for p in layers:
+        groups.setdefault((p.block // width, p.projection), []).append(p)
+    return groups
+
+
+def _odd(
+    layers: list[LayerProfile],
+    width: int,
+    rates: Mapping[str, list[float]],
+    at: int,
+    cost: Callable[[list[LayerProfile]], float],
+) -> list[str]:
+    """The layers whose cost differs most from the mean of their cell."""
+    apart = {}
+    for group in _banded(layers, width).values():
+        mean = cost(group)
+        for p in group:
+            rate = rates[p.name][at]
+            if mean > 0 and not mean / APART <= rate <= mean * APART:
+                apart[p.name] = abs(math.log(max(rate, 1e-3 * mean) / mean))
+    return sorted(apart, key=lambda name: (-apart[name], name))[:ODD]
 
 
 def _rows(
     layers: list[LayerProfile],
     labels: Mapping[str, str],
-    cells: list[Callable[[LayerProfile], str]],
+    cells: list[Callable[[list[LayerProfile]], str]],
+    width: int,
 ) -> list[str]:
-    """One line a block, each layer's numbers behind its label."""
-    blocks: dict[int, list[str]] = {}
-    for p in layers:
-        numbers = "/".join(cell(p) for cell in cells)
-        label = labels[p.projection]
+    """One line a band of blocks, the numbers of its layers behind their label."""
+    bands: dict[int, list[str]] = {}
+    last = max(p.block for p in layers)
+    for (band, projection), group in _banded(layers, width).items():
+        numbers = "/".join(cell(group) for cell in cells)
+        label = labels[projection]
         # A separator more would be 256 tokens.
         mark = "" if label.isalpha() else ":"
-        blocks.setdefault(p.block, []).append(f"{label}{mark}{numbers}")
-    return [f"{block}: {' '.join(row)}" for block, row in sorted(blocks.items())]
+        bands.setdefault(band, []).append(f"{label}{mark}{numbers}")
+    found = []
+    for band, row in sorted(bands.items()):
+        first, end = band * width, min((band + 1) * width - 1, last)
+        found.append(f"{first}{f'-{end}' if end > first else ''}: {' '.join(row)}")
+    return found
 
 
 def _labels(projections: list[str]) -> dict[str, str]:
@@ -318,36 +404,30 @@ def _near(observation: Observation) -> bool:
     return observation.target - observation.sparsity <= NEAR * observation.target
 
 
-def _back(layer: LayerProfile, prunable: int, unit: float, form: str) -> str:
-    """Gain of restoring the last 0.05, as a rate like the cost; - for a dense layer."""
-    given = min(COST_DELTAS[0], layer.pruned)
+def _back(group: list[LayerProfile], prunable: int, unit: float, form: str) -> str:
+    """Gain of restoring the last 0.05, as a rate like the cost; - for dense layers."""
+    given = sum(min(COST_DELTAS[0], p.pruned) * p.parameters for p in group) / prunable
     if given <= 0:
         return "-"
-    rate = layer.regrow_gain[0] / (given * layer.parameters / prunable)
-    return f"{rate / unit:{form}}"
+    gain = sum(p.regrow_gain[0] for p in group if p.pruned > 0)
+    return f"{gain / given / unit:{form}}"
 
 
 def _cell(signal: Signal, layer: LayerProfile) -> str:
     return signal.format(layer.signals[signal.name])
 
 
-def _hundredths(signal: str, layer: LayerProfile) -> str:
-    return f"{100 * layer.signals[signal]:.0f}"
+def _tenths(signal: str, group: list[LayerProfile]) -> str:
+    return f"{10 * _mean(group, lambda p: p.signals[signal]):.0f}"
 
 
-def _digit(score: float) -> str:
-    return str(min(max(round(5 + 2 * score), 0), 9))
+def _hundredths(signal: str, group: list[LayerProfile]) -> str:
+    return f"{100 * group[0].signals[signal]:.0f}"
 
 
-def _growth(
-    layers: list[LayerProfile],
-    projection: str,
-    rates: Mapping[str, list[float]],
-    at: int,
-    others: list[int],
-) -> str:
-    """How a projection's cost at other deltas compares with that at the one shown."""
-    held = [r for p in layers if p.projection == projection and (r := rates[p.name])[at] > 0]
+def _growth(rates: Iterable[list[float]], at: int, others: list[int]) -> str:
+    """How the cost at other deltas compares with that at the one shown."""
+    held = [rate for rate in rates if rate[at] > 0]
     return "/".join(f"{median([r[i] / r[at] for r in held] or [1.0]):.2f}" for i in others)
 
 
@@ -360,7 +440,7 @@ def _unit(values: list[float]) -> float:
     return 10.0 ** math.floor(math.log10(low / 5))
 
 
-def _summary(observation: Observation) -> str:
+def _summary(observation: Observation, proposed: Mapping[str, float]) -> str:
     """One line for each projection in each third of the blocks, so that groups can be chosen."""
     layers, prunable = observation.profile.layers, observation.prunable
     blocks = 1 + max(p.block for p in layers)
@@ -371,12 +451,12 @@ def _summary(observation: Observation) -> str:
         # Experts that are modules of their own differ in a number only.
         name = re.sub(r"\d+", "*", p.projection) if many else p.projection
         groups.setdefault((name, depth_of(p.block, blocks)), []).append(p)
-    visible = _scores_shown(observation)
+    visible = _scores_told(observation)
     deltas = observation.cost_deltas
     middle = deltas[len(deltas) // 2]
     columns = ["projection", "blocks", "layers", "share", "sparsity", *visible]
     if observation.costs_shown:
-        columns.append(f"cost at {middle:.4g}: lowest / median / highest")
+        columns += [f"cost at {middle:.4g}: lowest / median / highest", "delta proposed, mean"]
     lines = [
         "All layers by projection and depth (mean sparsity and z-scores, share of all together"
         f"{'; * stands for any number' if many else ''}):"
@@ -396,6 +476,7 @@ def _summary(observation: Observation) -> str:
         if observation.costs_shown:
             rates = sorted(cost_rates(p, prunable, [middle])[0] for p in group)
             cells.append(f"{rates[0]:.2g} / {median(rates):.2g} / {rates[-1]:.2g}")
+            cells.append(thousandths(_mean(group, lambda p: proposed.get(p.name, 0.0))))
         rows.append(" | ".join(cells))
     lines += with_heads(" | ".join(columns), rows)
     if len(groups) > GROUPS:

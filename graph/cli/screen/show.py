@@ -80,6 +80,7 @@ def print_step(screen: Screen, record: Step) -> None:
         ("perplexity", _perplexities(record)),
         *(("domain", _domain(name, one)) for name, one in record.domains.items()),
         ("facts", knowledge_words(record)),
+        ("proposal", "" if record.ranking is None else f"taken {record.ranking.words}"),
         ("predicted", "" if predicted is None else f"{percent(predicted)} by the profile"),
         ("expected", "" if expected is None else f"{percent(expected)} by the agent"),
         ("revision", record.revision),
@@ -98,10 +99,17 @@ def print_step(screen: Screen, record: Step) -> None:
     screen.line(("Reasoning", "bold"))
     screen.line(record.decision.reasoning or "(none given)")
     screen.line()
+    # What an edit took out of the proposal is in the trace alone.
+    edits = record.ranking.edits if record.ranking is not None else {}
     screen.table(
-        ["layer", "chosen", "applied"],
+        ["layer", "chosen", *(["by edit"] if edits else []), "applied"],
         [
-            [item.name, f"{item.delta:+.4f}", f"{record.applied.get(item.name, 0.0):+.4f}"]
+            [
+                item.name,
+                f"{item.delta:+.4f}",
+                *([f"{edits[item.name]:+.4f}" if item.name in edits else ""] if edits else []),
+                f"{record.applied.get(item.name, 0.0):+.4f}",
+            ]
             for item in record.decision.layers
         ],
     )
