@@ -216,19 +216,3 @@ def test_a_step_of_many_layers_is_bounded(
 )
 def test_percent(value: float | None, words: str) -> None:
     assert percent(value) == words
-
-
-def test_of_many_steps_the_latest_have_a_line_each(told: Told) -> None:
-    steps = [
-        record(i, sparsity_before=0.02 * i, sparsity=0.02 * i + 0.02, perplexity_before=20.0 + i)
-        for i in range(TOLD + 3)
-    ]
-    lines = told(*steps)
-    # The third left 20.4, as all did; it was 20 before the first.
-    assert lines[1:4] == [
-        "step gained change predicted",
-        "1-3 together +6.0 +2.0",
-        "4 +2.0 +2.0 +1.0",
-    ]
-    assert f"{TOLD + 3} +2.0 +2.0 +1.0" in lines
-    assert sum(line.endswith(" +2.0 +1.0") for line in lines) == TOLD

@@ -143,7 +143,7 @@ BROKEN: dict[str, tuple[str, str]] = {
     "two decisions": ('{"reasoning": "", "layers": []} or {"reasoning": "no"}', "2 different JSON"),
     "an unclosed object": ('{"reasoning": "a", "layers": [', "JSON"),
     "a list": ("[]", "object"),
-    "a missing key": ('{"reasoning": "a"}', "layers: Field required"),
+    "a missing key": ('{"reasoning": "a"}', "layers must be there"),
     "an unknown key": ('{"reasoning": "", "layers": [], "prune_all": true}', "prune_all: Extra"),
     "a delta in words": (
         '{"reasoning": "", "layers": [{"name": "0.mlp.down_proj", "delta": "a lot"}]}',

@@ -10,13 +10,13 @@ from prunewright.graph.routing import MAX_FRUITLESS
 from prunewright.state import Step
 from prunewright.state.shown import one_line
 
-TOLD = 12
+TOLD = 8
 """Steps before those that have a line each."""
 LATEST = 3
 """Steps that are told in full: the latest."""
 ROLLBACKS = 2
 """Rolled-back steps whose layers and deltas are told: the latest."""
-ITEMS = 24
+ITEMS = 12
 """Groups of layers named of one step."""
 
 
@@ -155,7 +155,7 @@ def _table(records: Sequence[Step], costs: bool) -> list[str]:
     if before := records[:-TOLD]:
         gained = percent(before[-1].sparsity - before[0].sparsity_before)
         change = percent(before[-1].accepted_perplexity / before[0].perplexity_before - 1)
-        lines.append(f"1-{len(before)} together {gained} {change}")
+        title += f"\n1-{len(before)} together {gained} {change}"
     for r in records[-TOLD:]:
         if r.verdict == "empty":
             lines.append(_empty(r))

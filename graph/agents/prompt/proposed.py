@@ -5,12 +5,17 @@ from typing import Any
 
 from prunewright.graph.agents.base import Observation, quote_name
 from prunewright.graph.agents.prompt.feedback import last_measured, percent
-from prunewright.graph.agents.prompt.table import by_blocks, thousandths
+from prunewright.graph.agents.prompt.table import (
+    PROJECTIONS,
+    by_blocks,
+    short_labels,
+    thousandths,
+)
 from prunewright.graph.correction import depth_of, spans
 from prunewright.state import LayerProfile
 from prunewright.state.shown import one_line
 
-MOST = 8
+MOST = 6
 """Layers named of those that are pruned most, and of those that are restored most."""
 MAX_DOMAIN = 60
 """Characters of a domain's name."""
@@ -87,11 +92,12 @@ def _shares(
     names = spans(blocks)
     groups: dict[str, float] = {}
     depths = dict.fromkeys(names, 0.0)
+    labels = short_labels(list(dict.fromkeys(p.projection for p in observation.profile.layers)))
     for name, layer in layers.items():
-        kind = quote_name(layer.projection)
+        kind = labels[layer.projection]
         groups[kind] = groups.get(kind, 0.0) + sizes[name]
         depths[depth_of(layer.block, blocks)] += sizes[name]
-    largest = sorted(groups, key=lambda kind: -abs(groups[kind]))[:MOST]
+    largest = sorted(groups, key=lambda kind: -abs(groups[kind]))[:PROJECTIONS]
     parts = [f"{kind} {100 * groups[kind] / gain:.0f}" for kind in largest]
     thirds = (f"{names[depth]} {100 * size / gain:.0f}" for depth, size in depths.items())
     return f"{', '.join(parts)}; blocks {', '.join(thirds)}"

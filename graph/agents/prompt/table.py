@@ -24,7 +24,7 @@ BANDS = 12
 """Rows of maps where costs are shown: the ranking's proposal sees each layer, its reader kinds."""
 APART = 1.5
 """By how many times a layer's cost must differ from its band's to be told."""
-ODD = 16
+ODD = 12
 """Layers told of those whose cost differs most."""
 RECENT = 6
 """Steps that maps tell the layers of."""
@@ -140,7 +140,7 @@ def _behind(observation: Observation) -> str:
     """What the scores shown are of: a score tells nothing of how far apart the layers are."""
     found = {
         name: [p.measured[name] for p in observation.profile.layers if name in p.measured]
-        for name in _scores_shown(observation)
+        for name in _scores_told(observation)
     }
     return ", ".join(
         f"{name} {fmean(values):.3g} ± {pstdev(values):.2g}"
@@ -196,7 +196,7 @@ def by_thirds(
         part[p.projection] = part.get(p.projection, 0.0) + abs(delta) * p.parameters
     touched = [name for name in held if part[name] > 0]
     told = set(sorted(touched, key=lambda name: -part[name])[:PROJECTIONS])
-    labels, parts = _labels(list(held)), []
+    labels, parts = short_labels(list(held)), []
     for name in touched:
         means = [fmean(third) for third in held[name].values() if third]
         cells = [words(mean) if mean else "0" for mean in means]
@@ -276,7 +276,7 @@ def _maps(observation: Observation, last: Mapping[str, str], proposed: Mapping[s
     layers, prunable = observation.profile.layers, observation.prunable
     shares = {p.name: f"{100 * p.parameters / prunable:.4g}" for p in layers}
     projections = list(dict.fromkeys(p.projection for p in layers))
-    labels = _labels(projections)
+    labels = short_labels(projections)
     whole = (
         f"{labels[name]} = {by_blocks(held, shares, MAX_ROWS)}"
         for name in projections
@@ -391,7 +391,7 @@ def _rows(
     return found
 
 
-def _labels(projections: list[str]) -> dict[str, str]:
+def short_labels(projections: list[str]) -> dict[str, str]:
     """A short label of each projection: the last part of its name, where that tells it apart."""
     short = {n: n.rpartition(".")[2].removesuffix("_proj") for n in projections}
     held = list(short.values())
