@@ -18,6 +18,9 @@ class RefiningAgent(ABC):
     that are taken anew.
     """
 
+    # So that a class of one's own need not call `__init__`.
+    _refine = 0
+
     def __init__(self, refine: int = 0) -> None:
         """Make it.
 
