@@ -121,7 +121,10 @@ def _over_steps(
         alt.Chart(_data(kept)).mark_point(size=60).encode(y=f"{point}:Q", tooltip=tooltip, **by),
     ]
     if domains:
-        color = alt.Color("domain:N", legend=alt.Legend(title="Domain", orient="bottom"))
+        # The first category's colour is that of the whole text's line.
+        names = list(dict.fromkeys(row["domain"] for row in domains))
+        legend = alt.Legend(title="Domain", orient="bottom", values=names)
+        color = alt.Color("domain:N", scale=alt.Scale(domain=["", *names]), legend=legend)
         drawn = alt.Chart(_data(list(domains))).mark_line(interpolate="step-after")
         parts.append(
             drawn.encode(y=f"{line}:Q", color=color, tooltip=_tooltip("domain", "step", line))
