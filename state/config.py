@@ -563,7 +563,7 @@ class PruneRequest(Options):
     def crowded(self) -> bool:
         """Whether predicted costs hold a factor for how sparse a layer is.
 
-        None where kept weights are solved for: they make up for more in a layer that gives more.
+        They hold none where kept weights are solved for: these make up for more where more goes.
         """
         return self.reconstruct == "none" and self.pattern == "unstructured"
 

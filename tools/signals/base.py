@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prunewright.state.profile import SIGNAL_NAME
+from prunewright.state.profile import COST_DELTAS, SIGNAL_NAME
 
 if TYPE_CHECKING:  # torch takes seconds, and a prompt needs none of it
     from torch import Tensor
@@ -48,6 +48,11 @@ class Measured:
     pattern_gain: float
     patterned: bool
     knowledge_cost: tuple[float, ...] | None = None
+
+    def for_a_weight(self, costs: tuple[float, ...]) -> float:
+        """What the middle one of some costs by delta comes to for each weight it removes, nats."""
+        added = min(self.sparsity + COST_DELTAS[1], 1.0) - self.sparsity
+        return costs[1] / max(self.layer.numel * added, 1.0)
 
 
 def two_digits(score: float) -> str:

@@ -1,6 +1,6 @@
 """c: what the next weights of a layer are predicted to cost (Optimal Brain Damage)."""
 
-from prunewright.state.profile import COST_DELTAS, COST_SIGNAL
+from prunewright.state.profile import COST_SIGNAL
 from prunewright.tools.signals.base import Measured, Signal
 
 
@@ -13,8 +13,7 @@ def compute(found: Measured) -> float | None:
     if found.patterned:
         taken = found.pattern_gain * found.layer.numel
         return None if found.pattern_cost is None else found.pattern_cost / max(taken, 1.0)
-    added = min(found.sparsity + COST_DELTAS[1], 1.0) - found.sparsity
-    return found.loss_cost[1] / max(found.layer.numel * added, 1.0)
+    return found.for_a_weight(found.loss_cost)
 
 
 SIGNAL = Signal(

@@ -1,6 +1,6 @@
 """k: what the next weights of a layer are predicted to cost the right answers to questions."""
 
-from prunewright.state.profile import COST_DELTAS, KNOWLEDGE_SIGNAL
+from prunewright.state.profile import KNOWLEDGE_SIGNAL
 from prunewright.tools.signals.base import Measured, Signal
 
 
@@ -12,8 +12,7 @@ def compute(found: Measured) -> float | None:
     """
     if found.patterned or found.knowledge_cost is None:
         return None
-    added = min(found.sparsity + COST_DELTAS[1], 1.0) - found.sparsity
-    return found.knowledge_cost[1] / max(found.layer.numel * added, 1.0)
+    return found.for_a_weight(found.knowledge_cost)
 
 
 SIGNAL = Signal(
