@@ -41,6 +41,8 @@ class Control(BaseModel):
         change: relative change of the test perplexity from the control to the run, below 0 if the
             run is better; None where the control's is not finite.
         change_stderr: standard error of the change, paired over the test windows.
+        domains: perplexity of each domain of the guard text, None where it is not finite; empty
+            where there are none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,6 +53,7 @@ class Control(BaseModel):
     test: float | None
     change: float | None
     change_stderr: float | None
+    domains: dict[str, float | None] = {}
 
 
 class Stage(BaseModel):

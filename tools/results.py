@@ -17,7 +17,7 @@ from prunewright.state.run import DENSE
 from prunewright.tools.allocation.uniform import uniform_counts
 from prunewright.tools.bench.workbench import Workbench
 from prunewright.tools.finishing import complete
-from prunewright.tools.losses import change_with_error, perplexity
+from prunewright.tools.losses import change_with_error, perplexities, perplexity
 from prunewright.tools.model.head import Progress, told
 from prunewright.tools.saving.card import model_card
 from prunewright.tools.saving.model import save_model
@@ -186,9 +186,12 @@ def _measure_control(
     wanted = target if outcome.status in ("target_reached", BASELINE) else reached
     counts = uniform_counts(bench, wanted).counts
     revision = bench.prune(DENSE, DENSE, counts, progress)
-    guard = perplexity(bench.guard_losses(revision, progress))
+    guard_losses = bench.guard_losses(revision, progress)
+    guard = perplexity(guard_losses)
+    domains = perplexities(bench.request.texts.domains("guard"), guard_losses)
     ended = complete(run.control_file, bench, revision, guard, run.config().adapt, progress)
     revision, guard = ended.revision, ended.perplexity
+    domains |= ended.domains
     test_losses = bench.test_losses(revision, progress)
     test = perplexity(test_losses)
     change, stderr = change_with_error(test_losses, losses)
@@ -204,6 +207,7 @@ def _measure_control(
         test=test if math.isfinite(test) else None,
         change=change if math.isfinite(test) else None,
         change_stderr=stderr if math.isfinite(test) and math.isfinite(stderr) else None,
+        domains={name: v if math.isfinite(v) else None for name, v in domains.items()},
     )
     return control, spent, time.perf_counter() - began
 

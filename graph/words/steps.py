@@ -30,6 +30,8 @@ def step_line(record: Step) -> str:
     parts += [change, count(len(record.applied), "layer"), domain_words(record)]
     if record.candidate_knowledge is not None:
         parts.append(f"facts {knowledge_words(record)}")
+    if record.ranking is not None:
+        parts.append(f"proposal {record.ranking.words}")
     return head + "  ".join(part for part in [*parts, reason] if part)
 
 

@@ -202,3 +202,25 @@ def test_balance_weighs_by_what_each_domain_has_lost(
         assert step.decision.reasoning.startswith(f"Weights after what each has lost: {told}. ")
     assert "code 1.00, facts 1.00, general 1.00" in steps[0].decision.reasoning
     assert "code 1.00, facts 1.00, general 1.00" not in steps[2].decision.reasoning
+
+
+def test_the_uniform_control_is_told_by_domain(
+    config: dict[str, Any], texts: dict[str, Any], tmp_path: Path
+) -> None:
+    config |= {"texts": texts, "guard": {"max_increase": 9.0}}
+    alone = baseline(config | {"allocation": "uniform"}, out=tmp_path / "alone").metrics
+    out = tmp_path / "run"
+    one = run(config | {"agent": "greedy", "with_control": True}, out=out)
+    assert one.metrics.control is not None
+    domains = one.metrics.control.domains
+    assert domains == pytest.approx({name: pair.final for name, pair in alone.domains.items()})
+    shown = CliRunner().invoke(app, ["show", str(out)]).stdout
+    card = (one.model_directory / "README.md").read_text()
+    table = (out / "report.html").read_text().partition('<table id="domains">')[2]
+    _, *rows = table.partition("</table>")[0].split("<tr><td>")
+    for name, row in zip(NAMES, rows, strict=True):
+        pair, value = one.metrics.domains[name], f"{domains[name]:.3f}"
+        assert f"guard text, {name} | {pair.dense:.3f} | {pair.final:.3f} | {value} |" in card
+        assert f">{value}</data></td></tr>" in row.rpartition('<td class="n">')[2]
+        (line,) = [line for line in shown.splitlines() if line.startswith(f"guard, {name} ")]
+        assert line.split()[-1] == value

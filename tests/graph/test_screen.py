@@ -29,6 +29,7 @@ from prunewright.graph.words.numbers import percent, perplexity
 from prunewright.graph.words.steps import step_line, steps_to_go
 from prunewright.state import PruneConfig
 from prunewright.state.metrics import TRAINING, Stage
+from prunewright.state.step import FromRanking
 from prunewright.tools.report.tables import comparison_tables
 
 WIDTH = 80
@@ -143,6 +144,8 @@ def test_a_step_fits_80_columns(change: float) -> None:
     assert line.startswith("step 120  ")
     assert line.endswith(f"(predicted {percent(change)})  197 layers")
     assert "12345.68" in line
+    edited = record.model_copy(update={"ranking": FromRanking(edits={"model.layers.0.a": 0.1})})
+    assert step_line(edited) == f"{line}  proposal with 1 layer edited by the agent"
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,7 @@ def build_report(run_dirs: Sequence[str | Path]) -> str:
         charts["prediction"] = prediction
     if first.metrics is not None and (curves := curve_chart(first.metrics.stages)) is not None:
         charts["curve"] = curves
+    control = first.metrics.control if first.metrics is not None else None
     deltas = [abs(delta) for record in first.records for delta in record.applied.values()]
     uniform, commands = _against_uniform(runs)
     try:
@@ -161,6 +162,7 @@ def build_report(run_dirs: Sequence[str | Path]) -> str:
             signatures=failure_signatures(first.records),
             ended=ended_words(first.metrics) if first.metrics else "",
             domains=first.domains,
+            control_domains=control.domains if control is not None else {},
             options=_flat(first.config),
             save=f"prunewright save {shlex.quote(str(first.directory.path))}",
         )

@@ -86,11 +86,9 @@ def _table(metrics: Metrics, test: str) -> str:
         [f"perplexity, test text ({test})", f"{ppl.test.dense:.3f}", f"{ppl.test.final:.3f}"],
     ]
     if control is not None:
-        measured = [
-            "not finite" if value is None else f"{value:.3f}"
-            for value in (control.guard, control.test)
-        ]
-        words = ["uniform control", "---", measured[0], *[""] * len(metrics.domains), measured[1]]
+        values = [control.guard, *map(control.domains.get, metrics.domains), control.test]
+        measured = ["not finite" if value is None else f"{value:.3f}" for value in values]
+        words = ["uniform control", "---", *measured]
         rows = [[*row, word] for row, word in zip(rows, words, strict=True)]
     lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return (

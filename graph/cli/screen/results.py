@@ -30,15 +30,17 @@ def print_metrics(screen: Screen, metrics: Metrics, directory: str, model: str |
         pair_row("test (reported)", metrics.perplexity.test),
         pair_row("guard (chosen on)", metrics.perplexity.guard),
     ]
+    rows += [pair_row(f"guard, {name}", pair) for name, pair in metrics.domains.items()]
     columns = ["perplexity", "dense", "pruned", "change"]
     if metrics.control is not None:
         columns.append("uniform")
-        for row, value in zip(rows, (metrics.control.test, metrics.control.guard), strict=True):
+        control = metrics.control
+        values = [control.test, control.guard, *map(control.domains.get, metrics.domains)]
+        for row, value in zip(rows, values, strict=True):
             row.append("not finite" if value is None else f"{value:.3f}")
     if metrics.stages and metrics.stages[0].before is not None:
         masks = Pair(dense=metrics.perplexity.guard.dense, final=metrics.stages[0].before)
         rows.append(pair_row("guard, masks alone", masks))
-    rows += [pair_row(f"guard, {name}", pair) for name, pair in metrics.domains.items()]
     screen.line()
     screen.table(columns, [row + [""] * (len(columns) - len(row)) for row in rows])
     screen.line()
