@@ -20,11 +20,11 @@ LINES = 96
 """Layers shown with a line each; up to `MAX_ROWS` are in maps, which take fewer tokens."""
 PROJECTIONS = 12
 """Projections told of one step."""
-BANDS = 12
+BANDS = 9
 """Rows of maps where costs are shown: the ranking's proposal sees each layer, its reader kinds."""
 APART = 1.5
 """By how many times a layer's cost must differ from its band's to be told."""
-ODD = 12
+ODD = 6
 """Layers told of those whose cost differs most."""
 RECENT = 6
 """Steps that maps tell the layers of."""
