@@ -532,8 +532,8 @@ class PruneRequest(Options):
     )
     weights: dict[DomainName, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = Field(
         None,
-        description="how much each domain of texts.calibration counts in masks and predicted "
-        "costs, such as {general: 1, code: 0.5}; null: all alike",
+        description="how much each domain of texts.calibration counts, in its share of the windows "
+        "and in masks and predicted costs, such as {general: 1, code: 0.5}; null: all alike",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="draws the windows and seeds the agent")
 

@@ -269,8 +269,8 @@ def _seconds(
     own: dict[str, float] = {}
     if OWN in parts:
         del parts[OWN]
-        windows = request.texts.windows
-        batches = batches_of(own_windows(request.texts) * windows.length, chats=True)
+        tokens = _own_windows(request) * request.texts.windows.length
+        batches = batches_of(tokens, chats=True)
         own[OWN] = len(batches) * LENGTH * token
     step = sum(parts.values()) + masks
     run = window * request.texts.windows.guard + steps * step + finish + sum(own.values())
@@ -405,13 +405,19 @@ def _flops(request: PruneRequest, shape: _Shape) -> dict[str, float]:
         solve = tokens * 2 * shape.squares + rounds * 2 * shape.cubes
     return {
         "activations": windows.calibration * windows.length * blocks,
-        "gradients": windows.gradient * windows.length * (passes * blocks + 3 * head)
+        "gradients": windows.gradient
+        * windows.length
+        * (passes * blocks + 3 * head)
         / request.profile.gradient_every,
         "solve passes": passed,
         "solve": solve,
         "guard": windows.guard * scored,
         "finish": 2 * windows.test * scored,
-    } | ({OWN: own_windows(request.texts) * scored} if _writes(request) else {})  # fmt: skip
+    } | ({OWN: _own_windows(request) * scored} if _writes(request) else {})
+
+
+def _own_windows(request: PruneRequest) -> int:
+    return own_windows(request.texts, request.domain_weights)
 
 
 def _writes(request: PruneRequest) -> bool:

@@ -87,7 +87,7 @@ def test_every_step_measures_every_domain(
     metrics, steps = result.metrics, RunDirectory(out).read_trace()
     settled = validate_config(config)
     tokenizer = AutoTokenizer.from_pretrained(learned_model)
-    drawn = load_windows(settled.texts, tokenizer, 0, rows=512)
+    drawn = load_windows(settled.texts, tokenizer, 0, rows=512, weights=weights)
     dense, final = perplexities(learned_model, drawn), perplexities(result.model_directory, drawn)
     assert tuple(metrics.domains) == NAMES
     for name in NAMES:

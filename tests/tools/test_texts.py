@@ -894,6 +894,30 @@ def test_domains_take_turns_and_are_shared_out_equally(
     assert windows.hashes["guard"] == hash_windows(windows.guard)
 
 
+def test_domains_have_windows_by_weight_and_each_has_one(
+    three: dict[str, Path], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    named = {name: str(path) for name, path in three.items()}
+    counts = COUNTS | {"calibration": 12, "gradient": 3, "guard": 6}
+
+    def drawn(weights: dict[str, float]) -> str:
+        windows = texts.load_windows(
+            options(calibration=named, windows=counts), tokenizer, 0, rows=512, weights=weights
+        )
+        whole = "".join(windows.domains["calibration"])
+        assert owners(rows(windows, "calibration"), three, tokenizer) == whole
+        assert set(whole[:3]) == set("abc")  # those that give gradients
+        assert windows.domains["guard"] == tuple("abcabc")
+        assert_disjoint(windows)
+        return whole
+
+    found = drawn({"a": 4, "b": 1, "c": 1})
+    assert [found.count(name) for name in "abc"] == [8, 2, 2]
+    assert found[:6].count("a") == 4
+    assert [drawn({"a": 1, "b": 0, "c": 0}).count(name) for name in "abc"] == [10, 1, 1]
+    assert drawn({"a": 2, "b": 2, "c": 2}) == "abc" * 4
+
+
 def test_of_questions_only_answers_are_scored(
     asked: Path, three: dict[str, Path], tokenizer: PreTrainedTokenizerBase
 ) -> None:

@@ -136,7 +136,8 @@ class Workbench:
             write_atomic(path, self._own_text)
             return path
 
-        return load_windows(texts, tokenizer, seed, rows=self._rows, write=write)
+        weights = self.request.domain_weights
+        return load_windows(texts, tokenizer, seed, rows=self._rows, weights=weights, write=write)
 
     @property
     def stale(self) -> bool:

@@ -2,11 +2,12 @@
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from itertools import chain, islice, permutations
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -76,6 +77,7 @@ def load_windows(
     seed: int,
     *,
     rows: int,
+    weights: Mapping[str, float] = MappingProxyType({}),
     write: Writer | None = None,
 ) -> Windows:
     """Read, pack and draw the windows of all three roles.
@@ -84,14 +86,16 @@ def load_windows(
     text, as the literature takes them. Roles that read the same text get disjoint windows. They
     are drawn from the first `_WHOLE_CHARACTERS` of a text, or further on where these are less than
     `_POOL_TIMES` the windows that are wanted, but never beyond `_POOL_CHARACTERS`. The windows of
-    a mix are shared out over its sources by weight, those of domains equally, and take turns. A
-    domain whose documents are questions is packed by `pack_answered`.
+    a mix are shared out over its sources by weight, and so are those of calibration's domains, of
+    which each has one at least. The guard's domains have equal shares. All take turns. A domain
+    whose documents are questions is packed by `pack_answered`.
 
     Args:
         options: what is read, and how much.
         tokenizer: the model's.
         seed: of the draws.
         rows: `embedding_rows` of the model.
+        weights: how much each domain counts; one without a weight has 1.
         write: gives what the model writes by itself, where a source is `SELF`.
 
     Raises:
@@ -99,7 +103,7 @@ def load_windows(
             no window of calibration; or a window holds a token that the model does not know.
     """
     length = options.windows.length
-    parts, texts = _parts(options, write)
+    parts, texts = _parts(options, weights, write)
     pools: dict[str, _Pool] = {}
     for part in parts:
         if part.label not in pools:
@@ -125,7 +129,7 @@ def load_windows(
     for role in ROLES:
         own = [part for part in parts if part.role == role]
         rows_of = [iter(pools[part.label].windows[part.drawn]) for part in own]
-        turns = _turns([part.count for part in own])
+        turns = _turns([part.count for part in own], each_first=bool(own[0].domain))
         tensors[role] = _tensor(np.stack([next(rows_of[turn]) for turn in turns]))
         sources[role] = own[0].label
         if len(own) > 1:
@@ -400,10 +404,16 @@ class _Part:
         return f"{self.domain}: {words}" if self.domain else words
 
 
-def _turns(counts: Sequence[int]) -> list[int]:
-    """Which source each window is of: any first part of them has about the mix of the whole."""
-    taken, turns = [0] * len(counts), []
-    for number in range(1, sum(counts) + 1):
+def _turns(counts: Sequence[int], *, each_first: bool = False) -> list[int]:
+    """Which source each window is of: any first part of them has about the mix of the whole.
+
+    Args:
+        counts: windows of each source, at least one.
+        each_first: one of each comes before the second of any.
+    """
+    turns = list(range(len(counts))) if each_first else []
+    taken = [turns.count(number) for number in range(len(counts))]
+    for number in range(len(turns) + 1, sum(counts) + 1):
         behind = [c * number / sum(counts) - t for c, t in zip(counts, taken, strict=True)]
         turn = behind.index(max(behind))
         taken[turn] += 1
@@ -411,22 +421,29 @@ def _turns(counts: Sequence[int]) -> list[int]:
     return turns
 
 
-def own_windows(options: TextOptions) -> int:
+def own_windows(options: TextOptions, weights: Mapping[str, float]) -> int:
     """How many windows are drawn from what the dense model writes by itself.
 
     Raises:
         InputError: a source gets no window of calibration.
     """
-    return sum(part.count for part in _shares(options) if part.source == SELF)
+    return sum(part.count for part in _shares(options, weights) if part.source == SELF)
 
 
-def _shares(options: TextOptions) -> list[_Part]:
+def _shares(options: TextOptions, weights: Mapping[str, float]) -> list[_Part]:
     """What each role takes of each of its sources, where it takes any."""
     parts: list[_Part] = []
     for role in ROLES:
         mix, count = options.sources(role), getattr(options.windows, role)
         names = options.domains(role) or [""] * len(mix)
-        for number, share in enumerate(share_out(count, [one.weight for one in mix])):
+        shares = share_out(count, [one.weight for one in mix])
+        if role == "calibration" and names[0]:
+            shares = share_out(count, [weights.get(name, 1.0) for name in names])
+            # Costs are told of each domain, even of one that counts nothing.
+            while 0 in shares:
+                shares[shares.index(max(shares))] -= 1
+                shares[shares.index(0)] += 1
+        for number, share in enumerate(shares):
             if share:
                 parts.append(_Part(role, number, mix[number].source, share, names[number]))
             elif role == "calibration":
@@ -437,9 +454,11 @@ def _shares(options: TextOptions) -> list[_Part]:
     return parts
 
 
-def _parts(options: TextOptions, write: Writer | None) -> tuple[list[_Part], dict[str, _Text]]:
+def _parts(
+    options: TextOptions, weights: Mapping[str, float], write: Writer | None
+) -> tuple[list[_Part], dict[str, _Text]]:
     """What each role takes of each of its sources, and their texts by label."""
-    parts = _shares(options)
+    parts = _shares(options, weights)
     texts: dict[str, _Text] = {}
     for part in parts:
         if part.source != SELF:
@@ -449,7 +468,7 @@ def _parts(options: TextOptions, write: Writer | None) -> tuple[list[_Part], dic
         elif write is None:
             raise InputError(f"{SELF}, the {part.role} text, is only written in a run")
         else:
-            path = write(own_windows(options))
+            path = write(own_windows(options, weights))
             text = replace(_file(path), label=SELF)
         if any(text.label == p.label for p in parts if p.role == part.role):
             raise InputError(f"{text.label} is twice among the sources of the {part.role} text")
