@@ -487,7 +487,11 @@ class PruneRequest(Options):
     )
     target: float = Field(0.45, gt=0, le=0.95, description="sparsity over all prunable weights")
     step: float = Field(
-        0.05, gt=0, le=0.95, description="largest sparsity that one step adds to the whole model"
+        0.05,
+        gt=0,
+        le=0.95,
+        description="largest sparsity that one step adds to the whole model; less than max_delta "
+        "leaves a choice between layers",
     )
     max_delta: float = Field(
         0.15,

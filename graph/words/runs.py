@@ -14,6 +14,7 @@ def request_rows(config: PruneConfig) -> list[tuple[str, str]]:
     return [
         ("target", target_words(config)),
         ("criterion", config.criterion_words),
+        *([] if config.agent == BASELINE else [("steps", _steps_words(config))]),
         *([("goal", " ".join(config.goal.split()))] if config.goal else []),
         *([("adapt", adapt_words(config.adapt))] if config.adapt else []),
         (
@@ -24,6 +25,16 @@ def request_rows(config: PruneConfig) -> list[tuple[str, str]]:
         ),
         *([("weights", _weights_words(config))] if config.weights else []),
     ]
+
+
+def _steps_words(config: PruneConfig) -> str:
+    words = f"at most {100 * config.step:.3g}% of the prunable weights each"
+    if pattern_sparsity(config.pattern) is not None:
+        return words
+    words += f", {100 * config.max_delta:.3g}% of one layer"
+    if config.step < config.max_delta:
+        return words
+    return f"{words}: a full step takes all layers alike, a smaller step leaves a choice"
 
 
 def _weights_words(config: PruneConfig) -> str:

@@ -669,6 +669,11 @@ def test_plan_counts_and_touches_nothing(
     words = flat(invoke("plan", "-c", config_file, "-o", out).stdout)
     assert f"14 in 2 blocks, {prunable:,} prunable of {everything:,} parameters" in words
     assert "3 steps or more; --time loads the model" in words
+    # A full step of max_delta fits all layers alike only.
+    for step, alike in (("0.1", False), ("0.2", True)):
+        settings = ["--set", "max_delta=0.2", "--set", f"step={step}"]
+        words = flat(invoke("plan", "-c", config_file, *settings).stdout)
+        assert ("all layers alike" in words) is alike
 
 
 def test_plan_predicts_the_time_from_one_window(config_file: Path) -> None:
