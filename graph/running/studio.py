@@ -37,6 +37,7 @@ _NODES = {
     "criterion": "profile",
     "agent": "agent_decide",
     "agent_options": "agent_decide",
+    "goal": "agent_decide",
     "asking": "agent_decide",
     "feedback": "agent_decide",
     "signals": "agent_decide",
@@ -45,6 +46,7 @@ _NODES = {
     "guard": "evaluate_ppl",
     "max_steps": "reflect",
     "max_stalls": "reflect",
+    "adapt": "finish",
 }
 """The node at which Studio offers a key of the context."""
 

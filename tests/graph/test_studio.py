@@ -167,7 +167,8 @@ def test_the_forms_have_descriptions_bounds_and_defaults(server: Server) -> None
     assert (asked["target"]["default"], asked["target"]["maximum"]) == (0.45, 0.95)
     assert asked["target"]["exclusiveMinimum"] == 0
     assert set(asked["criterion"]["examples"]) >= {"magnitude", "wanda", "fisher"}
-    assert carried["agent"]["langgraph_nodes"] == ["agent_decide"]
+    for name, node in {"agent": "agent_decide", "goal": "agent_decide", "adapt": "finish"}.items():
+        assert carried[name]["langgraph_nodes"] == [node]
     graph: dict[str, Any] = dict(server.client.assistants.get_graph(assistant))
     drawn = {node["id"] for node in graph["nodes"]}
     assert drawn == NODES | {"__start__", "__end__"}
@@ -209,6 +210,35 @@ def test_a_whole_run_is_streamed_and_kept(
         "stages": [stage.model_dump(include={"name", "before", "after", "kept"})],
     }
     assert (server.folder / "runs" / "studio" / "state.sqlite").is_file()
+
+
+def test_every_domain_is_in_the_state_and_in_the_summaries(
+    server: Server, request_: dict[str, Any], tmp_path: Path
+) -> None:
+    code = tmp_path / "code.txt"
+    code.write_text("\n".join(f"def f{i}(x):\n    return x + {i % 7}" for i in range(200)))
+    texts = {
+        "calibration": {"general": "embedded", "code": str(code)},
+        "windows": request_["texts"]["windows"] | {"guard": 4},
+    }
+    request = request_ | {"texts": texts, "reconstruct": "none"}
+    request["weights"] = {"general": 1, "code": 2}
+    thread = server.thread()
+    goal = {"goal": "keep code; prose may suffer", "agent": "balance", "max_steps": 1}
+    events = list(server.run(thread, request, goal))
+    assert "error" not in dict(events), dict(events)["error"]
+    told = {node: update["summary"] for mode, data in events if mode == "updates"
+            for node, update in data.items()}  # fmt: skip
+    (step,) = server.directory(thread).read_trace()
+    assert set(step.domains) == {"code", "general"}
+    values: Any = server.client.threads.get_state(thread)["values"]
+    for name, domain in step.domains.items():
+        assert values["dense_domains"][name] == domain.dense
+        assert domain.change is not None
+        assert f"{name} {domain.dense:.3f} to {domain.candidate:.3f}" in told["evaluate_ppl"]
+        assert f"{name} {domain.change:+.1%}" in told["reflect"]
+        assert f"{name} {domain.dense:.3f} to {domain.candidate:.3f}" in told["finish"]
+    assert server.directory(thread).config().goal == goal["goal"]
 
 
 def test_langsmith_is_told_what_the_run_is(
