@@ -20,7 +20,7 @@ def profile(state: PruneState, work: Work) -> PruneUpdate:
     step = 0 if fresh else state["step"]
     revision = DENSE if fresh else state["revision"]
     gradient_revision, gradient_step = revision, step
-    if step % request.profile.gradient_every and not _gave_back(state, run):
+    if step % request.profile.gradient_every and not _needs_gradients(state, run):
         gradient_revision = state["gradient_revision"]
         gradient_step = state.get("gradient_step", 0)
     if fresh and work.thread == NO_THREAD and run.trace_file.exists():
@@ -86,12 +86,14 @@ def profile(state: PruneState, work: Work) -> PruneUpdate:
     }
 
 
-def _gave_back(state: PruneState, run: RunDirectory) -> bool:
-    """Whether the step before restored weights: gradients know nothing of those.
+def _needs_gradients(state: PruneState, run: RunDirectory) -> bool:
+    """Whether a step may not go by older gradients.
 
-    So does going back to the best revision, as a run did that is to reach a higher target now.
+    Those know nothing of weights that the step before restored. So does going back to the best
+    revision, as a run did that is to reach a higher target now. Past the target steps exchange
+    weights that cost almost alike, which older gradients cannot tell apart.
     """
-    return any(
+    return state.get("best") is not None or any(
         step.kept is not None
         or (step.verdict == "accepted" and min(step.applied.values(), default=0) < 0)
         for step in run.read_steps(state["history"])[-1:]

@@ -233,6 +233,7 @@ def test_greedy_refines_at_the_target(
         return
     restored, again = trace[2:]
     before = RunDirectory(tmp_path / "run").read_profile(restored.profile)
+    assert before.gradient_revision == before.revision == trace[1].candidate
     assert restored.applied.keys() == {p.name for p in before.layers if p.pruned > 0}
     assert all(-0.05 - 1e-9 <= delta < 0 for delta in restored.applied.values())
     assert restored.decision.rebalance

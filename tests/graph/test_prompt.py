@@ -793,9 +793,9 @@ def test_the_prompt_tells_of_the_proposal(
     _, step = texts(observation)
     # 3 and 0.4 thousandths of a nat.
     assert (
-        "\nThe proposal adds 0.0400 (predicted change of the perplexity +.34 %): 2 layers pruned "
-        "further, 0 restored in part.\nWhere, in per cent of that: down 100; blocks 0-1 "
-        "100, 2-2 0, 3-3 0.\nPruned most: mlp.down_proj 0 +.150, 1 +.010\n"
+        "\nThe proposal adds 0.0400 (predicted change of the perplexity +.34 %): 2 layers pruned, "
+        "0 restored in part.\nWhere, in per cent of what changes: down 100; "
+        "blocks 0-1 100, 2-2 0, 3-3 0.\nPruned most: mlp.down_proj 0 +.150, 1 +.010\n"
     ) in step
     assert [row["proposed"] for row in read_lines(step)] == ["+.150", "+.010", "-", "-"]
     # What is restored must pay by a fifth: 7 for a weight where 2 are the price.
@@ -803,6 +803,10 @@ def test_the_prompt_tells_of_the_proposal(
     _, step = texts(make_observation(layers, max_step=0.04, target=0.5))
     assert "; restored most: mlp.down_proj 2 -.050\n" in step
     assert "1 restored in part" in step
+    # At the target an exchange adds nothing: what is restored in one is pruned in another.
+    _, step = texts(make_observation(layers, max_step=0.0, target=0.15))
+    assert "\nThe proposal adds 0.0000 " in step
+    assert "in per cent of what changes: down 0; blocks 0-1 50, 2-2 -50, 3-3 0." in step
     assert "proposal" not in "".join(texts(replace(observation, signals=("z_s", "z_g"))))
     assert "The ranking proposes no change" in texts(replace(observation, target=0.15))[1]
 

@@ -27,18 +27,17 @@ def proposal_words(observation: Observation, deltas: Mapping[str, float]) -> str
         return "The ranking proposes no change in this step."
     layers = {p.name: p for p in observation.profile.layers if p.name in deltas}
     sizes = {name: delta * layers[name].parameters for name, delta in deltas.items()}
-    gain = sum(sizes.values())
+    gain = round(sum(sizes.values()) / observation.prunable, 4) + 0.0  # no minus before 0
     back = sum(delta < 0 for delta in deltas.values())
     change = f"{percent(observation.profile.predicted_change(deltas))} %"
     if domains := observation.profile.predicted_changes(deltas):
         parts = (f"{quote_name(n)} {percent(value)} %" for n, value in domains.items())
         change += f": {', '.join(parts)}"
     lines = [
-        f"The proposal adds {gain / observation.prunable:.4f} (predicted change of the perplexity "
-        f"{change}): {len(deltas) - back} layers pruned further, {back} restored in part."
+        f"The proposal adds {gain:.4f} (predicted change of the perplexity {change}): "
+        f"{len(deltas) - back} layers pruned, {back} restored in part.",
+        f"Where, in per cent of what changes: {_places(observation, layers, sizes)}.",
     ]
-    if gain > 0:
-        lines.append(f"Where, in per cent of that: {_shares(observation, layers, sizes, gain)}.")
     order = sorted(deltas, key=lambda name: (-deltas[name], name))
     named = {
         "Pruned most": [name for name in order[:MOST] if deltas[name] > 0],
@@ -81,13 +80,10 @@ def domain_rows(observation: Observation) -> list[dict[str, Any]]:
     return rows
 
 
-def _shares(
-    observation: Observation,
-    layers: Mapping[str, LayerProfile],
-    sizes: Mapping[str, float],
-    gain: float,
+def _places(
+    observation: Observation, layers: Mapping[str, LayerProfile], sizes: Mapping[str, float]
 ) -> str:
-    """The part of what a proposal adds that goes to each projection and third of the blocks."""
+    """What a proposal adds in each projection and third of the blocks: its part of all it moves."""
     blocks = 1 + max(p.block for p in observation.profile.layers)
     names = spans(blocks)
     groups: dict[str, float] = {}
@@ -98,6 +94,7 @@ def _shares(
         groups[kind] = groups.get(kind, 0.0) + sizes[name]
         depths[depth_of(layer.block, blocks)] += sizes[name]
     largest = sorted(groups, key=lambda kind: -abs(groups[kind]))[:PROJECTIONS]
-    parts = [f"{kind} {100 * groups[kind] / gain:.0f}" for kind in largest]
-    thirds = (f"{names[depth]} {100 * size / gain:.0f}" for depth, size in depths.items())
+    moved = sum(map(abs, sizes.values()))
+    parts = [f"{kind} {round(100 * groups[kind] / moved)}" for kind in largest]
+    thirds = (f"{names[depth]} {round(100 * size / moved)}" for depth, size in depths.items())
     return f"{', '.join(parts)}; blocks {', '.join(thirds)}"
