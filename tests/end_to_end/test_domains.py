@@ -18,6 +18,7 @@ from prunewright.state.loading import validate_config
 from prunewright.tools.store.rundir import RunDirectory
 from prunewright.tools.texts.windows import Windows, load_windows
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NAMES = ("code", "facts", "general")
 
 
@@ -224,3 +225,19 @@ def test_the_uniform_control_is_told_by_domain(
         assert f">{value}</data></td></tr>" in row.rpartition('<td class="n">')[2]
         (line,) = [line for line in shown.splitlines() if line.startswith(f"guard, {name} ")]
         assert line.split()[-1] == value
+
+
+def test_the_benchmarks_ranking_is_greedys_at_the_weights_of_the_run(
+    config: dict[str, Any], texts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    del texts["calibration"]["code"]
+    weights = {"general": 2.0, "facts": 0.5}
+    config |= {"texts": texts, "weights": weights, "max_steps": 1}
+    greedy = run(config, out=tmp_path / "greedy").metrics
+    config["agent"] = "import:weighted_ranking:WeightedRanking"
+    same = run(config | {"agent_options": weights}, out=tmp_path / "same").metrics
+    assert same.revision == greedy.revision
+    facts = {"general": 0.0, "facts": 1.0}
+    other = run(config | {"agent_options": facts}, out=tmp_path / "other").metrics
+    assert other.revision != greedy.revision
