@@ -100,13 +100,14 @@ class LayerProfile(BaseModel):
 
         A negative delta restores weights and lowers it. Linear between the `COST_DELTAS`, and
         beyond the last with its slope. With an N:M pattern layers change as a whole, so that only
-        the sign counts.
+        the sign counts. What is less than a `COST_DELTAS` away from dense, or from empty, has its
+        whole cost there.
         """
         if self.pattern_cost is not None:
             return math.copysign(self.pattern_cost, delta) if delta else 0.0
         if delta < 0:
-            return -self._between(-delta, self.regrow_gain)
-        return self._between(delta, self.loss_cost)
+            return -_between(-delta, self.regrow_gain, self.pruned)
+        return _between(delta, self.loss_cost, 1.0 - self.sparsity)
 
     def in_domain(self, domain: str) -> "LayerProfile":
         """The same layer as one domain alone sees it: its costs and gains."""
@@ -121,17 +122,22 @@ class LayerProfile(BaseModel):
             }
         )
 
-    def _between(self, delta: float, values: Costs) -> float:
-        points = [(0.0, 0.0), *zip(COST_DELTAS, values, strict=True)]
-        for (x0, y0), (x1, y1) in pairwise(points):
-            if delta <= x1 or x1 == COST_DELTAS[-1]:
-                return y0 + (y1 - y0) * (delta - x0) / (x1 - x0)
-        raise AssertionError("unreachable")
-
     @property
     def short_name(self) -> str:
         """Block and projection, ``7.mlp.down_proj``."""
         return f"{self.block}.{self.projection}"
+
+
+def _between(delta: float, values: Costs, most: float) -> float:
+    """The value at a delta, of those at the `COST_DELTAS`, none of which goes beyond ``most``."""
+    points = [(0.0, 0.0)]
+    for x, y in zip(COST_DELTAS, values, strict=True):
+        if min(x, most) > points[-1][0]:
+            points.append((min(x, most), y))
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if delta <= x1 or x1 == points[-1][0]:
+            return y0 + (y1 - y0) * (delta - x0) / (x1 - x0)
+    return 0.0
 
 
 def _mean(costs: Mapping[str, Costs], weights: Mapping[str, float]) -> Costs:

@@ -42,6 +42,24 @@ def test_beyond_the_last_delta_its_slope_goes_on() -> None:
     assert layer().cost_of(0.25) == pytest.approx(0.08 + (0.08 - 0.03) / 0.05 * 0.10)
 
 
+@pytest.mark.parametrize("sparsity", [0.02, 0.04, 0.05, 0.07, 0.13, 0.4])
+def test_all_that_was_pruned_gains_what_it_cost(sparsity: float) -> None:
+    """The loss is 10 times the sparsity; no gain reaches below the dense layer."""
+    gains = tuple(10 * min(delta, sparsity) for delta in COST_DELTAS)
+    pruned = layer().model_copy(update={"sparsity": sparsity, "regrow_gain": gains})
+    for part in (0.3, 0.8, 1.0):
+        delta = min(sparsity, COST_DELTAS[-1]) * part
+        assert pruned.cost_of(-delta) == pytest.approx(-10 * delta)
+    dense = pruned.model_copy(update={"dense_sparsity": sparsity})
+    assert dense.cost_of(-0.01) == 0
+
+
+def test_a_layer_that_is_nearly_empty_costs_all_of_it_at_the_end() -> None:
+    costs = tuple(10 * min(delta, 0.02) for delta in COST_DELTAS)
+    full = layer(costs=costs).model_copy(update={"sparsity": 0.98})  # type: ignore[arg-type]
+    assert [full.cost_of(d) for d in (0.01, 0.02)] == pytest.approx([0.1, 0.2])
+
+
 def test_a_models_predicted_change_is_that_of_the_summed_losses() -> None:
     layers = [layer("a"), layer("b", (0.02, 0.05, 0.1)), layer("c")]
     profile = ModelProfile(revision="r", gradient_revision="r", layers=layers)
