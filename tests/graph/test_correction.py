@@ -56,10 +56,28 @@ def test_the_error_is_the_guards_noise_or_the_spread_whichever_is_larger() -> No
 def test_a_kind_that_one_step_touched_has_the_spread_of_all_steps() -> None:
     records = [step({"q@early": 0.02}, 0.02 * r) for r in (0.5, 1.0, 1.5)]
     found = ratios([*records, step({"up@late": 0.01}, 0.01)])
-    # 0.5, 1, 1.5 and 1: their standard deviation is the error of a single one.
-    assert found["up"] == pytest.approx((1.0, math.sqrt(0.5 / 3)), rel=1e-3)
-    weighted = math.sqrt(3 * 0.02**2 + 0.01**2) / 0.07
-    assert found["all"][1] == pytest.approx(math.sqrt(0.5 / 3) * weighted, rel=1e-3)
+    # Two steps were 0.01 nats off what they would cost at the mean, which is 1.
+    squares = 3 * 0.02**2 + 0.01**2
+    spread = math.sqrt(2 * 0.01**2 / squares * 4 / 3)
+    assert found["up"] == pytest.approx((1.0, spread), rel=1e-3)
+    assert found["all"][1] == pytest.approx(spread * math.sqrt(squares) / 0.07, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        step({"up@late": 4e-5}, 0.002),  # the last, tiny part of the way
+        step({"up@late": 0.02, "down@late": -0.0199}, 0.004),  # an exchange
+        step({"up@late": 0.02, "down@late": -0.02 + 1e-9}, 0.004),
+    ],
+)
+def test_a_step_that_tells_next_to_nothing_spoils_no_ratio(odd: Step) -> None:
+    usual = [step({"up@late": 0.01, "down@late": 0.01}, 0.02 * r) for r in (1.0, 1.04, 1.08)]
+    before, after = ratios(usual), ratios([*usual, odd])
+    assert after.keys() == before.keys()
+    for kind, (value, error) in after.items():
+        assert value == pytest.approx(before[kind][0], rel=0.1)
+        assert error < 0.1
 
 
 def test_costs_by_projection_and_depth_add_up_to_the_predicted_change() -> None:

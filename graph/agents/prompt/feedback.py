@@ -5,7 +5,7 @@ from statistics import median
 
 from prunewright.graph.agents.base import Observation, quote_name
 from prunewright.graph.agents.prompt.table import by_blocks, by_thirds, thousandths, with_heads
-from prunewright.graph.correction import ALL, DEPTHS, domain_ratios, ratios, spans, step_ratio
+from prunewright.graph.correction import ALL, DEPTHS, domain_ratios, ratios, spans
 from prunewright.graph.routing import MAX_FRUITLESS
 from prunewright.state import Step
 from prunewright.state.shown import one_line
@@ -104,7 +104,8 @@ def percent(value: float | None, plus: str = "+") -> str:
         return "-"
     value *= 100
     digits = 2 if abs(value) < 0.995 else 1 if abs(value) < 9.95 else 0
-    words = f"{value:+.{digits}f}".replace("+0.", "+.").replace("-0.", "-.")
+    # Adding 0 takes the minus from what rounds to 0.
+    words = f"{round(value, digits) + 0.0:+.{digits}f}".replace("+0.", "+.").replace("-0.", "-.")
     return words.replace("+", plus)
 
 
@@ -205,7 +206,6 @@ def _ratios(observation: Observation, records: Sequence[Step]) -> list[str]:
     found = ratios(records)
     if not found:
         return []
-    single = [ratio for r in records if (ratio := step_ratio(r)) is not None]
     thirds = spans(1 + max(p.block for p in observation.profile.layers))
     kinds = sorted(found.keys() - {ALL, *DEPTHS})
     groups = [(quote_name(kind), kind) for kind in kinds]
@@ -213,8 +213,8 @@ def _ratios(observation: Observation, records: Sequence[Step]) -> list[str]:
     parts = [f"{name} {found[kind][0]:.2f} ± {found[kind][1]:.2f}" for name, kind in groups]
     overall, error = found[ALL]
     return [
-        f"Measured over predicted cost, of all steps: {overall:.2f} ± {error:.2f}, of single ones "
-        f"{min(single):.2f} to {max(single):.2f}; {', '.join(parts)}"
+        f"Measured over predicted cost, of all steps: {overall:.2f} ± {error:.2f}; "
+        f"{', '.join(parts)}"
     ]
 
 
