@@ -222,12 +222,7 @@ def check_decision(
     if gain > max_step + SHOWN:
         problems.append(
             f"the step adds {gain:.5f} to the model's sparsity, above the limit of {max_step:.5f}: "
-            "choose fewer layers"
-            + (
-                f", or multiply every delta by {math.floor(1000 * max_step / gain) / 1000:.3f}"
-                if fixed is None
-                else ""
-            )
+            + _less(gain, max_step, fixed is not None)
         )
     if math.isinf(max_step):  # nothing but layers is bounded
         return first_problems(problems)
@@ -248,6 +243,15 @@ def first_problems(problems: list[str]) -> list[str]:
     """Each problem once, the first 12, and how many more there are."""
     problems = list(dict.fromkeys(problems))
     return [*problems[:12], *([f"and {len(problems) - 12} more"] if len(problems) > 12 else [])]
+
+
+def _less(gain: float, max_step: float, whole: bool) -> str:
+    """How a step that adds too much can be mended."""
+    if max_step <= 0:
+        return "restore as much in the same step, with rebalance: true"
+    factor = math.floor(1000 * max_step / gain) / 1000
+    scaled = "" if whole else f", or multiply every delta by {factor:.3f}"
+    return f"choose fewer layers{scaled}"
 
 
 def _fixed_problems(name: str, delta: float, fixed: float) -> list[str]:

@@ -62,6 +62,7 @@ def observe(
         max_layer_sparsity=request.max_layer_sparsity,
         max_increase=min(bounds.values()) if isinstance(limit, dict) else limit,
         bounds=bounds,
+        max_total_increase=context.guard.max_total_increase,
         max_knowledge_drop=context.guard.max_knowledge_drop,
         criterion=request.criterion,
         crowded=request.crowded,

@@ -20,6 +20,7 @@ from prunewright.state.config import pattern_sparsity
 from prunewright.state.decision import MAX_NAME
 from prunewright.state.profile import COST_SIGNAL, SIGNALS
 from prunewright.state.run import Best
+from prunewright.tools.counting import most_zeros
 
 
 class InvalidAnswerError(PrunewrightError):
@@ -51,6 +52,7 @@ class Observation:
         max_delta: sparsity that it may add to one layer; without meaning where a pattern fixes it.
         max_layer_sparsity: ceiling of any layer.
         max_increase: relative perplexity rise that is rolled back; the smallest of ``bounds``.
+        max_total_increase: rise over the dense model's perplexity that is rolled back; None: any.
         max_knowledge_drop: fall below the dense model, of the log-probability of the right answers
             to questions of fact, that is rolled back, nats a token; None: any.
         criterion: which weights go inside a layer.
@@ -91,6 +93,7 @@ class Observation:
     dense_perplexity: float
     perplexity: float
     profile: ModelProfile
+    max_total_increase: float | None = None
     max_knowledge_drop: float | None = None
     goal: str | None = None
     weights: Mapping[str, float] = field(default_factory=dict)
@@ -148,8 +151,11 @@ class Observation:
     def budget(self) -> float:
         """Sparsity that this step may usefully add to the whole model.
 
-        With a pattern at least the smallest layer that fits under the target.
+        With a pattern at least the smallest layer that fits under the target. 0 where not one
+        weight more fits: the target need not be a whole number of them.
         """
+        if round(self.sparsity * self.prunable) >= most_zeros(self.target, self.prunable):
+            return 0.0
         step = max(self.max_step, self.smallest / self.prunable)
         return max(0.0, min(step, self.target - self.sparsity))
 

@@ -131,7 +131,12 @@ def take(edits: Decision, observation: Observation, by_name: int) -> Taken:
         kept = {name for name, delta in whole.items() if name in added or delta < 0}
         whole = {n: delta if n in kept else scale * delta for n, delta in whole.items()}
         notes.append(f"to keep to the step, what was not edited was scaled by {scale:.4f}")
-    layers = [LayerDelta(name=n, delta=d) for n, d in sorted(whole.items()) if abs(d) > 1e-9]
+    # More than the whole layer is as much too far, and no delta can say it.
+    layers = [
+        LayerDelta(name=n, delta=min(max(d, -1.0), 1.0))
+        for n, d in sorted(whole.items())
+        if abs(d) > 1e-9
+    ]
     decided = {
         "reasoning": edits.reasoning,
         "accept": None,
@@ -173,8 +178,9 @@ def _fixed(edits: Decision, observation: Observation) -> dict[str, float]:
     """Edits by layer; with a pattern its sparsity means the whole layer, whatever that takes."""
     fixed, whole = observation.fixed_deltas(), observation.pattern_sparsity or 0.0
     return {
-        name: math.copysign(fixed.get(name, 0.0), delta)
-        if fixed is not None and abs(abs(delta) - whole) <= SHOWN
+        # What cannot be chosen keeps its edit, and is refused.
+        name: math.copysign(fixed[name], delta)
+        if fixed is not None and fixed.get(name) and abs(abs(delta) - whole) <= SHOWN
         else delta
         for name, delta in edits.deltas.items()
     }

@@ -26,7 +26,14 @@ from prunewright.graph.agents.chat.reading import answer_schema, read_answer
 from prunewright.graph.agents.controls import GreedyAgent
 from prunewright.graph.agents.prompt.build import check_prompts, floor_digits, prompt
 from prunewright.graph.agents.prompt.feedback import percent
-from prunewright.graph.agents.prompt.table import LINES, MAX_ROWS, RECENT, REPEAT, shown_layers
+from prunewright.graph.agents.prompt.table import (
+    LINES,
+    MAX_ROWS,
+    RECENT,
+    REPEAT,
+    shown_layers,
+    thousandths,
+)
 from prunewright.graph.correction import predicted_costs
 from prunewright.state import (
     COST_DELTAS,
@@ -44,6 +51,7 @@ from prunewright.state.run import Best
 from prunewright.state.step import DomainMeasure, FromRanking, ProbeReport
 from prunewright.tools.calibration.costs import crowding_exponent
 from prunewright.tools.model.loading import resolve_directory
+from prunewright.tools.signals.base import two_digits
 
 MakeLayer = Callable[..., LayerProfile]
 MakeObservation = Callable[..., Observation]
@@ -759,6 +767,9 @@ def test_without_feedback_nothing_of_earlier_steps_is_there(
 def test_the_bound_on_what_is_forgotten_is_told(make_observation: MakeObservation) -> None:
     words = "less likely by more than 0.25 nats a token"
     assert words in texts(make_observation(max_knowledge_drop=0.25))[0]
+    words = "or that of all the text by more than 20 % over the dense model, is rolled back"
+    assert words in texts(make_observation(max_total_increase=0.2))[0]
+    assert "over the dense model" not in texts(make_observation())[0]
     assert "nats a token" not in texts(make_observation())[0]
 
 
@@ -771,6 +782,32 @@ def test_a_step_shows_what_it_forgot(make_observation: MakeObservation) -> None:
     (line,) = [line for line in shown.splitlines() if line.startswith("2: ")]
     assert line.endswith("recall -0.600 nats, rolled back")
     assert "Step 2 was rolled back: forgot it." in shown
+
+
+def test_where_not_one_weight_more_fits_the_target_is_reached(
+    make_layer: MakeLayer, make_observation: MakeObservation
+) -> None:
+    """A third of 100 weights is 33 of them and a third of one, which no step can take."""
+    layers = [make_layer(0, parameters=100, sparsity=0.33, loss_cost=(0.001, 0.002, 0.003))]
+    there = make_observation(layers, sparsity=0.33, target=1 / 3)
+    assert there.budget == 0
+    _, step = texts(there)
+    assert "This step may add at most 0. The target is reached: a step can only rebalance." in step
+    assert "The ranking proposes no change in this step." in step
+    assert make_observation(layers, sparsity=0.32, target=1 / 3).budget > 0.01
+
+
+def test_with_a_pattern_an_exchange_takes_two_steps(make_observation: MakeObservation) -> None:
+    plain, whole = (texts(make_observation(pattern=p))[0] for p in ("unstructured", "2:4"))
+    assert "prune elsewhere, in one step or several" in plain
+    assert "prune others in a later step" in whole
+    assert "scaled to land" not in whole
+
+
+@pytest.mark.parametrize("value", [-1e-6, 0.0, 1e-6])
+def test_what_rounds_to_zero_has_no_minus(value: float) -> None:
+    assert (percent(value), thousandths(value)) == ("+.00", "+.000")
+    assert two_digits(value) == "0.00"
 
 
 # The proposal, the domains, the goal
@@ -877,7 +914,15 @@ def test_the_goal_is_quoted_as_data(make_observation: MakeObservation) -> None:
 
 VARIABLES = [
     *("criterion", "signals", "meanings", "feedback", "max_increase"),
-    *("max_knowledge_drop", "goal", "weighable", "pattern", "fixed_delta", "max_delta"),
+    *(
+        "max_total_increase",
+        "max_knowledge_drop",
+        "goal",
+        "weighable",
+        "pattern",
+        "fixed_delta",
+        "max_delta",
+    ),
     "max_layer_sparsity",
     *("max_lessons", "max_lesson", "probes", "step", "steps", "steps_left", "target"),
     *("sparsity", "pace", "budget", "dense_perplexity", "perplexity", "last_change"),

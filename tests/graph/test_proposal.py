@@ -212,6 +212,7 @@ def test_what_is_not_edited_makes_room_for_what_is(observed: Observation) -> Non
     ("edits", "words"),
     [
         ({"layers": [{"name": "0.mlp.up_proj", "delta": 0.9}]}, "is not within 0.15 of 0"),
+        ({"layers": [{"name": "0.mlp.up_proj", "delta": 1}]}, "is not within 0.15 of 0"),
         ({"layers": [{"name": "0.mlp.up_proj", "delta": -0.9}]}, "the proposal with your edits"),
         ({"layers": [{"name": "9.mlp.up_proj", "delta": 0.1}]}, "unknown layer '9.mlp.up_proj'"),
         ({"layers": [{"name": "0.mlp.up_proj", "delta": 0.01}] * 2}, "is named twice"),
@@ -249,6 +250,14 @@ def test_edits_of_whole_layers(make_layer: MakeLayer, make_observation: MakeObse
     edits = [{"name": names[1], "delta": -0.5}, {"name": names[3], "delta": 0.5}]
     step = answered(observation, accept=True, layers=edits)
     assert step.decision.deltas == pytest.approx({names[0]: 0.5, names[3]: 0.5})
+    # More than all of a layer that is proposed already.
+    group = {"projection": layers[0].projection, "from": 0, "to": 0, "delta": 0.6}
+    step = answered(observation, accept=True, groups=[group])
+    assert f"{names[0]}: delta 1 must be 0.5, which prunes it" in step.invalid_answers[0]
+    # A layer that is too large for what is missing.
+    near = make_observation(layers, pattern="2:4", target=0.03, sparsity=0.025)
+    step = answered(near, accept=True, layers=[{"name": names[3], "delta": 0.5}])
+    assert f"{names[3]}: this layer cannot be chosen" in step.invalid_answers[0]
 
 
 def test_the_users_own_class_and_a_person_may_take_the_proposal(observed: Observation) -> None:

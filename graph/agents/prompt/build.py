@@ -148,6 +148,7 @@ def check_prompts(folder: str | None) -> None:
         values["proposal"] = "The proposal" if "z_c" in values["signals"] else ""
         # With what they have nothing to do with, as every pair would take seconds.
         values["probes"], values["crowded"] = (4, True) if values["lessons"] else (0, False)
+        values["max_total_increase"] = values["max_knowledge_drop"]
         values["best"] = "Best at the target" if values["history"] else ""
         if values["lessons"]:
             values |= {"goal": '"Keep it."', "domains": [_DOMAIN], "weighable": True}
@@ -173,6 +174,7 @@ def _values(o: Observation, rows: int) -> dict[str, Any]:
         "meanings": {s.name: one_line(s.meaning, MAX_MEANING) for s in signals_told(o)},
         "feedback": o.feedback,
         "max_increase": o.max_increase,
+        "max_total_increase": o.max_total_increase,
         "max_knowledge_drop": o.max_knowledge_drop,
         "goal": None
         if o.goal is None
