@@ -109,3 +109,24 @@ def test_a_fit_block_by_block_is_that_of_the_whole_model(
     loaded = load_model(directory, dtype="float32", device="cpu", offload=offload)
     apart = solve(loaded, "block", windows(8))
     assert all(torch.equal(whole[name], weight) for name, weight in apart.items())
+
+
+def test_a_fit_in_half_precision_gains_as_much_as_in_full(
+    pico_models: Callable[..., Path],
+) -> None:
+    """One token is as large as the first one of real models, so that others are a tiny part."""
+    draw = torch.Generator().manual_seed(0)
+    ids, gains = torch.randint(3, 500, (5, 256), generator=draw), {}
+    ids[:, 0] = 2
+    directory = str(pico_models())
+    for dtype in ("float32", "float16"):
+        errors = {}
+        for how in ("layer", "block"):
+            loaded = load_model(directory, dtype=dtype, device="cpu")
+            loaded.model.get_input_embeddings().weight.data[2] *= 1e4
+            dense = last_states(loaded, ids[:4]).float()
+            solve(loaded, how, ids, fit=Fit(epochs=3, learning_rate=3e-3))
+            errors[how] = float((last_states(loaded, ids[:4]).float() - dense).square().mean())
+        gains[dtype] = 1 - errors["block"] / errors["layer"]
+    assert gains["float32"] > 0.1
+    assert gains["float16"] == pytest.approx(gains["float32"], rel=0.1)

@@ -8,7 +8,6 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunewright.tools.calibration.observed import (
     accumulators,
@@ -17,7 +16,7 @@ from prunewright.tools.calibration.observed import (
     finished,
     said_of,
 )
-from prunewright.tools.execution.base import Execution
+from prunewright.tools.execution.base import Execution, ordered_attention
 from prunewright.tools.model.head import TOKENS_AT_ONCE, Head, Progress
 from prunewright.tools.model.layers import Layer
 from prunewright.tools.model.loading import LoadedModel
@@ -131,10 +130,7 @@ def measure_gradients(
         stack.enter_context(execution.recomputing(checkpointing))
         stack.enter_context(execution.observe(on_product))
         stack.enter_context(torch.enable_grad())
-        if execution.device.type == "cuda":
-            # The other kernels add up gradients in whatever order their threads end.
-            ways = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-            stack.enter_context(sdpa_kernel(ways, set_priority=True))
+        stack.enter_context(ordered_attention(execution.device))
         for group in execution.groups("gradients", windows, progress, gradients=True):
             for part in [group] if head.exact else group.split(1):
                 marks = None if scored is None else scored[first : first + len(part)]

@@ -1,13 +1,14 @@
 """The model run as it is, some windows at a time."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from prunewright.state import InputError
@@ -21,6 +22,13 @@ __all__ = ["Enough", "Execution", "Run", "Visitor"]
 
 TOKENS = 8192
 """Tokens of a batch on a GPU, where nobody says how many windows it has."""
+
+
+def ordered_attention(device: torch.device) -> AbstractContextManager[None]:
+    """Attention whose gradients are the same each time: others add up in the order of threads."""
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True)
 
 
 class _EndedError(Exception):
