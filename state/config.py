@@ -80,7 +80,9 @@ class Options(BaseModel):
     """
 
     # Inputs stay out of error messages: someone may have put a key there.
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False
+    )
 
     removed: ClassVar[dict[str, str]] = {}
 
@@ -114,7 +116,7 @@ class WindowOptions(Options):
     guard: int = Field(8, ge=1, description="windows that accept or roll back a step")
     test: int = Field(20, ge=1, description="windows that the reported perplexity is taken on")
     length: int = Field(1024, ge=8, description="tokens in one window")
-    batch: int | Literal["auto"] = Field(
+    batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
         description="windows that go through the model at once; auto: one on a processor, more on "
         "a GPU",
@@ -134,9 +136,7 @@ class TextSource(Options):
     """A source of a mix."""
 
     source: str = Field(description="as a single source is named")
-    weight: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="its share of the windows, against the others'"
-    )
+    weight: float = Field(1.0, gt=0, description="its share of the windows, against the others'")
 
 
 def _domain_name(name: str) -> str:
@@ -444,9 +444,7 @@ class AdaptOptions(Options):
         description="tokens of calibration text to train on, in whole batches; where there are "
         "fewer, they come again in another order",
     )
-    learning_rate: float = Field(
-        3e-4, gt=0, allow_inf_nan=False, description="its highest value, after the warm-up"
-    )
+    learning_rate: float = Field(3e-4, gt=0, description="its highest value, after the warm-up")
     batch: int = Field(8, ge=1, description="windows of one step of the optimizer")
     warmup: float = Field(
         0.05,
@@ -514,7 +512,6 @@ class PruneRequest(Options):
     shrinkage: float = Field(
         0.2,
         ge=0,
-        allow_inf_nan=False,
         description="criterion sparsegpt: share of its own diagonal added to X^T X, which is known "
         "from few tokens; 0: as published",
     )
@@ -534,7 +531,7 @@ class PruneRequest(Options):
     texts: TextOptions = Field(
         TextOptions(), description="texts to calibrate on, to judge steps on and to report on"
     )
-    weights: dict[DomainName, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = Field(
+    weights: dict[DomainName, Annotated[float, Field(ge=0)]] | None = Field(
         None,
         description="how much each domain of texts.calibration counts, in its share of the windows "
         "and in masks and predicted costs, such as {general: 1, code: 0.5}; null: all alike",

@@ -23,6 +23,7 @@ from prunewright.graph.cli.runs import live_screen, new_directory, print_head, r
 from prunewright.graph.cli.session import Session, quiet_transformers
 from prunewright.state import InputError, PruneConfig, load_config
 from prunewright.state.config import BASELINE, AdaptOptions
+from prunewright.state.loading import read_settings
 
 if TYPE_CHECKING:
     from prunewright.tools.store.rundir import RunDirectory
@@ -119,15 +120,17 @@ def _settled(
     from prunewright.tools.store.rundir import RunDirectory
 
     values["agent"] = BASELINE
+    named = read_settings(config) if config else {}
+    as_it_is = [setting for setting in _AS_IT_IS if setting.split("=")[0] not in named]
     run = run_of(pruned)
     if run is None:
         base = model or _base_of(pruned)
-        return load_config(config, [*_AS_IT_IS, *overrides], model=base, pruned=pruned, **values)
+        return load_config(config, [*as_it_is, *overrides], model=base, pruned=pruned, **values)
     directory = RunDirectory(run)
     _check_finished(directory)
     settled = load_config(
         config or directory.config_file,
-        [*_AS_IT_IS, *([] if config else _NOT_TAKEN_OVER), *overrides],
+        [*as_it_is, *([] if config else _NOT_TAKEN_OVER), *overrides],
         model=model or (directory.config().model if config else None),
         pruned=str(directory.model),
         **values,

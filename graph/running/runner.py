@@ -125,6 +125,7 @@ def resume(
             _log.warning(words, directory.config_file, edited)
         thread = directory.thread() or new_thread()
         if config.agent == BASELINE:
+            directory.keep(config)
             return _prune_once(directory, directory.locate(config), thread, on_event)
         if directory.started:
             _check_database(directory, thread)

@@ -14,15 +14,22 @@ import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from prunewright.graph import baseline, run
+from prunewright.graph import baseline, resume, run
 from prunewright.graph.cli import app
+from prunewright.state import StoreError
 from prunewright.tools.store.rundir import RunDirectory
+from prunewright.tools.store.trace import load_metrics
 from tests.conftest import make_pico
 from tests.end_to_end.conftest import learned_config
 
 Submit = Callable[[dict[str, Any]], dict[str, Any]]
 
-ADAPT = {"tokens": 8 * 4 * 48, "batch": 4, "learning_rate": 1e-3, "checkpoint_minutes": 0}
+ADAPT: dict[str, Any] = {
+    "tokens": 8 * 4 * 48,
+    "batch": 4,
+    "learning_rate": 1e-3,
+    "checkpoint_minutes": 0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -210,3 +217,57 @@ def test_a_changed_copy_stops_a_run_that_began_from_it(
     result = CliRunner().invoke(app, ["resume", str(out)])
     assert result.exit_code == 1
     assert "its model is no longer what it began with" in " ".join(result.output.split())
+
+
+def test_what_is_changed_on_resuming_counts_for_a_baseline(
+    settings: dict[str, Any], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+
+    def full(*_: object, **__: object) -> None:
+        raise StoreError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("prunewright.tools.adapt.training.Teacher", full)
+        with pytest.raises(StoreError, match="full"):
+            baseline(settings, out=out)
+    tokens = ADAPT["tokens"] // 2
+    metrics = resume(out, adapt=ADAPT | {"tokens": tokens}).metrics
+    (stage,) = metrics.stages
+    assert stage.curve[-1][0] <= tokens
+    assert load_metrics(RunDirectory(trained)).stages[0].curve[-1][0] > tokens
+    assert RunDirectory(out).config().adapt.tokens == tokens  # type: ignore[union-attr]
+
+
+def test_where_no_named_layer_was_pruned_nothing_is_trained(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    steps = [{"layers": {"0.mlp.up_proj": 0.1}}]
+    config = settings | {
+        "agent": "import:scripted_agents:Steps",
+        "agent_options": {"steps": steps},
+        "max_steps": 1,
+        "adapt": ADAPT | {"layers": ["*.q_proj"]},
+    }
+    result = run(config, out=tmp_path / "run")
+    (stage,) = result.metrics.stages
+    assert (stage.name, stage.kept, stage.curve) == ("adapt", False, [])
+    assert any("no layer that adapt.layers names was pruned" in note for note in stage.notes)
+    assert result.model_directory is not None
+
+
+def test_the_commands_own_file_says_what_is_solved_for(
+    settings: dict[str, Any], untrained: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.yaml"
+    wanted = {key: settings[key] for key in ("texts", "dtype", "device")}
+    file.write_text(yaml.safe_dump(wanted | {"criterion": "fisher", "reconstruct": "layer"}))
+    out = tmp_path / "run"
+    ended = adapt(untrained, "--config", file, "-o", out, f"--set=adapt={json.dumps(ADAPT)}")
+    assert ended.exit_code == 0, ended.output
+    assert RunDirectory(out).config().criterion == "fisher"
+    assert [stage.name for stage in load_metrics(RunDirectory(out)).stages] == [
+        "reconstruct",
+        "adapt",
+    ]

@@ -443,3 +443,20 @@ def test_domains_that_say_nothing_are_refused(changes: dict[str, Any], words: st
     with pytest.raises(InputError) as error:
         validate_config(changes)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+@pytest.mark.parametrize(
+    "key",
+    ["target", "fit.learning_rate", "asking.timeout", "guard.max_increase", "adapt.learning_rate"],
+)
+def test_no_number_is_infinite(key: str, value: str) -> None:
+    """Files of a run are JSON, which has no such number."""
+    with pytest.raises(InputError, match=key.split(".")[0]):
+        load_config(None, [f"{key}={value}"])
+
+
+@pytest.mark.parametrize("batch", [0, -3])
+def test_a_batch_has_a_window(batch: int) -> None:
+    with pytest.raises(InputError, match=r"texts\.windows\.batch"):
+        load_config(None, [f"texts.windows.batch={batch}"])

@@ -1,5 +1,7 @@
 """Kept weights are trained to give what the dense model gives, and nothing else changes."""
 
+import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from prunewright.state import InputError, PrunewrightError, StoreError, validate_config
+from prunewright.state import InputError, PrunewrightError, StoreError, load_config, validate_config
 from prunewright.state.config import AdaptOptions
 from prunewright.state.run import DENSE
 from prunewright.tools.adapt import training
@@ -136,7 +138,7 @@ def test_layers_are_chosen_by_patterns(bench_of: Bench, tmp_path: Path) -> None:
         "model.layers.1.mlp.down_proj.weight",
         *(f"model.layers.1.self_attn.{kind}_proj.weight" for kind in "qkvo"),
     }
-    with pytest.raises(InputError, match=r"no pruned layer has a name like '\*\.nothing'"):
+    with pytest.raises(InputError, match=r"no layer has a name like '\*\.nothing'"):
         adapt(bench, revision, options(4, layers=["*.nothing"]), tmp_path / "other")
 
 
@@ -236,13 +238,22 @@ def test_training_ends_once_the_guard_turns_and_the_best_weights_count(
     assert f"keeps the weights after {steps} steps" in " ".join(found.notes)
 
 
-def test_a_rate_that_breaks_the_model_is_named(bench_of: Bench, tmp_path: Path) -> None:
+def test_a_rate_that_breaks_the_model_ends_the_training(bench_of: Bench, tmp_path: Path) -> None:
     bench = bench_of()
     revision = pruned(bench)
     before = weights(bench, revision)
-    with pytest.raises(InputError, match=r"not finite.*lower adapt\.learning_rate"):
-        adapt(bench, revision, options(5, learning_rate=1e38), tmp_path / "adapt")
+    settings = options(5, learning_rate=1e38)
+    found = adapt(bench, revision, settings, tmp_path / "adapt")
+    # Nothing was better than the weights that it began with.
+    assert found.revision == revision
+    assert all(math.isfinite(loss) for _, loss in [*found.curve, *found.guard])
+    (words,) = [note for note in found.notes if "not finite" in note]
+    assert "adapt ended after 1 of 5 steps" in words
+    assert "Lower adapt.learning_rate" in words
     assert all(torch.equal(weights(bench, revision)[name], before[name]) for name in before)
+    # It is over: nothing is trained when the run is taken up again.
+    assert adapt(bench, revision, settings, tmp_path / "adapt") == found
+    assert not list((tmp_path / "adapt").glob("state-*"))
 
 
 def test_training_that_does_not_fit_is_refused_with_what_would(
@@ -267,8 +278,18 @@ def test_training_that_does_not_fit_is_refused_with_what_would(
     assert "*.mlp." in some
     assert "adapt.layers" in some
     assert not (tmp_path / "adapt").exists()
+    # The advice, taken from a shell and followed.
+    _, _, advice = some.partition("What would fit: ")
+    words = shlex.split(advice)
+    assert words[::2] == ["--set"] * (len(words) // 2)
+    followed = load_config(None, [f"adapt={{tokens: {STEP}, batch: 4}}", *words[1::2]]).adapt
+    assert followed is not None
+    assert adapt(bench, revision, followed, tmp_path / "adapt").tokens == STEP
+    # Where the rest of it holds already, only the layers are left to say.
+    with pytest.raises(InputError, match=r"What would fit: --set 'adapt\.layers=[^']+'$"):
+        adapt(bench, revision, options(1, optimizer="adafactor"), tmp_path / "other")
     monkeypatch.undo()
-    assert isinstance(adapt(bench, revision, options(1), tmp_path / "adapt"), Adapted)
+    assert isinstance(adapt(bench, revision, options(1), tmp_path / "other"), Adapted)
 
 
 def test_what_cannot_be_trained_is_refused(bench_of: Bench, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,14 @@ class Standing:
         losses: KL divergence by step, mean over its tokens, nats.
         guard: steps after which the guard was measured, each with the mean loss then, nats a token.
         best: the step after which that was lowest.
+        diverged: whether what came after these steps was not finite, so that training is over.
     """
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
     guard: list[tuple[int, float]] = field(default_factory=list)
     best: int = 0
+    diverged: bool = False
 
     @property
     def turned(self) -> int:
@@ -65,7 +67,9 @@ class Checkpoints:
             if found["identity"] == self._identity:
                 guard = [(int(step), float(loss)) for step, loss in found["guard"]]
                 losses = [float(loss) for loss in found["losses"]]
-                self.saved = Standing(int(found["step"]), losses, guard, int(found["best"]))
+                diverged = bool(found.get("diverged", False))  # an earlier version wrote none
+                best = int(found["best"])
+                self.saved = Standing(int(found["step"]), losses, guard, best, diverged)
                 return
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(
@@ -104,7 +108,7 @@ class Checkpoints:
 
     def _name(self, standing: Standing) -> None:
         write_json(self._file, {"identity": self._identity} | asdict(standing))
-        self.saved = Standing(standing.step, [*standing.losses], [*standing.guard], standing.best)
+        self.saved = replace(standing, losses=[*standing.losses], guard=[*standing.guard])
         self._clear({standing.best})
 
     def save_best(

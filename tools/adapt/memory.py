@@ -1,6 +1,7 @@
 """What training takes beside the live weights, predicted before it begins, and what would fit."""
 
 import json
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -175,8 +176,10 @@ def _fitting(options: AdaptOptions, sizes: Sizes, layers: Sequence[Layer], free:
         if state_bytes("adafactor", fewer) + pass_bytes(least) <= free:
             chosen, trained = [*chosen, f"*.{kind}"], trained + weights
     if chosen and not ways:
-        settings = _changed(options, sizes, "adafactor", least)
-        ways.append(f"adapt.layers={json.dumps(chosen)} --set {settings}")
+        words = [shlex.quote(f"adapt.layers={json.dumps(chosen)}")]
+        if changed := _changed(options, sizes, "adafactor", least):
+            words.append(changed)
+        ways.append(" --set ".join(words))
     if not ways:
         return "Nothing of it fits: take shorter texts.windows.length, or leave adapt away"
     return "What would fit: --set " + ", or --set ".join(ways)

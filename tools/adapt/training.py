@@ -12,14 +12,13 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.optimization import Adafactor
 
 from prunewright.state import InputError, PruneRequest, PrunewrightError
@@ -29,6 +28,7 @@ from prunewright.tools.adapt.checkpoints import Checkpoints, Standing
 from prunewright.tools.adapt.memory import check_disk, check_room, free_memory, sizes_of
 from prunewright.tools.adapt.teacher import Teacher
 from prunewright.tools.bench.workbench import Workbench
+from prunewright.tools.execution.base import ordered_attention
 from prunewright.tools.fast import unpack_bits
 from prunewright.tools.losses import perplexity
 from prunewright.tools.model.head import TOKENS_AT_ONCE, Head, Progress, told
@@ -94,6 +94,9 @@ def adapt(
         StoreError: a file cannot be written, or is damaged.
     """
     layers = trained_layers(bench, revision, options)
+    if not layers:
+        words = "adapt trained nothing: no layer that adapt.layers names was pruned"
+        return Adapted(revision, curve=[], guard=[], tokens=0, notes=[words])
     windows = bench.windows.calibration
     schedule = Schedule(options, len(windows), windows.shape[1], bench.request.seed)
     kept = Checkpoints(folder, _identity(bench, revision, options))
@@ -117,18 +120,16 @@ def trained_layers(bench: Workbench, revision: str, options: AdaptOptions) -> li
     """The pruned layers that are trained.
 
     Raises:
-        InputError: there are none, or a pattern names none.
+        InputError: no layer is pruned, or a pattern names none.
     """
-    pruned = [
-        ly for name, ly in bench.loaded.layers.items() if name in bench.store.manifest(revision)
-    ]
-    if not pruned:
+    layers, manifest = list(bench.loaded.layers.values()), bench.store.manifest(revision)
+    if not any(layer.name in manifest for layer in layers):
         raise InputError("adapt trains the kept weights of pruned layers, and no layer is pruned")
-    return chosen_layers(pruned, options)
+    return [layer for layer in chosen_layers(layers, options) if layer.name in manifest]
 
 
 def chosen_layers(layers: list[Layer], options: AdaptOptions) -> list[Layer]:
-    """Those of some layers that are to be trained.
+    """Those of a model's layers that are to be trained where they are pruned.
 
     Raises:
         InputError: a pattern names none.
@@ -138,8 +139,8 @@ def chosen_layers(layers: list[Layer], options: AdaptOptions) -> list[Layer]:
     for pattern in options.layers:
         if not any(fnmatchcase(layer.name, pattern) for layer in layers):
             raise InputError(
-                f"adapt.layers: no pruned layer has a name like {pattern!r}: write "
-                f"{layers[0].name}, for one, with * for any part of it"
+                f"adapt.layers: no layer has a name like {pattern!r}: write {layers[0].name}, for "
+                "one, with * for any part of it"
             )
     return [ly for ly in layers if any(fnmatchcase(ly.name, one) for one in options.layers)]
 
@@ -387,7 +388,7 @@ def _take_steps(
 ) -> None:
     """Take all steps, from the last checkpoint on, and leave one that says so."""
     saved = kept.saved
-    standing = Standing(saved.step, [*saved.losses], [*saved.guard], saved.best)
+    standing = replace(saved, losses=[*saved.losses], guard=[*saved.guard])
     if standing.step:
         path = kept.state(standing.step)
         student.load(lambda name: kept.read(path, name))
@@ -408,6 +409,8 @@ def _take_steps(
             if time.monotonic() - last >= 60 * options.checkpoint_minutes:
                 kept.save_state(standing, student.state())
                 last = time.monotonic()
+    except _DivergedError:
+        standing.diverged = True
     except PrunewrightError:
         # No pass changes a weight, so the last whole step is what is there.
         if standing.step > kept.saved.step:
@@ -417,7 +420,9 @@ def _take_steps(
 
 
 def _ended(standing: Standing, schedule: Schedule) -> bool:
-    """Whether no step is left, or the guard has turned."""
+    """Whether no step is left, the guard has turned, or the weights are broken."""
+    if standing.diverged:
+        return True
     measured = bool(standing.guard) and standing.guard[-1][0] == standing.step
     return measured and (standing.step == schedule.steps or standing.turned >= PATIENCE)
 
@@ -461,10 +466,7 @@ def _step(
     with ExitStack() as stack:
         stack.enter_context(execution.recomputing(bench.request.profile.gradient_checkpointing))
         stack.enter_context(torch.enable_grad())
-        if execution.device.type == "cuda":
-            # The other kernels add up gradients in whatever order their threads end.
-            ways = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-            stack.enter_context(sdpa_kernel(ways, set_priority=True))
+        stack.enter_context(ordered_attention(execution.device))
         for ids in execution.groups(TRAINING, chosen, lambda _, done, __: tell(done * length)):
             states = torch.stack(
                 [teacher.states(window) for _, window in zip(ids, left, strict=False)]
@@ -513,17 +515,22 @@ def _backward(head: Head, hidden: Tensor, states: Tensor) -> Tensor:
     return torch.stack(losses).sum()
 
 
+class _DivergedError(Exception):
+    """Training has broken the weights; the best ones from before are kept."""
+
+
 def _check_finite(value: float, step: int) -> None:
     """Refuse to go on with weights that training, or what was before, has broken.
 
     Raises:
-        InputError: a loss or a gradient is not finite.
+        _DivergedError: a loss or a gradient is not finite after some steps.
+        InputError: it was not finite before the first.
     """
-    if not math.isfinite(value):
-        raise InputError(
-            f"adapt: after {step} steps a loss or gradient is not finite: "
-            + ("lower adapt.learning_rate" if step else "the pruned model is broken")
-        )
+    if math.isfinite(value):
+        return
+    if step:
+        raise _DivergedError
+    raise InputError("adapt: the pruned model is broken: its loss or a gradient is not finite")
 
 
 def _store(
@@ -557,7 +564,12 @@ def _notes(schedule: Schedule, standing: Standing, windows: int) -> list[str]:
         f"adapt is training: the kept weights were distilled from the dense model on {trained:,} "
         f"tokens, {windows} windows {standing.step * schedule.windows / windows:.1f} times over"
     ]
-    if standing.step < schedule.steps:
+    if standing.diverged:
+        notes.append(
+            f"adapt ended after {standing.step} of {schedule.steps} steps: a loss or gradient was "
+            "not finite. Lower adapt.learning_rate"
+        )
+    elif standing.step < schedule.steps:
         notes.append(
             f"adapt ended after {standing.step} of {schedule.steps} steps: the guard was worse "
             f"than at its best {PATIENCE} times in a row"

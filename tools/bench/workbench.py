@@ -788,7 +788,7 @@ def _no_room(error: Exception) -> bool:
 
 def _no_room_words(request: PruneRequest, error: Exception) -> str:
     """What a device without room for the run means, and which settings take less of it."""
-    smaller = ["offload=cpu (or disk)"] if request.offload == "none" else []
+    smaller = ["offload=cpu (or disk; not with adapt)"] if request.offload == "none" else []
     if request.offload == "none" and request.texts.windows.batch != 1:
         smaller.append("texts.windows.batch=1")
     ways = f"give --set {', --set '.join(smaller)}, or begin" if smaller else "begin"
