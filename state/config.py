@@ -368,7 +368,8 @@ def _number_or_domains(value: Any) -> str:
     return "domains" if isinstance(value, dict) else NUMBER
 
 
-_Rise = Annotated[float, Field(gt=0)]
+# Infinite: no step is rolled back.
+_Rise = Annotated[float, Field(gt=0, allow_inf_nan=True)]
 _Bound = Annotated[
     Annotated[_Rise, Tag(NUMBER)] | Annotated[dict[DomainName, _Rise], Tag("domains")],
     Discriminator(_number_or_domains),

@@ -1,5 +1,6 @@
 """The configuration: one file, two halves, errors a user can act on."""
 
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -445,15 +446,22 @@ def test_domains_that_say_nothing_are_refused(changes: dict[str, Any], words: st
     assert words in str(error.value)
 
 
-@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
-@pytest.mark.parametrize(
-    "key",
-    ["target", "fit.learning_rate", "asking.timeout", "guard.max_increase", "adapt.learning_rate"],
-)
-def test_no_number_is_infinite(key: str, value: str) -> None:
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("key", ["target", "fit.learning_rate", "asking.timeout", "adapt.warmup"])
+def test_no_number_is_infinite(key: str, value: float) -> None:
     """Files of a run are JSON, which has no such number."""
-    with pytest.raises(InputError, match=key.split(".")[0]):
-        load_config(None, [f"{key}={value}"])
+    outer, _, inner = key.partition(".")
+    with pytest.raises(InputError, match=f"{key}: Input should be a finite number"):
+        validate_config({outer: {inner: value} if inner else value})
+
+
+def test_a_guard_may_let_everything_pass() -> None:
+    config = validate_config({"guard": {"max_increase": math.inf}})
+    assert config.guard.max_increase == math.inf
+    assert validate_config(yaml.safe_load(config.to_yaml())) == config
+    for value in (-math.inf, math.nan):
+        with pytest.raises(InputError, match=r"guard\.max_increase"):
+            validate_config({"guard": {"max_increase": value}})
 
 
 @pytest.mark.parametrize("batch", [0, -3])
