@@ -247,7 +247,7 @@ def first_problems(problems: list[str]) -> list[str]:
 
 def _less(gain: float, max_step: float, whole: bool) -> str:
     """How a step that adds too much can be mended."""
-    if max_step <= 0:
+    if max_step <= 0 and not whole:
         return "restore as much in the same step, with rebalance: true"
     factor = math.floor(1000 * max_step / gain) / 1000
     scaled = "" if whole else f", or multiply every delta by {factor:.3f}"

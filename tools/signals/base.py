@@ -57,7 +57,7 @@ class Measured:
 
 def two_digits(score: float) -> str:
     """A z-score with two digits behind the point."""
-    return f"{round(score, 2) + 0.0:.2f}"  # no minus before 0
+    return f"{score:z.2f}"
 
 
 @dataclass(frozen=True)

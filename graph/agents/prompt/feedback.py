@@ -104,8 +104,7 @@ def percent(value: float | None, plus: str = "+") -> str:
         return "-"
     value *= 100
     digits = 2 if abs(value) < 0.995 else 1 if abs(value) < 9.95 else 0
-    # Adding 0 takes the minus from what rounds to 0.
-    words = f"{round(value, digits) + 0.0:+.{digits}f}".replace("+0.", "+.").replace("-0.", "-.")
+    words = f"{value:+z.{digits}f}".replace("+0.", "+.").replace("-0.", "-.")
     return words.replace("+", plus)
 
 

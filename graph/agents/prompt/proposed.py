@@ -27,14 +27,14 @@ def proposal_words(observation: Observation, deltas: Mapping[str, float]) -> str
         return "The ranking proposes no change in this step."
     layers = {p.name: p for p in observation.profile.layers if p.name in deltas}
     sizes = {name: delta * layers[name].parameters for name, delta in deltas.items()}
-    gain = round(sum(sizes.values()) / observation.prunable, 4) + 0.0  # no minus before 0
+    gain = sum(sizes.values()) / observation.prunable
     back = sum(delta < 0 for delta in deltas.values())
     change = f"{percent(observation.profile.predicted_change(deltas))} %"
     if domains := observation.profile.predicted_changes(deltas):
         parts = (f"{quote_name(n)} {percent(value)} %" for n, value in domains.items())
         change += f": {', '.join(parts)}"
     lines = [
-        f"The proposal adds {gain:.4f} (predicted change of the perplexity {change}): "
+        f"The proposal adds {gain:z.4f} (predicted change of the perplexity {change}): "
         f"{len(deltas) - back} layers pruned, {back} restored in part.",
         f"Where, in per cent of what changes: {_places(observation, layers, sizes)}.",
     ]
@@ -95,6 +95,6 @@ def _places(
         depths[depth_of(layer.block, blocks)] += sizes[name]
     largest = sorted(groups, key=lambda kind: -abs(groups[kind]))[:PROJECTIONS]
     moved = sum(map(abs, sizes.values()))
-    parts = [f"{kind} {round(100 * groups[kind] / moved)}" for kind in largest]
-    thirds = (f"{names[depth]} {round(100 * size / moved)}" for depth, size in depths.items())
+    parts = [f"{kind} {100 * groups[kind] / moved:z.0f}" for kind in largest]
+    thirds = (f"{names[depth]} {100 * size / moved:z.0f}" for depth, size in depths.items())
     return f"{', '.join(parts)}; blocks {', '.join(thirds)}"

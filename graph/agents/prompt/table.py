@@ -220,7 +220,7 @@ def cost_rates(layer: LayerProfile, prunable: int, deltas: Iterable[float]) -> l
 
 def thousandths(delta: float) -> str:
     """A delta as ``+.052``."""
-    return f"{round(delta, 3) + 0.0:+.3f}".replace("0.", ".", 1)
+    return f"{delta:+z.3f}".replace("0.", ".", 1)
 
 
 def _order(observation: Observation) -> str:
@@ -418,11 +418,11 @@ def _cell(signal: Signal, layer: LayerProfile) -> str:
 
 
 def _tenths(signal: str, group: list[LayerProfile]) -> str:
-    return str(round(10 * _mean(group, lambda p: p.signals[signal])))
+    return f"{10 * _mean(group, lambda p: p.signals[signal]):z.0f}"
 
 
 def _hundredths(signal: str, group: list[LayerProfile]) -> str:
-    return str(round(100 * group[0].signals[signal]))
+    return f"{100 * group[0].signals[signal]:z.0f}"
 
 
 def _growth(rates: Iterable[list[float]], at: int, others: list[int]) -> str:
