@@ -4,7 +4,8 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ class Checkpoints:
 
     def _name(self, standing: Standing) -> None:
         write_json(self._file, {"identity": self._identity} | asdict(standing))
-        self.saved = replace(standing, losses=[*standing.losses], guard=[*standing.guard])
+        self.saved = deepcopy(standing)
         self._clear({standing.best})
 
     def save_best(

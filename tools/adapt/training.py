@@ -12,7 +12,8 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from copy import deepcopy
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -387,8 +388,7 @@ def _take_steps(
     progress: Progress | None,
 ) -> None:
     """Take all steps, from the last checkpoint on, and leave one that says so."""
-    saved = kept.saved
-    standing = replace(saved, losses=[*saved.losses], guard=[*saved.guard])
+    standing = deepcopy(kept.saved)
     if standing.step:
         path = kept.state(standing.step)
         student.load(lambda name: kept.read(path, name))
