@@ -136,9 +136,10 @@ def test_every_step_measures_every_domain(
     _, *told = table.partition("</table>")[0].split("<tr><td>")
     for name, row in zip(NAMES, told, strict=True):
         assert row.startswith(f"{name}<")
-        assert f"{dense[name]:.3f}" in row
-        assert f"{final[name]:.3f}" in row
-        assert f"guard text, {name} | {dense[name]:.3f} | {final[name]:.3f} |" in card
+        pair = metrics.domains[name]
+        assert f"{pair.dense:.3f}" in row
+        assert f"{pair.final:.3f}" in row
+        assert f"guard text, {name} | {pair.dense:.3f} | {pair.final:.3f} |" in card
     shown = CliRunner().invoke(app, ["show", str(out)]).stdout
     change = steps[0].domains["code"].change
     assert f"code {change:+.1%}, facts " in shown
