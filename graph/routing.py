@@ -78,8 +78,9 @@ def returned(best: Best | None, now: Best) -> Best:
     """What is kept at the target once an accepted step has ended there.
 
     It gained if its perplexity is below the best one's by more than the standard error of that
-    change, paired over the guard windows. The lower perplexity of the two is kept, unless one of
-    them is nearer to the target by more than `NEARER`: sparsity that is missing is perplexity, too.
+    change, paired over the guard windows; one window has none. The lower perplexity of the two is
+    kept, unless one of them is nearer to the target by more than `NEARER`: sparsity that is missing
+    is perplexity, too.
 
     Args:
         best: what was kept before; None if the target was never reached.
@@ -94,7 +95,7 @@ def returned(best: Best | None, now: Best) -> Best:
     return {
         **kept,
         "returns": best["returns"] + 1,
-        "fruitless": 0 if change < -error else best["fruitless"] + 1,
+        "fruitless": 0 if change < -(error or 0.0) else best["fruitless"] + 1,
     }
 
 

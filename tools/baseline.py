@@ -133,7 +133,7 @@ def prune_once(
             perplexity_before=perplexity(before),
             candidate_perplexity=value if finite else None,
             change=change if finite else None,
-            change_stderr=stderr if finite else None,
+            change_stderr=stderr,
             domains=measures(names, dense, before, losses if finite else []),
         )
         run.write_trace([step])

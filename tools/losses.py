@@ -15,20 +15,24 @@ def perplexity(losses: list[float]) -> float:
         return math.inf
 
 
-def change_with_error(before: list[float], after: list[float]) -> tuple[float, float]:
+def change_with_error(before: list[float], after: list[float]) -> tuple[float, float | None]:
     """Relative perplexity change and its standard error, paired over the windows.
 
     The error is that of the mean of the windows' loss differences, carried to the relative
-    change by its derivative. Both are inf where the change overflows.
+    change by its derivative. It is None for one window, which has none, and where it is not finite.
+    The change is inf where it overflows.
     """
     differences = [b - a for a, b in zip(before, after, strict=True)]
     n = len(differences)
     mean = sum(differences) / n
-    spread = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n) if n > 1 else 0.0
     try:
-        return math.expm1(mean), math.exp(mean) * spread
+        change, slope = math.expm1(mean), math.exp(mean)
     except OverflowError:
-        return math.inf, math.inf
+        return math.inf, None
+    if n == 1:
+        return change, None
+    error = slope * math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n)
+    return change, error if math.isfinite(error) else None
 
 
 def by_domain(domains: Sequence[str], losses: list[float]) -> dict[str, list[float]]:
@@ -67,7 +71,7 @@ def measures(
             change, stderr = change_with_error(losses, candidate[name])
             value = perplexity(candidate[name])
             told = {"candidate": value, "change": change, "change_stderr": stderr}
-            finite = {key: number for key, number in told.items() if math.isfinite(number)}
+            finite = {k: v for k, v in told.items() if v is not None and math.isfinite(v)}
             measure = measure.model_copy(update=finite)
         found[name] = measure
     return found

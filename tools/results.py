@@ -206,7 +206,7 @@ def _measure_control(
         guard=guard if math.isfinite(guard) else None,
         test=test if math.isfinite(test) else None,
         change=change if math.isfinite(test) else None,
-        change_stderr=stderr if math.isfinite(test) and math.isfinite(stderr) else None,
+        change_stderr=stderr,
         domains={name: v if math.isfinite(v) else None for name, v in domains.items()},
     )
     return control, spent, time.perf_counter() - began

@@ -104,7 +104,7 @@ def _measure(
     return ProbeReport(
         layers={name: (count - zeros[name]) / sizes[name] for name, count in counts.items()},
         change=change if math.isfinite(change) else None,
-        change_stderr=stderr if math.isfinite(stderr) else None,
+        change_stderr=stderr,
         domains={name: value for name, value in changes.items() if math.isfinite(value)},
         tokens=int(spent["probe"]),
     )

@@ -152,7 +152,7 @@ def _judged(state: PruneState, request: PruneRequest, run: RunDirectory) -> Step
     measured = {
         "candidate_perplexity": state["candidate_perplexity"],
         "change": _finite(change),
-        "change_stderr": _finite(stderr),
+        "change_stderr": stderr,
         "domains": measures(
             request.texts.domains("guard"),
             state.get("dense_domains", {}),

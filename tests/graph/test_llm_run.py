@@ -210,3 +210,19 @@ def test_options_that_cannot_work_are_refused_before_anything_is_done(
         run(llm_config | {"agent_options": options}, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert gemini.received == []
+
+
+def test_a_change_on_one_guard_window_is_told_without_an_error(
+    llm_config: dict[str, Any], gemini: FakeGemini, tmp_path: Path
+) -> None:
+    gemini.otherwise = gemini.text('{"reasoning": "", "accept": true}', tokens=30)
+    windows = llm_config["texts"]["windows"] | {"guard": 1}
+    config = llm_config | {"texts": llm_config["texts"] | {"windows": windows}}
+    result = run(config, out=tmp_path / "run")
+    trace = trace_of(result.directory)
+    assert all(step["change"] is not None and step["change_stderr"] is None for step in trace)
+    last = gemini.received[-1].turns[0][1]
+    assert re.search(r"last measured change [+-][0-9.]+ %\.", last)
+    assert re.search(r"\n2: .*, perplexity [0-9.]+, [+-][0-9.]+, predicted", last)
+    shown = CliRunner().invoke(app, ["show", str(result.directory), "--step", "2"])
+    assert "±" not in shown.stdout

@@ -64,7 +64,9 @@ def only_step(out: Path) -> Step:
     return record
 
 
-def measured_directly(config: dict[str, Any], deltas: dict[str, float]) -> tuple[float, float]:
+def measured_directly(
+    config: dict[str, Any], deltas: dict[str, float]
+) -> tuple[float, float | None]:
     """Change of two guard windows with masks made, stored and applied as a step's are."""
     request = validate_config(config).request
     with workbench(request, Path(config["out"])) as bench:

@@ -27,6 +27,7 @@ from prunewright.graph.agents.prompt.feedback import (
     percent,
     told_best,
     told_probes,
+    within,
 )
 from prunewright.graph.agents.prompt.proposed import domain_rows, proposal_words
 from prunewright.graph.agents.prompt.table import (
@@ -196,9 +197,7 @@ def _values(o: Observation, rows: int) -> dict[str, Any]:
         "budget": floor_digits(o.budget),
         "dense_perplexity": o.dense_perplexity,
         "perplexity": o.perplexity if o.feedback else None,
-        "last_change": f"{percent(last.change)} ± {percent(last.change_stderr, '')} %"
-        if last
-        else "",
+        "last_change": f"{percent(last.change)}{within(last.change_stderr)} %" if last else "",
         "domains": domain_rows(o),
         "best": told_best(o),
         "crowded": o.crowded,

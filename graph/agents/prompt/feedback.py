@@ -57,7 +57,7 @@ def told_probes(observation: Observation) -> str:
         if probe.refused:
             lines.append(f"{number}. refused: {one_line(probe.refused, 600)}")
             continue
-        error = "" if probe.change_stderr is None else f" ± {percent(probe.change_stderr, '')}"
+        error = within(probe.change_stderr)
         change = "not finite" if probe.change is None else f"{percent(probe.change)}{error}"
         if costs:
             predicted = observation.profile.predicted_change(probe.layers)
@@ -108,6 +108,11 @@ def percent(value: float | None, plus: str = "+") -> str:
     return words.replace("+", plus)
 
 
+def within(error: float | None) -> str:
+    """A standard error in per cent, as it follows a change; "" for None."""
+    return "" if error is None else f" ± {percent(error, '')}"
+
+
 def _latest(observation: Observation, records: Sequence[Step]) -> list[str]:
     """The latest steps, a line each."""
     costs = observation.costs_shown
@@ -120,12 +125,11 @@ def _latest(observation: Observation, records: Sequence[Step]) -> list[str]:
             lines.append(_empty(r))
             continue
         what = by_thirds(observation.profile.layers, r.applied, percent)
-        error = "" if r.change_stderr is None else f" ± {percent(r.change_stderr, '')}"
         value = r.candidate_perplexity
         parts = [
             f"{r.step + 1}: {what}; sparsity {100 * r.sparsity:.2f}",
             f"perplexity {'not finite' if value is None else f'{value:.2f}'}",
-            *([f"{percent(r.change)}{error}"] if r.change is not None else []),
+            *([f"{percent(r.change)}{within(r.change_stderr)}"] if r.change is not None else []),
             *([f"predicted {percent(r.predicted_change)}"] if costs else []),
         ]
         expected = r.decision.expected_ppl_change

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prunewright.graph.agents.base import Observation, quote_name
-from prunewright.graph.agents.prompt.feedback import last_measured, percent
+from prunewright.graph.agents.prompt.feedback import last_measured, percent, within
 from prunewright.graph.agents.prompt.table import (
     PROJECTIONS,
     by_blocks,
@@ -70,9 +70,7 @@ def domain_rows(observation: Observation) -> list[dict[str, Any]]:
                 "name": quote_name(one_line(name, MAX_DOMAIN)),
                 "dense": dense,
                 "perplexity": now if observation.feedback else None,
-                "last_change": ""
-                if change is None
-                else f"{percent(change)} ± {percent(error).lstrip('+')} %",
+                "last_change": "" if change is None else f"{percent(change)}{within(error)} %",
                 "bound": observation.bounds.get(name) if several else None,
                 "weight": observation.weights.get(name, 1.0) if observation.weighable else None,
             }
