@@ -14,12 +14,13 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from prunewright.state import InputError, PruneRequest
-from prunewright.state.config import EMBEDDED, SELF, AdaptOptions, Offload
+from prunewright.state.config import ALL, EMBEDDED, SELF, AdaptOptions, Offload
 from prunewright.state.profile import KNOWLEDGE_SIGNAL
 from prunewright.tools.adapt.memory import (
     Sizes,
     check_room,
     disk_bytes,
+    free_memory,
     pass_bytes,
     sizes_of,
     state_bytes,
@@ -205,8 +206,9 @@ def make_plan(
     ways = _ways(request, shape, dtype, device, mapped=mapped)
     saved = sum(stored.values()) or shape.parameters * dtype.itemsize
     disk = _disk(request, shape, dtype, steps, saved, copy)
-    available, free = _available(device), _free(out)
-    host = _available(torch.device("cpu"))
+    count = torch.cuda.device_count() if request.device == ALL else 0
+    available = free_memory([torch.device("cuda", i) for i in range(count)] or [device])
+    host, free = free_memory([torch.device("cpu")]), _free(out)
     seconds = _seconds(request, flops, steps, shape.prunable, dtype) if timed else {}
     warnings = _warnings(request, ways, available, host, disk["total"], free)
     adapt: dict[str, float] = {}
@@ -589,12 +591,6 @@ def _stored(tensors: Iterable[Stored]) -> dict[str, int]:
 
 def _outputs_inputs(layer: Layer) -> tuple[int, int]:
     return layer.outputs, layer.inputs
-
-
-def _available(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def _free(out: Path) -> int:

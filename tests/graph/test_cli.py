@@ -822,7 +822,7 @@ def test_plan_recommends_the_way_that_fits(
     ways = json.loads(invoke("plan", *options, "--json").stdout)["ways"]
     assert ways["disk"]["host"] < ways["none"]["host"]
     between = (ways["disk"]["host"] + ways["none"]["host"]) // 2
-    monkeypatch.setattr("prunewright.tools.plan._available", lambda _: between)
+    monkeypatch.setattr("prunewright.tools.plan.free_memory", lambda _: between)
     plan = json.loads(invoke("plan", *options, "--json").stdout)
     assert plan["recommended"] == "disk"
     assert plan["warnings"][0].endswith("set offload=disk")

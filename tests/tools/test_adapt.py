@@ -16,6 +16,7 @@ from prunewright.state import InputError, PrunewrightError, StoreError, load_con
 from prunewright.state.config import AdaptOptions
 from prunewright.state.run import DENSE
 from prunewright.tools.adapt import training
+from prunewright.tools.adapt.memory import free_memory
 from prunewright.tools.adapt.training import Adapted, adapt
 from prunewright.tools.bench.workbench import Workbench
 from prunewright.tools.losses import perplexity
@@ -293,6 +294,18 @@ def test_training_that_does_not_fit_is_refused_with_what_would(
         adapt(bench, revision, options(1, optimizer="adafactor"), tmp_path / "other")
     monkeypatch.undo()
     assert isinstance(adapt(bench, revision, options(1), tmp_path / "other"), Adapted)
+
+
+def test_what_gpus_have_left_together_counts_each_of_them_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left = {0: 30 * 2**30, 1: 20 * 2**30}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (left[device.index], 2**40))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2**30)
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert free_memory([first]) == 32 * 2**30
+    assert free_memory([first, second, first]) == 54 * 2**30
 
 
 def test_what_cannot_be_trained_is_refused(bench_of: Bench, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -122,12 +122,16 @@ def disk_bytes(options: AdaptOptions, sizes: Sizes, windows: int) -> int:
     return 2 * (state + sizes.itemsize) * sizes.trained + outputs
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that a device has left, with what torch holds there and does not use."""
-    if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + held
-    return int(psutil.virtual_memory().available)
+def free_memory(devices: Iterable[torch.device]) -> int:
+    """Bytes that the devices of a model have left, with what torch holds there and does not use."""
+    free = 0
+    for device in set(devices):
+        if device.type == "cuda":
+            held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            free += int(torch.cuda.mem_get_info(device)[0]) + held
+        else:
+            free += int(psutil.virtual_memory().available)
+    return free
 
 
 def check_room(
@@ -139,7 +143,7 @@ def check_room(
         options: how it is trained.
         sizes: of what is trained.
         layers: those that are trained.
-        free: bytes of the device.
+        free: bytes of the device, or of all that share the blocks.
         device: its type.
 
     Raises:

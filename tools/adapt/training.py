@@ -170,7 +170,8 @@ def check_training(
     if layers is None:
         layers = chosen_layers(list(loaded.layers.values()), options)
     sizes = sizes_of(loaded.model, layers, bench.request, options, loaded.dtype, loaded.device)
-    check_room(options, sizes, layers, free_memory(loaded.device), loaded.device.type)
+    devices = {loaded.model.get_parameter(layer.parameter).device for layer in layers}
+    check_room(options, sizes, layers, free_memory(devices), loaded.device.type)
     check_disk(options, sizes, len(bench.windows.calibration), folder)
 
 
