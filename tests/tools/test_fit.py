@@ -81,6 +81,31 @@ def test_a_fit_that_helps_no_held_out_window_changes_nothing(load: Loader) -> No
     assert all(torch.equal(wild[name], weight) for name, weight in layer.items())
 
 
+def test_a_fit_can_be_stopped_after_any_step(load: Loader) -> None:
+    loaded, told = load(), list[tuple[str, int, int]]()
+
+    def stop_in_the_second_block(label: str, done: int, total: int) -> None:
+        told.append((label, done, total))
+        if "block 2" in label and "fit" in label and done == 3:
+            raise KeyboardInterrupt
+
+    def none_of_the_second(block: list[Solved]) -> None:
+        assert all(loaded.layers[layer.name].block == 0 for layer in block)
+
+    solver = BlockSolver(loaded, wanted_of(loaded), reconstruct="block", fit=FIT)
+    with pytest.raises(KeyboardInterrupt):
+        solver.solve(windows(8), none_of_the_second, progress=stop_in_the_second_block)
+    first = [one for one in told if "block 1 of 2" in one[0]]
+    # Seven layers, then five epochs of seven windows in pairs; a fit may end before.
+    assert first[:8] == [("solving block 1 of 2: layer", done, 7) for done in range(8)]
+    assert first[8:] == [("solving block 1 of 2: fit, step", n, 20) for n in range(len(first) - 8)]
+    assert (len(first) - 9) % 4 == 0
+    assert told[-1] == ("solving block 2 of 2: fit, step", 3, 20)
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    whole, again = solve(load(), "block", windows(8)), solve(loaded, "block", windows(8))
+    assert all(torch.equal(whole[name], weight) for name, weight in again.items())
+
+
 def test_a_solve_goes_on_block_by_block_to_the_same_weights(load: Loader) -> None:
     whole = solve(load(), "block", windows(8))
     done: dict[str, StoredLayer] = {}

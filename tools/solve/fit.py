@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from prunewright.tools.execution.base import Run, ordered_attention
 from prunewright.tools.execution.weights import LiveWeights
+from prunewright.tools.model.head import Progress
 from prunewright.tools.model.layers import Layer
 
 BETAS = (0.9, 0.95)
@@ -51,6 +52,7 @@ def fit_block(
     target: Tensor,
     masks: dict[Layer, Tensor],
     options: Fit,
+    tell: Progress,
 ) -> dict[Layer, Tensor]:
     """Fit the kept weights of a block's layers to hidden states that shall leave the block.
 
@@ -66,6 +68,7 @@ def fit_block(
         target: hidden states [windows, length, width].
         masks: of the layers to fit, True where pruned, of the parameter's shape.
         options: see `Fit`.
+        tell: told of each step of the descent; it may raise to stop.
 
     Returns:
         Each layer's weights, 0 on the mask, in its dtype, on the device.
@@ -96,10 +99,11 @@ def fit_block(
         best, least, worse = [values.clone() for values in lent], judged(), 0
         for parameter in parameters:
             parameter.requires_grad_(True)
+        tell("fit, step", 0, steps)
         try:
-            for _ in range(options.epochs):
+            for epoch in range(options.epochs):
                 order = torch.randperm(last, generator=generator)
-                for batch in order.split(options.batch):
+                for number, batch in enumerate(order.split(options.batch), start=1):
                     with torch.enable_grad(), ordered_attention(device):
                         for window in batch.tolist():
                             (loss(window) / len(batch)).backward()
@@ -112,6 +116,7 @@ def fit_block(
                     falling.step()
                     for parameter, master in zip(parameters, masters, strict=True):
                         parameter.data.copy_(master)
+                    tell("fit, step", epoch * (steps // options.epochs) + number, steps)
                 now = judged()
                 if now < least:
                     best, least, worse = [p.data.clone() for p in parameters], now, 0

@@ -202,7 +202,7 @@ class BlockSolver:
             windows: calibration token ids [windows, length].
             take: is given the layers of each block once they are solved.
             known: what a layer came to that was solved before, which is taken as it is.
-            progress: told after each block.
+            progress: told of each layer, and of each step of a fit; it may raise to stop.
 
         Returns:
             The tokens that went through the model. The live weights of the wanted layers must be
@@ -222,6 +222,12 @@ class BlockSolver:
         def visit(index: int, run: Run) -> Tensor:
             nonlocal dense
             layers = self._blocks.get(index, [])
+
+            def tell(what: str, done: int, total: int) -> None:
+                if progress is not None:
+                    progress(f"solving block {index + 1} of {last + 1}: {what}", done, total)
+
+            tell("layer", 0, len(layers))
             before = self._loaded.dense_layers(layers)
             weights = {ly.name: w for ly, w in zip(layers, before, strict=True)}
             target = self._target(run, layers, weights, dense)
@@ -230,7 +236,7 @@ class BlockSolver:
                 for layer, stored in zip(layers, found, strict=True):
                     self._execution.weights.restore(layer, weights[layer.name], stored)
             else:
-                take(self._solved(run, layers, weights, target))
+                take(self._solved(run, layers, weights, target, tell))
             # No block needs what leaves the last one.
             states = run.entering if index == last else run()
             # A block that nothing is pruned in gives the dense model's states as long as it is
@@ -238,12 +244,8 @@ class BlockSolver:
             dense = target if target is not None or dense is None else run(dense)
             for layer in layers:
                 self._execution.weights.let_go(layer)
-            if progress is not None:
-                progress("solving blocks", index + 1, last + 1)
             return states
 
-        if progress is not None:
-            progress("solving blocks", 0, last + 1)
         return self._execution.visit(windows, last + 1, visit)
 
     def _target(
@@ -257,7 +259,12 @@ class BlockSolver:
         return run(dense)
 
     def _solved(
-        self, run: Run, layers: list[Layer], weights: dict[str, Tensor], target: Tensor | None
+        self,
+        run: Run,
+        layers: list[Layer],
+        weights: dict[str, Tensor],
+        target: Tensor | None,
+        tell: Progress,
     ) -> list[Solved]:
         """The layers of one block."""
         write = self._execution.weights.write
@@ -277,10 +284,12 @@ class BlockSolver:
                 beside = alike.get((layer.form, layer.kind), [])
                 done[layer.name] = self._layer(layer, weights[layer.name], grams, beside)
                 write(layer, done[layer.name].weight)
+                tell("layer", len(done), len(layers))
         if target is not None:
             masks = {layer: done[layer.name].mask for layer in layers}
+            model, held = self._loaded.model, self._execution.weights
             for layer, weight in fit_block(
-                self._loaded.model, self._execution.weights, run, target, masks, self._fit
+                model, held, run, target, masks, self._fit, tell
             ).items():
                 done[layer.name] = replace(done[layer.name], weight=weight)
                 write(layer, weight)
