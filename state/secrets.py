@@ -14,9 +14,11 @@ from prunewright.state.errors import InputError
 
 _NAME = re.compile(
     r"key$|secret|passw|passphrase|credential|(^|[_-])(token|pwd|sig|signature|auth|jwt|bearer)$"
-    r"|authorization$|^cookie$|^code$",
+    r"|authorization$|^cookie$",
     re.IGNORECASE,
 )
+# A key in an address or in a query; elsewhere it is a domain, say.
+_CODE = "code"
 _VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
 _REFERENCE = re.compile(r"env:([A-Za-z_][A-Za-z0-9_]*)")
 # What providers give out as keys, and how HTTP carries them.
@@ -46,7 +48,8 @@ def find_secret(value: object, name: str = "", *, sent: bool = False, named: boo
         sent: whether it is an entry of headers or of a query.
         named: whether it lies in something that is called a secret.
     """
-    sent, named = sent or bool(_SENT.search(name)), named or bool(_NAME.search(name))
+    named = named or bool(_NAME.search(name)) or (sent and name.lower() == _CODE)
+    sent = sent or bool(_SENT.search(name))
     if isinstance(value, Mapping):
         found = (find_secret(v, str(k), sent=sent, named=named) for k, v in value.items())
         return next(filter(None, found), "")
@@ -75,7 +78,7 @@ def _in_address(url: str, name: str) -> str:
     if "@" in parts.netloc:
         return f"the password in {name}"
     for key, value in told:
-        if _NAME.search(key) or _odd(value):
+        if _NAME.search(key) or key.lower() == _CODE or _odd(value):
             return f"{key} in {name}"
     return ""
 

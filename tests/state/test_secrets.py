@@ -15,6 +15,7 @@ SECRET = "q7Zk-w3xV9-hidden"
 HELD: dict[str, tuple[dict[str, Any], str]] = {
     "a query": ({"base_url": f"https://gw.example/v1?key={SECRET}"}, "key in base_url"),
     "a query of another name": ({"base_url": f"https://gw.example/?id={SECRET}"}, "id in base_url"),
+    "Azure's query": ({"base_url": "https://h.azure.example/api?code=abc"}, "code in base_url"),
     "a query without a scheme": (
         {"base_url": f"gw.example/v1?token={SECRET}"},
         "token in base_url",
@@ -69,6 +70,7 @@ def test_a_config_with_a_key_is_refused(case: str, monkeypatch: pytest.MonkeyPat
         {"additional_headers": {"X-Team": "compression research"}, "stop": ["a", "b"]},
         {"default_headers": {"Authorization": "env:MY_HEADER"}, "api_key": "env:MY_KEY"},
         {"client_kwargs": {"auth": ["env:USER_NAME", "env:USER_PASS"]}, "max_tokens": 4096},
+        {"shares": {"code": 2.0, "general": 1.0}, "domains": ["code"]},
     ],
 )
 def test_what_is_no_key_is_taken(options: dict[str, Any]) -> None:
