@@ -8,6 +8,8 @@ NEGLIGIBLE = 5e-4
 
 TRAINING = "adapt (training)"
 """What people read of the stage that trains, wherever it is named."""
+SOLVING = "solving blocks"
+"""The same of the work that goes block by block."""
 
 
 class Pair(BaseModel):

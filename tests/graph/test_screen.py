@@ -28,7 +28,7 @@ from prunewright.graph.cli.screen.study import print_tables
 from prunewright.graph.words.numbers import percent, perplexity
 from prunewright.graph.words.steps import step_line, steps_to_go
 from prunewright.state import PruneConfig
-from prunewright.state.metrics import TRAINING, Stage
+from prunewright.state.metrics import SOLVING, TRAINING, Stage
 from prunewright.state.step import FromRanking
 from prunewright.tools.report.tables import comparison_tables
 
@@ -220,6 +220,28 @@ def test_the_clock_tells_what_is_left_of_training(monkeypatch: pytest.MonkeyPatc
     stage = Stage(name="adapt", revision="0", before=2, after=1, kept=True, seconds=1, tokens={})
     live.on_event("custom", {"stage": stage.model_dump(mode="json")})
     assert live.times() == "3:30"
+
+
+def test_the_clock_tells_what_is_left_of_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("prunewright.graph.cli.screen.live.time.monotonic", lambda: now)
+    live = Live(Screen(quiet=True))
+
+    def tell(label: str, done: int, total: int) -> None:
+        live.on_event("custom", {"progress": {"label": label, "done": done, "total": total}})
+
+    tell(SOLVING, 10, 30)  # those before were solved before a kill
+    now += 90
+    tell("solving block 11 of 30: fit, step", 60, 84)
+    assert live.times() == "1:30"
+    now += 30
+    tell(SOLVING, 11, 30)
+    assert live.times() == "2:00, about 38 min left"
+    now += 60
+    tell("solving block 12 of 30: layer", 3, 7)
+    assert live.times() == "3:00, about 37 min left"
+    tell(SOLVING, 30, 30)
+    assert live.times() == "3:00"
 
 
 def run_in_terminal(command: list[str]) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prunewright.state.config import Offload, Reconstruct
+from prunewright.state.metrics import SOLVING
 from prunewright.tools.fast import pack_bits
 from prunewright.tools.model.loading import LoadedModel, load_model
 from prunewright.tools.solve.fit import Fit, held_out
@@ -82,10 +83,10 @@ def test_a_fit_that_helps_no_held_out_window_changes_nothing(load: Loader) -> No
 
 
 def test_a_fit_can_be_stopped_after_any_step(load: Loader) -> None:
-    loaded, told = load(), list[tuple[str, int, int]]()
+    loaded, told, whole = load(), list[tuple[str, int, int]](), list[tuple[str, int, int]]()
 
     def stop_in_the_second_block(label: str, done: int, total: int) -> None:
-        told.append((label, done, total))
+        (whole if label == SOLVING else told).append((label, done, total))
         if "block 2" in label and "fit" in label and done == 3:
             raise KeyboardInterrupt
 
@@ -102,8 +103,9 @@ def test_a_fit_can_be_stopped_after_any_step(load: Loader) -> None:
     assert (len(first) - 9) % 4 == 0
     assert told[-1] == ("solving block 2 of 2: fit, step", 3, 20)
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
-    whole, again = solve(load(), "block", windows(8)), solve(loaded, "block", windows(8))
-    assert all(torch.equal(whole[name], weight) for name, weight in again.items())
+    assert whole == [(SOLVING, 0, 2), (SOLVING, 1, 2), (SOLVING, 1, 2)]
+    anew, again = solve(load(), "block", windows(8)), solve(loaded, "block", windows(8))
+    assert all(torch.equal(anew[name], weight) for name, weight in again.items())
 
 
 def test_a_solve_goes_on_block_by_block_to_the_same_weights(load: Loader) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from prunewright.state import PruneRequest
 from prunewright.state.config import Reconstruct
+from prunewright.state.metrics import SOLVING
 from prunewright.tools.criteria import (
     LayerStatistics,
     expert_shares,
@@ -202,7 +203,7 @@ class BlockSolver:
             windows: calibration token ids [windows, length].
             take: is given the layers of each block once they are solved.
             known: what a layer came to that was solved before, which is taken as it is.
-            progress: told of each layer, and of each step of a fit; it may raise to stop.
+            progress: told of each block, layer and step of a fit; it may raise to stop.
 
         Returns:
             The tokens that went through the model. The live weights of the wanted layers must be
@@ -214,7 +215,7 @@ class BlockSolver:
         """
         if not self._blocks:
             return 0
-        last = max(self._blocks)
+        last, tell_all = max(self._blocks), progress or (lambda *_: None)
         dense: Tensor | None = None
         """What the dense model gives to the block at work, where that is another than what the
         pruned one does."""
@@ -224,8 +225,7 @@ class BlockSolver:
             layers = self._blocks.get(index, [])
 
             def tell(what: str, done: int, total: int) -> None:
-                if progress is not None:
-                    progress(f"solving block {index + 1} of {last + 1}: {what}", done, total)
+                tell_all(f"solving block {index + 1} of {last + 1}: {what}", done, total)
 
             tell("layer", 0, len(layers))
             before = self._loaded.dense_layers(layers)
@@ -236,7 +236,9 @@ class BlockSolver:
                 for layer, stored in zip(layers, found, strict=True):
                     self._execution.weights.restore(layer, weights[layer.name], stored)
             else:
+                tell_all(SOLVING, index, last + 1)
                 take(self._solved(run, layers, weights, target, tell))
+                tell_all(SOLVING, index + 1, last + 1)
             # No block needs what leaves the last one.
             states = run.entering if index == last else run()
             # A block that nothing is pruned in gives the dense model's states as long as it is

@@ -15,7 +15,7 @@ from prunewright.graph.cli.screen.lines import Screen
 from prunewright.graph.words.numbers import about, clock, duration
 from prunewright.graph.words.steps import step_line, steps_to_go
 from prunewright.state import PruneConfig, Step
-from prunewright.state.metrics import TRAINING, Stage
+from prunewright.state.metrics import SOLVING, TRAINING, Stage
 from prunewright.state.shown import clean
 from prunewright.tools.signatures import STAGNANT_STEPS, find_signatures
 
@@ -66,8 +66,8 @@ class Live:
         self._began = time.monotonic()
         self._step_began: float | None = None
         self._seconds: list[float] = []
-        self._training: tuple[float, int] | None = None
-        self._training_ends: float | None = None
+        self._stage: tuple[float, int] | None = None
+        self._stage_ends: float | None = None
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn(
@@ -132,15 +132,15 @@ class Live:
         elif "finishing" in event:
             self._end()
         elif "stage" in event:
-            self._training = self._training_ends = None
+            self._stage = self._stage_ends = None
             print_stage(self.screen, Stage.model_validate(event["stage"]))
 
     def times(self) -> str:
         """The time since the beginning, and about how much is left, where there is a ground."""
         now = time.monotonic()
         words = clock(now - self._began)
-        if self._training_ends is not None:
-            return f"{words}, {about(max(self._training_ends - now, 0.0))} left"
+        if self._stage_ends is not None:
+            return f"{words}, {about(max(self._stage_ends - now, 0.0))} left"
         left = self._steps_to_go()
         if not left or not self._seconds or self._step_began is None:
             return words
@@ -154,16 +154,18 @@ class Live:
         self._at_work = True
         if label == "activations" and self._step_began is None:
             self._step_began = time.monotonic()
-        if label.startswith(TRAINING):
-            self._train(done, total)
+        if label.startswith((SOLVING, TRAINING)):
+            self._estimate(done, total)
         self.progress(label, done, total)
 
-    def _train(self, done: int, total: int) -> None:
-        """Estimate when training ends; it may have begun long before, in another process."""
+    def _estimate(self, done: int, total: int) -> None:
+        """When a stage ends; it may have begun long before, in another process."""
         now = time.monotonic()
-        began, before = self._training = self._training or (now, done)
-        if done > before:
-            self._training_ends = now + (now - began) / (done - before) * (total - done)
+        began, before = self._stage = self._stage or (now, done)
+        if done == total:
+            self._stage = self._stage_ends = None
+        elif done > before:
+            self._stage_ends = now + (now - began) / (done - before) * (total - done)
 
     def _take_step(self, record: Step) -> None:
         now = time.monotonic()
