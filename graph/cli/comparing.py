@@ -1,7 +1,5 @@
 """`compare`."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -54,7 +52,7 @@ def compare_command(
 
     quiet_transformers(session.debug)
     directory = out or Path("runs") / config.stem
-    session.again = " ".join(map(shlex.quote, ["prunewright", *sys.argv[1:]]))
+    session.repeatable()
     screen = session.screen
     with Experiments(screen) as experiments:
         found = compare(settled, directory, experiments.on_event, keep_models=keep_models)

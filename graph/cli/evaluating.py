@@ -170,6 +170,8 @@ def evaluate_command(
     for name in (model, against):
         if quizzes and name is not None and (run := run_of(name)):
             _check_unseen(run, quizzes, session.screen)
+    if out is not None:
+        session.repeatable()
     with Live(session.screen) as live:
 
         def progress(label: str, done: int, total: int) -> None:

@@ -31,9 +31,9 @@ DONE, FAILURE, BAD_INPUT, ENDED_EARLY = 0, 1, 2, 3
 
 
 _MEMORY_ADVICE = (
-    "There is not enough memory. What takes less: texts.windows.length (shorter windows), "
-    "profile.gradient_checkpointing=true (recomputes instead of keeping), dtype=bfloat16. "
-    "`prunewright plan` predicts what a run needs"
+    "There is not enough memory. What takes less: offload=cpu or disk (one block at a time on the "
+    "device), a smaller texts.windows.length (shorter windows), dtype=bfloat16. To `evaluate` they "
+    "are given as --offload, --length and --dtype. `prunewright plan` predicts what a run needs"
 )
 
 
@@ -75,6 +75,10 @@ class Session:
             indent = None if self.lines else 2
             sys.stdout.write(json.dumps(_finite(value), indent=indent, allow_nan=False) + "\n")
             sys.stdout.flush()
+
+    def repeatable(self) -> None:
+        """Say that the same command goes on with what it has begun."""
+        self.again = shlex.join(["prunewright", *sys.argv[1:]])
 
     def resume_command(self) -> str | None:
         """The command that goes on with the run; None if there is nothing to go on with."""
@@ -153,7 +157,7 @@ def _signals(session: Session) -> Iterator[None]:
 
 
 def _go_on(command: str | None) -> str:
-    return f"What was done is kept; go on with: {command}" if command else "Nothing was begun."
+    return f"What was done is kept; go on with: {command}" if command else "Nothing was kept."
 
 
 def _interrupted(session: Session, error: KeyboardInterrupt) -> NoReturn:

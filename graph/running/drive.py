@@ -36,6 +36,7 @@ from prunewright.state import (
     StoreError,
     validate_config,
 )
+from prunewright.state.config import BASELINE
 from prunewright.state.metrics import Metrics
 from prunewright.state.review import HOW
 from prunewright.state.run import Status
@@ -255,15 +256,18 @@ def shown(directory: RunDirectory, config: PruneConfig, on_event: OnEvent | None
 
 
 def tell_unused(directory: RunDirectory) -> None:
-    """Say that a finished run takes no changes."""
-    _log.warning(
-        "the run in %s is finished: nothing of it is changed. To go on to a higher target: "
-        "prunewright resume %s --target ...; from an earlier step: prunewright fork %s --step N "
-        "--set ...",
-        directory.path,
-        place := shlex.quote(str(directory.path)),
-        place,
-    )
+    """Say that a finished run or baseline takes no changes."""
+    place, baseline = shlex.quote(str(directory.path)), directory.config().agent == BASELINE
+    ways = f"To train its kept weights: prunewright adapt {place}; "
+    if baseline:
+        ways += "for anything else begin another"
+    else:
+        ways += (
+            f"to go on to a higher target: prunewright resume {place} --target ...; from an "
+            f"earlier step: prunewright fork {place} --step N --set ..."
+        )
+    kind = "baseline" if baseline else "run"
+    _log.warning("the %s in %s is finished: nothing of it is changed. %s", kind, place, ways)
 
 
 def changed_config(directory: RunDirectory, changes: dict[str, Any]) -> PruneConfig:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from prunewright.graph import resume, run
+from prunewright.graph import baseline, resume, run
 from prunewright.state import InputError, StoreError
 
 Submit = Callable[[dict[str, Any]], dict[str, Any]]
@@ -79,7 +79,19 @@ def test_a_finished_run_is_only_reported(
     assert not caplog.text
     assert resume(out, agent="google_genai:gemini-3-flash-preview").metrics == again.metrics
     assert "is finished: nothing of it is changed" in caplog.text
+    assert f"prunewright fork {out} --step N" in caplog.text
     assert contents(out) == before
+
+
+def test_a_finished_baseline_takes_no_changes_and_says_what_does(
+    pico_config: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    first = baseline(pico_config, out=out)
+    assert resume(out, adapt={"tokens": 48}).metrics == first.metrics
+    assert f"the baseline in {out} is finished" in caplog.text
+    assert f"prunewright adapt {out}; for anything else begin another" in caplog.text
+    assert "fork" not in caplog.text
 
 
 def test_the_agent_may_change_and_the_trace_says_when(stopped: Path) -> None:
