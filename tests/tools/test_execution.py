@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from torch import Tensor
+from torch.nn import functional
 
 from prunewright.graph import baseline, fork, resume, run
 from prunewright.state import InputError
@@ -17,7 +18,7 @@ from prunewright.tools.calibration.activations import measure_activations
 from prunewright.tools.calibration.gradients import measure_gradients
 from prunewright.tools.evaluation import evaluate
 from prunewright.tools.evaluation.harness import prepare_quizzes
-from prunewright.tools.execution.base import Execution
+from prunewright.tools.execution.base import Execution, ordered_attention
 from prunewright.tools.execution.blocks import OffloadedWeights
 from prunewright.tools.model.head import Head, hidden_states
 from prunewright.tools.model.layers import Layer, named_blocks
@@ -228,6 +229,28 @@ def test_a_model_spread_over_devices_is_measured_as_on_one(
         final = whole.model.base_model.norm(states[-1])
         expected_states = torch.cat([hidden_states(whole.model, w[None]) for w in windows])
     torch.testing.assert_close(final, expected_states)
+
+
+def test_attention_adds_up_its_gradients_in_order_and_nothing_else_must(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is asked of a GPU's attention, on the processor's, whose nodes have like names."""
+    events: list[object] = []
+    monkeypatch.setattr(
+        torch, "use_deterministic_algorithms", lambda on, warn_only: events.append((on, warn_only))
+    )
+    # Heads of 12: a device pads them to 16, and what computes the gradients is a node further.
+    for width in (16, 12):
+        queries, keys, values = torch.randn(3, 1, 2, 8, width).unbind()
+        queries.requires_grad_(True).register_hook(lambda _: events.append("gradient"))
+        with ordered_attention(torch.device("cuda")):
+            found = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+            (found * 2).sum().backward()
+        assert events == [(True, False), (True, True), "gradient"]
+        events.clear()
+    with ordered_attention(torch.device("cpu")):
+        functional.scaled_dot_product_attention(queries, keys, values).sum().backward()
+    assert events == ["gradient"]
 
 
 def test_device_all_is_refused_where_there_are_no_gpus(pico_models: Callable[..., Path]) -> None:

@@ -1,14 +1,16 @@
 """The model run as it is, some windows at a time."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from prunewright.state import InputError
@@ -24,11 +26,39 @@ TOKENS = 8192
 """Tokens of a batch on a GPU, where nobody says how many windows it has."""
 
 
-def ordered_attention(device: torch.device) -> AbstractContextManager[None]:
+@contextmanager
+def ordered_attention(device: torch.device) -> Iterator[None]:
     """Attention whose gradients are the same each time: others add up in the order of threads."""
     if device.type != "cuda":
-        return nullcontext()
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True)
+        yield
+        return
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True), _Ordered():
+        yield
+
+
+class _Ordered(TorchFunctionMode):
+    """Has flash attention add up its gradients in order.
+
+    It does so only where deterministic algorithms are a must, not where a warning is enough. Other
+    functions may have no ordered form and would raise there, so it is a must for that one alone.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function, and mark what computes its gradients."""
+        found = func(*args, **(kwargs or {}))
+        if func is functional.scaled_dot_product_attention:
+            node = found.grad_fn
+            for _ in range(3):  # padded heads are cut to size after it
+                if node is not None and "ScaledDotProduct" in node.name():
+                    node.register_prehook(lambda _: _must_be_ordered(True))
+                    node.register_hook(lambda *_: _must_be_ordered(False))
+                    break
+                node = node.next_functions[0][0] if node and node.next_functions else None
+        return found
+
+
+def _must_be_ordered(must: bool) -> None:
+    torch.use_deterministic_algorithms(True, warn_only=not must)
 
 
 class _EndedError(Exception):

@@ -80,8 +80,9 @@ def fit_block(
 
     def loss(window: int) -> Tensor:
         leaving = run.window(window, run.entering)
-        wanted = run.part(window, target)
-        return (leaving.float() - wanted.float()).square().sum() / scales[window]
+        # Where blocks are shared out, hidden states wait on another device than this block's.
+        wanted, scale = (t.to(leaving.device) for t in (run.part(window, target), scales[window]))
+        return (leaving.float() - wanted.float()).square().sum() / scale
 
     @torch.no_grad()
     def judged() -> float:

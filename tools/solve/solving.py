@@ -287,6 +287,7 @@ class BlockSolver:
                 done[layer.name] = self._layer(layer, weights[layer.name], grams, beside)
                 write(layer, done[layer.name].weight)
                 tell("layer", len(done), len(layers))
+            del grams  # as large as the layer's inputs squared, and the fit has no use for it
         if target is not None:
             masks = {layer: done[layer.name].mask for layer in layers}
             model, held = self._loaded.model, self._execution.weights
