@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from prunewright.graph import resume
+from prunewright.graph import baseline, resume
 from prunewright.graph.running.runner import collect_garbage
 from prunewright.state import InputError, StoreError
 from prunewright.tools.store.rundir import RunDirectory
@@ -40,6 +40,32 @@ def test_what_a_killed_step_left_goes_and_the_run_ends_as_if_unharmed(
     assert ".writing-0123" not in left
     assert "error" not in submit({"do": "resume", "out": str(out)})
     same_run(out, reference)
+
+
+def test_blocks_that_a_stopped_solve_had_done_are_kept(
+    pico_config: dict[str, Any], tmp_path: Path
+) -> None:
+    config = pico_config | {"reconstruct": "block"}
+    labels: list[str] = []
+
+    def stop(_: str, event: dict[str, Any]) -> None:
+        labels.append(event.get("progress", {}).get("label", ""))
+        if labels[-1] == "solving block 2 of 2: fit, step":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    whole = baseline(config, out=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        baseline(config, out=tmp_path / "run", on_event=stop)
+    assert "solving block 1 of 2: fit, step" in labels
+    collect_garbage(tmp_path / "run")
+    labels.clear()
+    found = resume(
+        tmp_path / "run",
+        on_event=lambda _, event: labels.append(event.get("progress", {}).get("label", "")),
+    )
+    assert found.metrics.revision == whole.metrics.revision
+    assert "solving block 2 of 2: fit, step" in labels
+    assert "solving block 1 of 2: fit, step" not in labels
 
 
 def test_a_finished_run_keeps_all_that_its_checkpoints_name(reference: Path) -> None:

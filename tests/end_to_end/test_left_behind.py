@@ -50,6 +50,20 @@ def test_a_directory_that_holds_anything_else_is_not_taken(
         assert [p.name for p in out.iterdir()] == [name]
 
 
+def test_a_process_that_has_the_number_of_a_killed_one_does_not_keep_its_files(
+    done: Path, tmp_path: Path
+) -> None:
+    """In a container each process may be the first one."""
+    name = f".writing-{os.getpid()}-{uuid.uuid4().hex}"
+    for place, wanted in (("before", []), ("now", [name])):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / name).write_bytes(b"half")
+        if place == "before":
+            os.utime(tmp_path / place / name, (0, 0))
+        write_report([done], tmp_path / place / "page.html")
+        assert [p.name for p in (tmp_path / place).glob(".writing-*")] == wanted
+
+
 def test_report_and_pack_take_away_what_was_left_beside_their_output(
     done: Path, tmp_path: Path
 ) -> None:

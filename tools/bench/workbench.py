@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 import json
+import logging
 import random
 import sys
 import threading
@@ -49,6 +50,8 @@ from prunewright.tools.store.storage import (
 from prunewright.tools.texts.answered import pack_answered
 from prunewright.tools.texts.questions import as_text, hash_questions, load_facts
 from prunewright.tools.texts.windows import Windows, load_windows
+
+_log = logging.getLogger("prunewright")
 
 
 class Workbench:
@@ -545,12 +548,13 @@ class Workbench:
         request = self.request
         wanted = self._wanted(revision, progress)
         parent = self.store.manifest(revision)
-        state = self.store.directory / "solving.json"
+        state = self.store.solving
         key = sha256_bytes(
             canonical_json([revision, request.identity(), self.windows.hashes["calibration"]])
         )
         done, notes = _read_solving(state, key)
         if any(not self.store.holds(digest) for digest in done.values()):
+            _log.warning("layers that were solved before are missing: all are solved again")
             done, notes = {}, []
         about = {"parent": revision, "reconstruct": request.reconstruct, "notes": notes}
         writer = self.store.writer(parent | done, about)
@@ -772,28 +776,36 @@ def workbench(
             _current.move(run_directory)
             yield _current
         except (RuntimeError, MemoryError) as error:
-            if not _no_room(error):
+            if not no_room(error):
                 raise
-            _current = None  # whoever goes on loads it anew, perhaps elsewhere
+            if _current is not None:  # whoever goes on loads it anew, perhaps elsewhere
+                _current.loaded.close()
+            _current = None
             raise InputError(_no_room_words(request, error)) from error
         finally:
             _release_memory()
 
 
-def _no_room(error: Exception) -> bool:
+def no_room(error: Exception) -> bool:
     """Whether an error says that there is no memory, in the words of a device or of a processor."""
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return known or "can't allocate memory" in str(error)
 
 
 def _no_room_words(request: PruneRequest, error: Exception) -> str:
-    """What a device without room for the run means, and which settings take less of it."""
+    """What a device without room for the run means, and which settings take less of it.
+
+    Whoever was at work may have said so in a note of the error.
+    """
+    lacking = f"the device has too little memory: {first_line(error)}"
+    if notes := getattr(error, "__notes__", []):
+        return f"{lacking}. {notes[0]}. What was recorded so far is kept"
     smaller = ["offload=cpu (or disk; not with adapt)"] if request.offload == "none" else []
     if request.offload == "none" and request.texts.windows.batch != 1:
         smaller.append("texts.windows.batch=1")
     ways = f"give --set {', --set '.join(smaller)}, or begin" if smaller else "begin"
     return (
-        f"the device has too little memory: {first_line(error)}. To go on, {ways} a new run with "
+        f"{lacking}. To go on, {ways} a new run with "
         "shorter texts.windows.length. What was recorded so far is kept"
     )
 

@@ -130,6 +130,8 @@ class RevisionStore:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.solving = directory / "solving.json"
+        """Which layers a solve that was stopped had done."""
         self._checked: dict[str, tuple[int, int, int]] = {}
 
     def writer(self, parent: Manifest, about: dict[str, Any] | None = None) -> RevisionWriter:
@@ -224,12 +226,14 @@ class RevisionStore:
         return self._mask(digest).is_file()
 
     def collect(self, keep: set[str]) -> tuple[int, int]:
-        """Delete every file that none of the given revisions needs.
+        """Delete every file that none of the given revisions needs, nor a solve that was stopped.
 
         Raises:
             StoreError: a revision to keep is missing or damaged; nothing is deleted.
         """
         needed = {self._manifest(revision) for revision in keep if revision != DENSE}
+        if self.solving.exists():
+            needed |= {self._mask(digest) for digest in read_json(self.solving)["layers"].values()}
         for revision in keep:
             needed |= {self._mask(digest) for digest in self.manifest(revision).values()}
         unused = [

@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 from filelock import FileLock, Timeout
 from packaging.version import InvalidVersion, Version
 from pydantic import ValidationError
@@ -43,6 +42,7 @@ from prunewright.tools.store.steps import StepLog, chained
 from prunewright.tools.store.storage import (
     appearing,
     canonical_json,
+    is_alive,
     is_unfinished,
     put_into_words,
     read_json,
@@ -334,11 +334,9 @@ class RunDirectory:
         """
         try:
             number = int(self.holder_file.read_text())
-            process, written = psutil.Process(number), self.holder_file.stat().st_mtime
             # A killed process leaves the file, and another may have its number since.
-            alive = process.status() != psutil.STATUS_ZOMBIE
-            return number if alive and process.create_time() <= written + 1 else None
-        except (OSError, ValueError, psutil.Error):
+            return number if is_alive(number, self.holder_file) else None
+        except (OSError, ValueError):
             return None
 
     def collect_garbage(self, keep: set[str]) -> tuple[int, int]:

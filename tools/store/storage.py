@@ -95,13 +95,28 @@ def remove_unfinished(directory: Path) -> None:
     """
     for path in directory.glob(".writing-*"):
         found = _UNFINISHED.fullmatch(path.name)
-        if found is None or (found[1] and psutil.pid_exists(int(found[1]))):
+        if found is None:
             continue
         with suppress(OSError):
+            if found[1] and is_alive(int(found[1]), path):
+                continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+
+def is_alive(number: int, path: Path) -> bool:
+    """Whether the process that wrote a file is still there, and not another of its number.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    try:
+        process, written = psutil.Process(number), path.stat().st_mtime
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= written + 1
+    except psutil.Error:
+        return False
 
 
 def share(source: Path, target: Path) -> None:
