@@ -71,7 +71,7 @@ def prune_once(
         bench.forget_statistics()  # those of an earlier baseline of this process
         bench.check_blocks()
         if config.adapt is not None:
-            check_training(bench, config.adapt, run.path)
+            check_training(bench, config.adapt, run.path / "adapt")
         values = try_saving(run, bench, revisions=1)
         told = {"values": values, "notes": bench.loaded.notes}
         run.begin(thread, request, config.context, bench.facts(), **told)

@@ -33,11 +33,13 @@ class Made:
         revision: its name.
         notes: what must be told of it.
         curve: tokens seen and the loss there, of a stage that trains.
+        before: seconds that it took in processes before this one.
     """
 
     revision: str
     notes: list[str] = field(default_factory=list)
     curve: list[tuple[int, float]] = field(default_factory=list)
+    before: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def _planned(
 
         def train(revision: str) -> Made:
             found = adapt(bench, revision, training, folder, progress)
-            return Made(found.revision, found.notes, found.curve)
+            return Made(found.revision, found.notes, found.curve, found.before)
 
         settings = training.model_dump(mode="json", exclude={"checkpoint_minutes"})
         planned.append(_Planned("adapt", settings, train))
@@ -160,7 +162,7 @@ def _run(
         before=before if math.isfinite(before) else None,
         after=after if finite else None,
         kept=finite and not after > before and made.revision != revision,
-        seconds=time.perf_counter() - began,
+        seconds=made.before + time.perf_counter() - began,
         tokens={use: n for use, n in spent.items() if n},
         notes=made.notes,
         curve=made.curve,

@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import get_args
@@ -18,6 +18,7 @@ from prunewright.state.config import ALL, EMBEDDED, SELF, AdaptOptions, Offload
 from prunewright.state.profile import KNOWLEDGE_SIGNAL
 from prunewright.tools.adapt.memory import (
     Sizes,
+    check_disk,
     check_room,
     disk_bytes,
     free_memory,
@@ -210,7 +211,9 @@ def make_plan(
     available = free_memory([torch.device("cuda", i) for i in range(count)] or [device])
     host, free = free_memory([torch.device("cpu")]), _free(out)
     seconds = _seconds(request, flops, steps, shape.prunable, dtype) if timed else {}
-    warnings = _warnings(request, ways, available, host, disk["total"], free)
+    # All weights that are trained are on the device.
+    fit = ways if training is None else {"none": ways["none"]}
+    warnings = _warnings(request, fit, available, host, disk["total"], free)
     adapt: dict[str, float] = {}
     if training is not None:
         chosen = chosen_layers(list(layers.values()), training)
@@ -220,11 +223,17 @@ def make_plan(
         # What is there beside the largest of the other parts, which is over by then.
         beside = memory["peak"] - max(n for name, n in memory.items() if name not in own)
         adapt["memory"] += beside
-        try:
-            check_offload(request)
-            check_room(training, sizes, chosen, max(available - beside, 0), device.type)
-        except InputError as error:
-            warnings.append(str(error))
+        left, folder = max(available - beside, 0), out.expanduser() / "adapt"
+        checks: list[Callable[[], None]] = [
+            lambda: check_offload(request),
+            lambda: check_room(training, sizes, chosen, left, device.type),
+            lambda: check_disk(training, sizes, request.texts.windows.calibration, folder),
+        ]
+        for check in checks:
+            try:
+                check()
+            except InputError as error:
+                warnings.append(str(error))
         if seconds:
             rate = flops["guard"] / request.texts.windows.guard / seconds["window"]
             adapt["seconds"] = adapt["flops"] / rate
@@ -245,7 +254,7 @@ def make_plan(
         disk_free=free,
         memory=memory,
         ways=ways,
-        recommended=_recommended(ways, available, host),
+        recommended=_recommended(fit, available, host),
         memory_available=available,
         host_available=host,
         flops=flops,

@@ -89,7 +89,7 @@ def finish(
     dense_text = bench.sample(DENSE, PROMPT, progress) if sampled else ""
     losses = bench.test_losses(ended.revision, progress)
     final = perplexity(losses)
-    if not math.isfinite(final):
+    if not math.isfinite(final) or not math.isfinite(ended.perplexity):
         raise PrunewrightError(
             "the pruned model's perplexity is not finite: it is broken and was not saved"
         )

@@ -42,7 +42,7 @@ def profile(state: PruneState, work: Work) -> PruneUpdate:
             steps = math.ceil(request.target / request.step)
             bench.check_blocks()
             if work.context.adapt is not None:
-                check_training(bench, work.context.adapt, run.path)
+                check_training(bench, work.context.adapt, run.path / "adapt")
             values = try_saving(run, bench, min(steps, work.context.max_steps))
         notes = {"values": values, "notes": bench.loaded.notes}
         run.begin(work.thread, request, work.context, bench.facts(), **notes)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from prunewright.graph import baseline, resume, run
 from prunewright.graph.cli import app
-from prunewright.state import StoreError
+from prunewright.state import InputError, StoreError
 from prunewright.tools.store.rundir import RunDirectory
 from prunewright.tools.store.trace import load_metrics
 from tests.conftest import make_pico
@@ -112,6 +112,8 @@ def test_a_kill_in_training_ends_at_the_same_weights(
     ended = submit(job | {"do": "baseline", "kill": kill | {"when": "before"}})
     assert ended == {"signal": signal.SIGKILL}
     assert (out / "adapt").exists()
+    standing = out / "adapt" / "standing.json"
+    before = json.loads(standing.read_text())["seconds"] if standing.exists() else 0.0
     answer = submit(job | {"do": "resume"})
     assert "error" not in answer, answer
     same_run(trained, out)
@@ -119,6 +121,7 @@ def test_a_kill_in_training_ends_at_the_same_weights(
     (stage,) = answer["metrics"]["stages"]
     (whole,) = json.loads((trained / "metrics.json").read_text())["stages"]
     assert stage["tokens"]["adapt"] == whole["tokens"]["adapt"] == whole["curve"][-1][0]
+    assert stage["seconds"] > before
 
 
 def test_the_command_trains_a_run_and_a_plain_directory_alike(
@@ -217,6 +220,39 @@ def test_a_changed_copy_stops_a_run_that_began_from_it(
     result = CliRunner().invoke(app, ["resume", str(out)])
     assert result.exit_code == 1
     assert "its model is no longer what it began with" in " ".join(result.output.split())
+
+
+def test_training_without_room_is_refused_with_a_command_that_goes_on(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, calls = tmp_path / "run", list[int]()
+
+    def full(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 12:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return kl_div(*tensors, **options)
+
+    def raiser(*_: object) -> None:
+        raise MemoryError
+
+    kl_div = torch.nn.functional.kl_div
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "kl_div", full)
+        with pytest.raises(InputError, match="too little memory: CUDA out of memory") as caught:
+            baseline(settings, out=out)
+        patch.undo()
+        patch.setattr("prunewright.tools.adapt.training._Student.__init__", raiser)
+        with pytest.raises(InputError, match=r"too little memory.*adapt\.optimizer=adafactor"):
+            baseline(settings, out=tmp_path / "other")
+    said = str(caught.value)
+    assert f"prunewright resume {out} with --set texts.windows.batch=1, --set adapt.opt" in said
+    for change in ("texts.windows.batch=1", "adapt.optimizer=adafactor", "adapt=null"):
+        copy = Path(shutil.copytree(out, tmp_path / change))
+        result = CliRunner().invoke(app, ["resume", str(copy), "--set", change])
+        assert result.exit_code == 0, result.output
+        stages = [stage.name for stage in load_metrics(RunDirectory(copy)).stages]
+        assert stages == ([] if change == "adapt=null" else ["adapt"])
 
 
 def test_what_is_changed_on_resuming_counts_for_a_baseline(

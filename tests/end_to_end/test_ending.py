@@ -1,6 +1,7 @@
 """How a run says that it ended, whether there is a model then, and how it goes on."""
 
 import json
+import math
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from prunewright.graph import RunResult, resume, run
+from prunewright.graph import RunResult, baseline, resume, run
 from prunewright.graph.cli import app
 from prunewright.graph.running.study import compare
-from prunewright.state import InputError
+from prunewright.state import InputError, PrunewrightError
+from prunewright.state.run import DENSE
+from prunewright.tools.bench.workbench import Workbench
 
 Prune = Callable[..., RunResult]
 GOOD: dict[str, Any] = {"layers": {"*": 0.05}}
@@ -32,6 +35,21 @@ def prune(config: dict[str, Any], tmp_path: Path) -> Prune:
         return run(config | agent | bounds | changes, out=tmp_path / "run")
 
     return make
+
+
+def test_a_baseline_that_is_broken_on_the_guard_alone_is_not_saved(
+    pico_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = Workbench.guard_losses
+
+    def broken(self: Workbench, revision: str, *rest: Any) -> list[float]:
+        found = losses(self, revision, *rest)
+        return found if revision == DENSE else [math.nan, *found[1:]]
+
+    monkeypatch.setattr(Workbench, "guard_losses", broken)
+    with pytest.raises(PrunewrightError, match="is broken and was not saved"):
+        baseline(pico_config, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def command(*arguments: str) -> Result:

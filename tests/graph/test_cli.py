@@ -544,6 +544,23 @@ def test_evaluate_agrees_with_the_run(config_file: Path, tmp_path: Path) -> None
     assert "3 windows of 48 tokens" in words
 
 
+def test_an_interrupted_evaluation_says_what_goes_on(
+    pico_models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prunewright.graph.cli.evaluating.log_progress", interrupt)
+    command = ["evaluate", str(pico_models()), "--windows", "2", "--length", "48"]
+    monkeypatch.setattr("sys.argv", ["prunewright", *command, "--out", "all of it"])
+    lost = invoke(*command)
+    assert lost.exit_code == 130
+    assert "Interrupted. Nothing was kept." in lost.output
+    kept = invoke(*command, "--out", tmp_path / "out")
+    assert kept.exit_code == 130
+    assert f"go on with: prunewright {' '.join(command)} --out 'all of it'" in flat(kept.output)
+
+
 def test_evaluate_against_another_model(pico_models: Callable[..., Path], tmp_path: Path) -> None:
     out = tmp_path / "scores"
     options = ["--task", "mmlu-cloze", "--shots", "0", "--limit", "28", "--dtype", "float32"]
@@ -743,6 +760,7 @@ def test_plan_counts_the_training_at_the_end(config_file: Path) -> None:
     away = invoke("plan", *training, "-s", "offload=disk").stdout
     assert "adapt takes about" in flat(away)
     assert "adapt trains all blocks at once" in flat(away)
+    assert "recommended: none" in flat(away)
 
 
 def test_plan_takes_what_a_run_takes(config_file: Path) -> None:

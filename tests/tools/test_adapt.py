@@ -1,9 +1,11 @@
 """Kept weights are trained to give what the dense model gives, and nothing else changes."""
 
+import gc
 import math
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,8 @@ from prunewright.state import InputError, PrunewrightError, StoreError, load_con
 from prunewright.state.config import AdaptOptions
 from prunewright.state.run import DENSE
 from prunewright.tools.adapt import training
-from prunewright.tools.adapt.memory import free_memory
+from prunewright.tools.adapt.checkpoints import Checkpoints
+from prunewright.tools.adapt.memory import check_disk, disk_bytes, free_memory, sizes_of
 from prunewright.tools.adapt.training import Adapted, adapt
 from prunewright.tools.bench.workbench import Workbench
 from prunewright.tools.losses import perplexity
@@ -194,6 +197,32 @@ def test_training_that_is_stopped_and_killed_ends_at_the_same_weights(
     assert found == whole
 
 
+def test_best_weights_that_could_not_be_written_are_not_named(
+    bench_of: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, folder = bench_of(), tmp_path / "adapt"
+    revision = pruned(bench)
+    whole = adapt(bench, revision, options(5), tmp_path / "whole")
+
+    def full(*_: object) -> None:
+        raise StoreError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save_best", full)
+        with pytest.raises(StoreError, match="full") as caught:
+            adapt(bench, revision, options(5), folder)
+    assert not list(folder.glob("best-*"))
+    # Its frames are kept by whoever keeps the error; what the training held is not.
+    students = [one for one in gc.get_objects() if type(one) is training._Student]
+    assert caught.tb is not None
+    assert students
+    assert not any(one.masters or one.optimizer.state for one in students)
+    found = adapt(bench, revision, options(5), folder)
+    assert found == whole
+    assert found.before > 0
+    assert found.revision != revision
+
+
 def test_training_begins_again_once_it_is_another(bench_of: Bench, tmp_path: Path) -> None:
     bench, folder = bench_of(), tmp_path / "adapt"
     revision = pruned(bench)
@@ -226,7 +255,9 @@ def test_training_ends_once_the_guard_turns_and_the_best_weights_count(
     revision = pruned(bench)
     # The guard falls while the rate is low; a rate of chaos would end elsewhere on each processor.
     settings = options(40, learning_rate=0.03, warmup=0.7)
-    found = adapt(bench, revision, settings, tmp_path / "adapt")
+    told: list[tuple[str, int, int]] = []
+    found = adapt(bench, revision, settings, tmp_path / "adapt", lambda *one: told.append(one))
+    assert ("adapt (training)", 40 * STEP, 40 * STEP) in told  # the clock counts it as over
     losses = [value for _, value in found.guard]
     assert [tokens // STEP for tokens, _ in found.guard] == list(range(0, 4 * len(losses), 4))
     turned = [min(losses[: i + 1]) < losses[i] for i in range(len(losses))]
@@ -294,6 +325,27 @@ def test_training_that_does_not_fit_is_refused_with_what_would(
         adapt(bench, revision, options(1, optimizer="adafactor"), tmp_path / "other")
     monkeypatch.undo()
     assert isinstance(adapt(bench, revision, options(1), tmp_path / "other"), Adapted)
+
+
+def test_what_a_training_has_on_disk_already_needs_no_room(
+    bench_of: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, folder = bench_of(), tmp_path / "adapt"
+    layers, settings = list(bench.loaded.layers.values()), options(1)
+    where = (bench.loaded.dtype, bench.loaded.device)
+    sizes = sizes_of(bench.loaded.model, layers, bench.request, settings, *where)
+    needed = disk_bytes(settings, sizes, 8)
+    free = needed - 1
+    disk = SimpleNamespace(free=free)
+    monkeypatch.setattr("prunewright.tools.adapt.memory.shutil.disk_usage", lambda _: disk)
+    with pytest.raises(InputError, match=r"set adapt\.optimizer=adafactor, or give another --out"):
+        check_disk(settings, sizes, 8, folder)
+    (folder / "dense").mkdir(parents=True)
+    (folder / "dense" / "000000.safetensors").write_bytes(b"1")
+    check_disk(settings, sizes, 8, folder)
+    disk.free -= 1
+    with pytest.raises(InputError, match=r"free some space$"):
+        check_disk(settings, sizes, 8, folder)
 
 
 def test_what_gpus_have_left_together_counts_each_of_them_once(

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import time
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,7 @@ class Standing:
         guard: steps after which the guard was measured, each with the mean loss then, nats a token.
         best: the step after which that was lowest.
         diverged: whether what came after these steps was not finite, so that training is over.
+        seconds: that they took, in all processes.
     """
 
     step: int = 0
@@ -36,6 +38,7 @@ class Standing:
     guard: list[tuple[int, float]] = field(default_factory=list)
     best: int = 0
     diverged: bool = False
+    seconds: float = 0.0
 
     @property
     def turned(self) -> int:
@@ -59,6 +62,9 @@ class Checkpoints:
         self.folder = folder
         self._identity: dict[str, Any] = json.loads(json.dumps(identity))
         self._file = folder / "standing.json"
+        self._opened = time.monotonic()
+        self.before = 0.0
+        """Seconds that earlier processes trained."""
         self.saved = Standing()
         """What the newest checkpoint holds; nothing but zeros before the first."""
         if not self._file.exists():
@@ -70,7 +76,9 @@ class Checkpoints:
                 losses = [float(loss) for loss in found["losses"]]
                 diverged = bool(found.get("diverged", False))  # an earlier version wrote none
                 best = int(found["best"])
-                self.saved = Standing(int(found["step"]), losses, guard, best, diverged)
+                seconds = float(found.get("seconds", 0.0))  # nor this
+                self.saved = Standing(int(found["step"]), losses, guard, best, diverged, seconds)
+                self.before = seconds
                 return
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(
@@ -108,20 +116,19 @@ class Checkpoints:
         shutil.rmtree(self.state(standing.step), ignore_errors=True)
 
     def _name(self, standing: Standing) -> None:
+        standing.seconds = self.before + time.monotonic() - self._opened
         write_json(self._file, {"identity": self._identity} | asdict(standing))
         self.saved = deepcopy(standing)
         self._clear({standing.best})
 
-    def save_best(
-        self, standing: Standing, layers: Iterable[tuple[str, dict[str, Tensor]]]
-    ) -> None:
-        """Keep the weights as they are now beside those that the last checkpoint names.
+    def save_best(self, step: int, layers: Iterable[tuple[str, dict[str, Tensor]]]) -> None:
+        """Keep the weights after a step beside those that the last checkpoint names.
 
         Raises:
             StoreError: they cannot be written.
         """
-        self._write(self.best(standing.best), layers)
-        self._clear({standing.best, self.saved.best})
+        self._write(self.best(step), layers)
+        self._clear({step, self.saved.best})
 
     def _clear(self, best: set[int]) -> None:
         keep = {self.state(self.saved.step), *map(self.best, best)}

@@ -201,18 +201,25 @@ def _changed(options: AdaptOptions, sizes: Sizes, optimizer: str, fewer: Sizes) 
 def check_disk(options: AdaptOptions, sizes: Sizes, windows: int, folder: Path) -> None:
     """Refuse a training whose checkpoints have no room.
 
+    Args:
+        options: how it is trained.
+        sizes: of what is trained.
+        windows: of calibration.
+        folder: of its files; what is there already needs no room.
+
     Raises:
         InputError: it needs more than is free where the folder will be.
     """
     place = folder.absolute()
     while not place.exists():
         place = place.parent
-    needed, free = disk_bytes(options, sizes, windows), shutil.disk_usage(place).free
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    needed, free = disk_bytes(options, sizes, windows) - held, shutil.disk_usage(place).free
     if needed > free:
+        other = "" if held else ", set adapt.optimizer=adafactor, or give another --out"
         raise InputError(
             f"adapt needs about {_gib(needed)} of disk for its checkpoints and the dense model's "
-            f"outputs, and {_gib(free)} are free at {place}: free some space, set "
-            "adapt.optimizer=adafactor, or give another --out"
+            f"outputs, and {_gib(free)} are free at {place}: free some space{other}"
         )
 
 

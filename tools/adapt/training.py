@@ -9,11 +9,12 @@ precision have masters in float32.
 
 import math
 import random
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from prunewright.state.metrics import TRAINING
 from prunewright.tools.adapt.checkpoints import Checkpoints, Standing
 from prunewright.tools.adapt.memory import check_disk, check_room, free_memory, sizes_of
 from prunewright.tools.adapt.teacher import Teacher
-from prunewright.tools.bench.workbench import Workbench
+from prunewright.tools.bench.workbench import Workbench, no_room
 from prunewright.tools.execution.base import ordered_attention
 from prunewright.tools.fast import unpack_bits
 from prunewright.tools.losses import perplexity
@@ -60,6 +61,7 @@ class Adapted:
         guard: tokens trained on, and the guard's perplexity then.
         tokens: that it was trained on in all.
         notes: what a reader must know.
+        before: seconds that it took in processes before this one.
     """
 
     revision: str
@@ -67,6 +69,7 @@ class Adapted:
     guard: list[tuple[int, float]]
     tokens: int
     notes: list[str]
+    before: float = field(default=0.0, compare=False)
 
 
 def adapt(
@@ -114,6 +117,7 @@ def adapt(
         guard=[(each * step, perplexity([loss])) for step, loss in standing.guard],
         tokens=each * standing.step,
         notes=_notes(schedule, standing, len(windows)),
+        before=kept.before,
     )
 
 
@@ -184,7 +188,8 @@ def check_offload(request: PruneRequest) -> None:
     if request.offload != "none":
         raise InputError(
             f"adapt trains all blocks at once, so they must be on the device: offload is "
-            f"{request.offload}. Leave adapt away (or set offload=none)"
+            f"{request.offload}. Set offload=none, on several GPUs with device=all, or leave adapt "
+            "away (adapt=null)"
         )
 
 
@@ -278,6 +283,11 @@ class _Student:
         for parameter in self._parameters.values():
             parameter.requires_grad_(False)
             parameter.grad = None
+        # A notebook keeps an error's frames, and all that they hold.
+        self.masters.clear()
+        self._parameters.clear()
+        self.optimizer.state.clear()
+        self.optimizer.param_groups.clear()
 
     def clear(self) -> None:
         """Begin a step: no gradients."""
@@ -370,13 +380,23 @@ def _train(
     progress: Progress | None,
 ) -> None:
     """Train what a revision has, and let go of masters and moments once it is over."""
-    teacher = Teacher(bench, kept.folder / "dense", progress)
-    bench.sync(revision)
-    student = _Student(bench, layers, options)
+    student = None
     try:
+        teacher = Teacher(bench, kept.folder / "dense", progress)
+        bench.sync(revision)
+        student = _Student(bench, layers, options)
         _take_steps(bench, student, teacher, schedule, kept, options, progress)
+    except (RuntimeError, MemoryError) as error:
+        if no_room(error):
+            error.add_note(
+                f"To go on: prunewright resume {shlex.quote(str(kept.folder.parent))} with --set "
+                "texts.windows.batch=1, --set adapt.optimizer=adafactor or fewer adapt.layers; or "
+                "with --set adapt=null, without training"
+            )
+        raise
     finally:
-        student.close()
+        if student is not None:
+            student.close()
 
 
 def _take_steps(
@@ -418,6 +438,8 @@ def _take_steps(
             kept.save_state(standing, student.state())
         raise
     kept.end(standing)
+    if progress is not None:
+        progress(TRAINING, total, total)
 
 
 def _ended(standing: Standing, schedule: Schedule) -> bool:
@@ -443,11 +465,10 @@ def _measure(
     losses = bench.live_guard_losses(progress)
     loss = sum(losses) / len(losses)
     _check_finite(loss, step)
-    lowest = min((before for _, before in standing.guard), default=loss)
-    standing.guard.append((step, loss))
-    if loss < lowest:
+    if loss < min((before for _, before in standing.guard), default=loss):
+        kept.save_best(step, student.weights())
         standing.best = step
-        kept.save_best(standing, student.weights())
+    standing.guard.append((step, loss))
 
 
 def _step(
@@ -479,7 +500,8 @@ def _step(
     tokens = chosen.numel()
     norm = student.clip(tokens)
     # One transfer: a device that computes on its own is waited for once a step.
-    loss, size = torch.stack([torch.stack(losses).sum() / tokens, norm]).tolist()
+    mean = torch.stack(losses).sum() / tokens
+    loss, size = torch.stack([mean, norm.to(mean.device)]).tolist()
     _check_finite(loss + size, step)
     student.step(schedule.rate(step))
     standing.losses.append(loss)
