@@ -29,7 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="One LLM prunes another: step by step, with rollback, resume and a decision trace. "
     "Exit codes: 0 done, 2 bad usage or configuration, 3 ended before the target, 1 failure, "
-    "130 interrupted.",
+    "130 interrupted (143 by SIGTERM).",
 )
 
 _PRUNE, _LOOK, _BEFORE, _KEEP = "Prune", "Look", "Before a run", "Keep and tidy up"
