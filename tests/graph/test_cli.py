@@ -407,7 +407,7 @@ def test_a_path_that_nothing_can_lie_at_is_told(
 def test_too_little_memory_becomes_advice(config_file: Path, tmp_path: Path, agents: str) -> None:
     result = invoke("run", "-c", config_file, "-o", tmp_path / "run", "-a", f"{agents}Hungry")
     assert result.exit_code == 1
-    for setting in ("texts.windows.length", "profile.gradient_checkpointing", "dtype"):
+    for setting in ("offload=cpu", "texts.windows.length", "dtype", "--offload", "--length"):
         assert setting in result.stderr
     assert f"prunewright resume {tmp_path / 'run'}" in flat(result.stderr)
 

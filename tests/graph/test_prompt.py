@@ -872,7 +872,7 @@ def test_the_prompt_tells_of_each_domain(make_observation: MakeObservation) -> N
     assert '\n- weights: {"code": 1, "german": 2}, beside accept: ' in system
     assert (
         "\nBy domain of that text:\n"
-        "- code: dense 10.000, now 11.200 (+12.0 %), last change +2.0 ± - %, weight 1\n"
+        "- code: dense 10.000, now 11.200 (+12.0 %), last change +2.0 %, weight 1\n"
         "- german: dense 30.000, now 36.000 (+20.0 %), last change +3.0 ± .40 %, weight 2.5\n"
     ) in step
     changes = profile.predicted_changes(GreedyAgent().decide(observation).deltas)
