@@ -11,6 +11,7 @@ from comparisons import NAME, make_comparison
 from page import make_runs
 from playwright.sync_api import Browser, sync_playwright
 
+from prunewright.graph import baseline
 from prunewright.tools.report import write_report
 from prunewright.tools.report.comparison import write_pages
 
@@ -63,6 +64,18 @@ def opened(browser: Browser, report: Path) -> Iterator[Callable[..., Any]]:
         context.close()
     assert complaints == []
     assert asked == opened
+
+
+def test_one_step_has_two_ticks(
+    opened: Callable[..., Any], pico_models: Callable[..., Path], tmp_path: Path
+) -> None:
+    windows = {"calibration": 1, "gradient": 1, "guard": 2, "test": 1, "length": 16}
+    model = {"model": str(pico_models()), "dtype": "float32", "device": "cpu"}
+    config = model | {"target": 0.2, "reconstruct": "none", "texts": {"windows": windows}}
+    baseline(config, out=tmp_path / "run")
+    page = opened(write_report([tmp_path / "run"], tmp_path / "report.html"))
+    labels = page.locator("[data-chart=perplexity] svg .role-axis-label").first
+    assert labels.locator("text").all_text_contents() == ["0", "1"]
 
 
 def test_it_draws_filters_and_keeps_hostile_text_text(opened: Callable[..., Any]) -> None:

@@ -21,6 +21,8 @@ Spec = dict[str, Any]
 
 FINISHED = "after the last step"
 """In a step's place, what the stages at the end came to."""
+FEW = 12
+"""Steps that each have a tick."""
 HEIGHT = 190
 """Pixels of a small plot."""
 _LEGEND = alt.Legend(title="Run", orient="bottom", labelLimit=280, columns=1)
@@ -136,7 +138,10 @@ def _over_steps(
         marked = alt.Chart(_data(back)).encode(y=f"{point}:Q", tooltip=tooltip)
         parts.append(marked.mark_point(size=70, shape="triangle-down", style="rolled-back"))
         parts.append(marked.mark_text(dy=-11, style="rolled-back", text="rolled back"))
-    x = alt.X("step:Q", title="Step", axis=alt.Axis(tickMinStep=1, format="d"))
+    last = max(row["step"] for row in rows)
+    # Of few steps each has a tick: left alone, one step has one at its half, too.
+    ticks: dict[str, Any] = {"values": list(range(last + 1))} if last <= FEW else {"tickMinStep": 1}
+    x = alt.X("step:Q", title="Step", axis=alt.Axis(format="d", **ticks))
     words = f"{title}, over the steps; rolled-back steps are marked"
     return finished(alt.layer(*(part.encode(x=x) for part in parts)), words, HEIGHT)
 
