@@ -41,7 +41,6 @@ from prunewright.tools.store.rundir import OWN_TEXT
 from prunewright.tools.store.standing import setting_files, weights_digest
 from prunewright.tools.store.storage import (
     canonical_json,
-    read_json,
     sha256_bytes,
     sha256_file,
     write_atomic,
@@ -548,11 +547,10 @@ class Workbench:
         request = self.request
         wanted = self._wanted(revision, progress)
         parent = self.store.manifest(revision)
-        state = self.store.solving
         key = sha256_bytes(
             canonical_json([revision, request.identity(), self.windows.hashes["calibration"]])
         )
-        done, notes = _read_solving(state, key)
+        done, notes = _solved_before(self.store, key)
         if any(not self.store.holds(digest) for digest in done.values()):
             _log.warning("layers that were solved before are missing: all are solved again")
             done, notes = {}, []
@@ -565,7 +563,7 @@ class Workbench:
                 notes.extend(layer.notes)
             found = writer.settle()
             done.update((layer.name, found[layer.name]) for layer in solved)
-            write_json(state, {"key": key, "layers": done, "notes": notes})
+            write_json(self.store.solving, {"key": key, "layers": done, "notes": notes})
 
         solver = BlockSolver(
             self.loaded,
@@ -587,7 +585,7 @@ class Workbench:
                 )
         except ValueError as error:
             raise InputError(f"the layers cannot be pruned so: {error}") from error
-        state.unlink(missing_ok=True)
+        self.store.solving.unlink(missing_ok=True)
         return writer.revision
 
     def _amount(
@@ -709,13 +707,13 @@ class Workbench:
             yield name, layer.stored(mask)
 
 
-def _read_solving(path: Path, key: str) -> tuple[dict[str, str], list[str]]:
+def _solved_before(store: RevisionStore, key: str) -> tuple[dict[str, str], list[str]]:
     """The layers that a solve which was stopped had done, by digest, and what it had to tell.
 
     Empty where there was none, or another one.
     """
-    content = read_json(path) if path.exists() else None
-    if not isinstance(content, dict) or content.get("key") != key:
+    content = store.read_solving()
+    if content.get("key") != key:
         return {}, []
     return dict(content["layers"]), list(content["notes"])
 

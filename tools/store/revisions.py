@@ -225,6 +225,15 @@ class RevisionStore:
         """Whether there is a file of this name; it is checked when it is read."""
         return self._mask(digest).is_file()
 
+    def read_solving(self) -> dict[str, Any]:
+        """What a solve that was stopped left; empty where there was none.
+
+        Raises:
+            StoreError: it is no JSON.
+        """
+        content = read_json(self.solving) if self.solving.exists() else {}
+        return content if isinstance(content, dict) else {}
+
     def collect(self, keep: set[str]) -> tuple[int, int]:
         """Delete every file that none of the given revisions needs, nor a solve that was stopped.
 
@@ -232,8 +241,7 @@ class RevisionStore:
             StoreError: a revision to keep is missing or damaged; nothing is deleted.
         """
         needed = {self._manifest(revision) for revision in keep if revision != DENSE}
-        if self.solving.exists():
-            needed |= {self._mask(digest) for digest in read_json(self.solving)["layers"].values()}
+        needed |= {self._mask(digest) for digest in self.read_solving().get("layers", {}).values()}
         for revision in keep:
             needed |= {self._mask(digest) for digest in self.manifest(revision).values()}
         unused = [

@@ -115,6 +115,8 @@ def is_alive(number: int, path: Path) -> bool:
     try:
         process, written = psutil.Process(number), path.stat().st_mtime
         return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= written + 1
+    except psutil.AccessDenied:  # another user's
+        return True
     except psutil.Error:
         return False
 
